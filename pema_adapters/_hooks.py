@@ -1,0 +1,59 @@
+"""Acting on a module when it is first imported, so that `import pema_adapters` costs nothing and order does not matter.
+
+`on_import("adapters.interface", action)` runs `action(module)` now if the module is loaded, else right after it loads.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+Action = Callable[[ModuleType], None]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self) -> None:
+        self.actions: dict[str, Action] = {}
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        action = self.actions.pop(name, None)  # popped first: the search below comes through here again
+        if action is None:
+            return None
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, action)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, followed by the action."""
+
+    def __init__(self, loader: importlib.abc.Loader, action: Action) -> None:
+        self._loader, self._action = loader, action
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._action(module)
+
+
+_finder = _Finder()
+
+
+def on_import(name: str, action: Action) -> None:
+    """Run `action` on module `name` as soon as it is loaded. A second action for the same name replaces the first."""
+    if name in sys.modules:
+        action(sys.modules[name])
+        return
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    _finder.actions[name] = action

@@ -1,0 +1,37 @@
+"""Every exception that pema_adapters raises on purpose, as one small tree.
+
+Each message is one line that says what is wrong, where, what was found, what was expected and what to do. The command
+line prints it and exits with 1; library users may catch `PemaError` or the kind they care about.
+"""
+
+
+class PemaError(Exception):
+    """Base of all errors of this package."""
+
+
+class VocabularyError(PemaError, ValueError):
+    """Token ids that cannot be a vocabulary, or a vocabulary that does not fit the model."""
+
+
+class SurgeryError(PemaError, ValueError):
+    """A model whose embedding cannot be shrunk, restored or saved as asked."""
+
+
+class UnseenTokenError(PemaError, ValueError):
+    """A token outside the partial vocabulary, where that is not allowed."""
+
+
+class TokenRangeError(PemaError, IndexError):
+    """A token id that no row of the embedding matrix can have (negative, or V and above)."""
+
+
+class FormatError(PemaError, ValueError):
+    """A file on disk that is missing, damaged or not what its name promises."""
+
+
+class BaseMismatchError(PemaError, ValueError):
+    """A delta that was trained on another base than the one given."""
+
+
+class MergeError(PemaError, RuntimeError):
+    """A merge that is refused or that failed; nothing was left half-written."""

@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints, artifacts, fingerprints. Files and bytes; no torch."""

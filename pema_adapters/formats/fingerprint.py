@@ -1,0 +1,163 @@
+"""What an artifact remembers of its base, so that it is never merged into another one."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from pema_adapters.errors import BaseMismatchError, FormatError
+from pema_adapters.formats.checkpoint import canonical, match
+
+SAMPLES = 64
+BLOCK_ROWS = 1024
+_WAY_OUT = "give the base that the delta was trained on, or insist with --allow-base-mismatch"
+
+
+class TensorSource(Protocol):
+    """Whatever can be fingerprinted: a checkpoint on disk, a model in memory."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor, by stored name."""
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """The rows `ids` as float32 [n, d]."""
+
+    def values(self, name: str, positions: np.ndarray) -> np.ndarray:
+        """The values at flat `positions` as float32 [n]."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All K base rows, and names, shapes and sampled values of the other tensors of the base.
+
+    Numbers are digested as little-endian float32: a base saved again in a wider dtype is still the same.
+    `embedding` and the keys of `tensors` are canonical names. Ids >= `base_vocab_size` are rows added by
+    `resize_token_embeddings`; they have no base row and are not in the digest.
+    """
+
+    embedding: str
+    prefix: str
+    vocab_size: int
+    base_vocab_size: int
+    rows: str
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+
+    @classmethod
+    def take(  # noqa: PLR0913 - the parts of a fingerprint
+        cls,
+        source: TensorSource,
+        *,
+        embedding: str,
+        prefix: str,
+        vocab_size: int,
+        token_ids: np.ndarray,
+        names: Collection[str],
+    ) -> "Fingerprint":
+        """The fingerprint of `source`; `embedding` and `names` (the other tensors) as stored there."""
+        shapes = source.shapes()
+        base_vocab_size = shapes[embedding][0]
+        return cls(
+            embedding=canonical(embedding, prefix),
+            prefix=prefix,
+            vocab_size=vocab_size,
+            base_vocab_size=base_vocab_size,
+            rows=digest_rows(partial(source.rows, embedding), token_ids[token_ids < base_vocab_size]),
+            tensors={canonical(name, prefix): (shapes[name], _digest_values(source, name)) for name in names},
+        )
+
+    def locate(self, names: Collection[str]) -> dict[str, str]:
+        """`{canonical name: stored name}` of a base, whatever prefix it is stored under."""
+        found = match(names, self.prefix)
+        if self.embedding not in found:
+            prefixes = {
+                name.removesuffix("." + self.embedding) for name in names if name.endswith("." + self.embedding)
+            }
+            if len(prefixes) == 1:
+                return match(names, prefixes.pop())
+        return found
+
+    def check(self, source: TensorSource, token_ids: np.ndarray, *, where: str) -> None:
+        """Raise `BaseMismatchError` naming the first tensor of `source` (called `where`) that differs."""
+        shapes = source.shapes()
+        stored = self.locate(shapes.keys())
+        embedding = self._find(stored, self.embedding, where)
+        if shapes[embedding][0] != self.base_vocab_size:
+            found = f"{shapes[embedding][0]} rows, expected {self.base_vocab_size}"
+            raise BaseMismatchError(f"{where}: tensor {embedding!r} has {found}; {_WAY_OUT}")
+        for key, (shape, digest) in self.tensors.items():
+            name = self._find(stored, key, where)
+            if shapes[name] != shape:
+                found = f"shape {list(shapes[name])}, expected {list(shape)}"
+                raise BaseMismatchError(f"{where}: tensor {name!r} has {found}; {_WAY_OUT}")
+            if (found := _digest_values(source, name)) != digest:
+                raise _differs(where, name, "sampled values", found, digest)
+        if (
+            found := digest_rows(partial(source.rows, embedding), token_ids[token_ids < self.base_vocab_size])
+        ) != self.rows:
+            raise _differs(where, embedding, "rows of the delta's tokens", found[:16], self.rows[:16])
+
+    def to_array(self) -> np.ndarray:
+        """As UTF-8 JSON, uint8 [n]: the way it travels inside an artifact."""
+        return np.frombuffer(json.dumps(asdict(self), separators=(",", ":")).encode(), dtype=np.uint8)
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> "Fingerprint":
+        """Read what `to_array` wrote; raises `FormatError` on anything else."""
+        try:
+            found = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
+            fingerprint = cls(**found)
+            tensors = {name: (tuple(shape), digest) for name, (shape, digest) in fingerprint.tensors.items()}
+            fingerprint = cls(**{**found, "tensors": tensors})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(f"fingerprint cannot be read ({error}); the artifact is damaged") from None
+        return _validated(fingerprint)
+
+    @staticmethod
+    def _find(stored: Mapping[str, str], key: str, where: str) -> str:
+        if key not in stored:
+            raise BaseMismatchError(f"{where}: no tensor {key!r}, which the delta's base has; {_WAY_OUT}")
+        return stored[key]
+
+
+def _validated(fingerprint: Fingerprint) -> Fingerprint:
+    texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows]
+    sizes = [fingerprint.vocab_size, fingerprint.base_vocab_size]
+    for shape, digest in fingerprint.tensors.values():
+        texts.append(digest)
+        sizes.extend(shape)
+    for text in texts:
+        if not isinstance(text, str):
+            raise FormatError(f"fingerprint holds {str(text)[:40]!r} where text belongs; the artifact is damaged")
+    for size in sizes:
+        if type(size) is not int or size < 0:
+            raise FormatError(f"fingerprint holds {str(size)[:40]!r} where a size belongs; the artifact is damaged")
+    return fingerprint
+
+
+def _differs(where: str, name: str, what: str, found: str, expected: str) -> BaseMismatchError:
+    return BaseMismatchError(
+        f"{where}: tensor {name!r}: {what} differ (digest {found}, expected {expected}); {_WAY_OUT}"
+    )
+
+
+def _digest_values(source: TensorSource, name: str) -> str:
+    """16 hex digits over up to 64 values at evenly spaced flat positions, first and last included."""
+    size = math.prod(source.shapes()[name])
+    count = min(size, SAMPLES)
+    positions = np.arange(count, dtype=np.int64) * (size - 1) // max(count - 1, 1)
+    values = source.values(name, positions) if count else np.empty(0)
+    return hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()[:16]
+
+
+def digest_rows(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> str:
+    """SHA-256 over the rows of `ids` [n] in order; `read` gives some of them as float32 [m, d]."""
+    digest = hashlib.sha256()
+    for begin in range(0, len(ids), BLOCK_ROWS):
+        block = read(ids[begin : begin + BLOCK_ROWS])
+        digest.update(np.ascontiguousarray(block, dtype="<f4").data)
+    return digest.hexdigest()

@@ -1,0 +1,80 @@
+"""Telling kinds of data apart without importing the libraries that make them, and walking them politely."""
+
+import contextlib
+import operator
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pema_adapters.errors import VocabularyError
+
+SECONDS_BEFORE_PROGRESS = 1.0
+
+
+def is_a(data: Any, library: str, name: str) -> bool:
+    """Whether data are an instance of library.name; a library that is not loaded cannot have made them."""
+    kind = getattr(sys.modules.get(library), name, None)
+    return isinstance(kind, type) and isinstance(data, kind)
+
+
+def is_iterable(data: Any) -> bool:
+    """Whether data can be walked: iterators, and torch's map-style data sets, which only count and index."""
+    return hasattr(data, "__iter__") or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
+
+
+def walk(data: Any, name: str) -> Iterator[Any]:
+    """The items of data; `name` is what an error calls them.
+
+    Raises:
+        VocabularyError: text, arrays and whatever else cannot be an iterable of dicts.
+    """
+    if isinstance(data, (str, bytes)) or hasattr(data, "__array__") or not is_iterable(data):
+        raise VocabularyError(
+            f"{name}: found a {type(data).__name__} ({str(data)[:40]!r}), expected a data set, a dict of "
+            "splits, or an iterable of dicts such as {'input_ids': [...]}; read a file with datasets.load_dataset, "
+            "a DataFrame with datasets.Dataset.from_pandas"
+        )
+    if hasattr(data, "__iter__"):
+        return iter(data)
+    return (data[number] for number in range(len(data)))  # these need not end with an IndexError
+
+
+def length(data: Any) -> int | None:
+    """What a progress bar counts up to: rows of data sets, items of other iterables; None if not known."""
+    if is_a(data, "datasets", "Dataset"):
+        return len(data)
+    if isinstance(data, Mapping):
+        parts = [length(part) for part in data.values()]
+        return None if None in parts else sum(part for part in parts if part)
+    try:
+        return operator.length_hint(data) or None
+    except TypeError:
+        return None
+
+
+def progress_bar(total: int | None, progress: bool | None) -> Any:
+    """A tqdm bar that shows after a second, on a terminal or if `progress`; never if the Hub's are disabled."""
+    from tqdm import tqdm
+
+    off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+    disable = True if off else (None if progress is None else not progress)
+    options = {"unit": " rows", "unit_scale": True, "delay": SECONDS_BEFORE_PROGRESS}
+    return tqdm(total=total, desc="scanning", disable=disable, **options)
+
+
+@contextlib.contextmanager
+def same_random_state(data: Any) -> Iterator[None]:
+    """Undo what walking data draws from torch: a DataLoader takes a seed, which would change the training."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    own: Any = getattr(data, "generator", None)
+    own_state = own.get_state() if isinstance(own, torch.Generator) else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        if own_state is not None:
+            own.set_state(own_state)

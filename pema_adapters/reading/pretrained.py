@@ -1,0 +1,51 @@
+"""What a scan needs to know of a pretrained model: its tokenizer, V and d. No weights are read."""
+
+from typing import Any
+
+from pema_adapters.errors import FormatError
+
+WIDTHS = ("embedding_size", "word_embed_proj_dim", "hidden_size", "d_model")  # d in a config; the first there counts
+
+
+def load_tokenizer(name: str) -> Any:
+    """The fast tokenizer of a folder or Hub id, where there is one."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, name, "tokenizer")
+
+
+def tokenizer_rows(tokenizer: Any) -> int:
+    """V as far as a tokenizer alone can tell: what its config says, else one row for each of its ids.
+
+    A model may have more rows than that (padded to a multiple of 64, say); K is the same for all that.
+    """
+    stated = tokenizer.init_kwargs.get("embedding_rows")
+    if isinstance(stated, int) and stated > 0:
+        return stated
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def embedding_shape(name: str) -> tuple[int, int]:
+    """V and d of a model, from its config.
+
+    Raises:
+        FormatError: no config there, or one without these figures.
+    """
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, name, "model config").get_text_config()
+    sizes = [getattr(config, width, None) for width in WIDTHS]
+    rows, width = getattr(config, "vocab_size", None), next((size for size in sizes if size), None)
+    if not rows or not width:
+        raise FormatError(
+            f"{name}: the model config has vocab_size {rows} and d {width} (looked for {', '.join(WIDTHS)}), "
+            "expected two numbers: is this a language model?"
+        )
+    return rows, width
+
+
+def _from_pretrained(kind: Any, name: str, what: str) -> Any:
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{name}: no {what} found, here or on the Hub: {error}") from error

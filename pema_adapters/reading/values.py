@@ -1,0 +1,79 @@
+"""Integers out of the values that rows hold: lists, ragged or not, arrays, tensors on any device, numbers."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.integer[Any]]
+
+INT64 = np.iinfo(np.int64)
+NO_IDS: Integers = np.empty(0, dtype=np.int64)
+
+
+class NotIdsError(Exception):
+    """A value that is no integer; the message says what it is."""
+
+
+def integers(value: Any) -> Iterator[tuple[int | None, Integers]]:
+    """All integers of a value, `None`s left out: pairs of the position in the outermost list and an array.
+
+    The position is None where there is but one list or array:
+
+        [3, 5]          None, [3, 5]
+        [[3, 5], [7]]   0, [3, 5]   1, [7]
+    """
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        present = [part for part in value if part is not None]
+        flat = _flat(present)
+        if flat is not None:
+            yield None, flat
+            return
+        for position, part in enumerate(value):
+            yield from ((position, ids) for _, ids in integers(part))
+    elif value is not None:
+        array = _array(value)
+        if array.dtype.kind == "O":
+            yield from integers(array.tolist())
+        else:
+            yield None, array
+
+
+def _flat(values: Sequence[Any]) -> Integers | None:
+    """The numbers of a flat list; None for a list of anything but integers that NumPy can hold."""
+    if not values:
+        return NO_IDS
+    if not isinstance(values[0], (int, np.integer)):
+        return None
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError):
+        return None
+    return _plain(array) if array.ndim == 1 and array.dtype.kind in "iu" else None
+
+
+def _array(value: Any) -> npt.NDArray[Any]:
+    if hasattr(value, "detach"):  # a torch tensor, wherever it lies
+        value = value.detach().cpu()
+        if value.is_floating_point():  # bfloat16 has no NumPy counterpart
+            raise NotIdsError(f"{value.dtype} values")
+        value = value.numpy()
+    elif isinstance(value, int):
+        value = min(max(value, INT64.min), INT64.max)
+    elif not hasattr(value, "__array__"):
+        raise NotIdsError(f"a {type(value).__name__} ({str(value)[:40]!r})")
+    array = np.asarray(value)
+    if not array.size:
+        return NO_IDS
+    if array.dtype.kind not in "iuO":
+        raise NotIdsError(f"{array.dtype} values (first: {array.flat[0]!r})")
+    return array if array.dtype.kind == "O" else _plain(array)
+
+
+def _plain(array: npt.NDArray[Any]) -> Integers:
+    """In this machine's byte order, and no larger than int64, where a view as signed would turn negative."""
+    if array.dtype == np.uint64:
+        array = np.minimum(array, np.uint64(INT64.max)).astype(np.int64)
+    plain: Integers = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return plain

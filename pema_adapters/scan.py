@@ -1,0 +1,260 @@
+"""Reading token ids out of any kind of data: one bit for each of the V rows, one pass, flat memory.
+
+    scan(tokenized, vocab_size=250_002).token_ids
+    scan_text(load_dataset("nyu-mll/glue", "rte"), Encoder(tokenizer), vocab_size=250_002).tokens
+
+`datasets.Dataset`s are read in their Arrow buffers, without a copy; all else is read row by row.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from operator import add
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from pema_adapters.errors import VocabularyError
+from pema_adapters.reading.kinds import is_a, is_iterable, length, progress_bar, same_random_state, walk
+from pema_adapters.reading.text import Encoder
+from pema_adapters.reading.values import Integers, NotIdsError, integers
+from pema_adapters.vocabulary import DEFAULT_COLUMNS, PartialVocabulary, checked_vocab_size
+
+BLOCK = 1 << 16  # ids marked at a time: 512 KB as int64, so that checking and marking find them in the cache
+BATCH = 1_000  # rows asked for at a time, where a transform or a stream makes them
+
+Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. ("data[1]", "split 'train'")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found: the ids of K rows, the number of tokens read, and the columns they came from."""
+
+    vocabulary: PartialVocabulary
+    tokens: int
+    columns: tuple[str, ...]
+
+
+def scan(
+    data: Any,
+    *,
+    vocab_size: int,
+    columns: Collection[str] = DEFAULT_COLUMNS,
+    optional: Collection[str] = (),
+    progress: bool | None = None,
+) -> Scan:
+    """Scan tokenized data; arguments and errors are those of `PartialVocabulary.from_dataset`.
+
+    Rows that a data set picks more than once (through its indices mapping) are read and counted once.
+    """
+    columns = (columns,) if isinstance(columns, str) else tuple(columns)
+    scanner = _Scanner(Bitmap(checked_vocab_size(vocab_size)), columns)
+    with progress_bar(length(data), progress) as bar, same_random_state(data):
+        scanner.advance = bar.update
+        scanner.any(data, ())
+    return scanner.result(optional)
+
+
+def scan_text(data: Any, encoder: Encoder, *, vocab_size: int, progress: bool | None = None) -> Scan:
+    """Tokenize text, a batch at a time, and scan the ids; nothing is stored.
+
+    Args:
+        data: a `datasets.Dataset` or `IterableDataset` with columns of text, or a dict of them. Where the columns
+            are not named, splits that hold `input_ids` already are scanned as they are.
+        encoder: the tokenizer, the columns of text, and where to truncate.
+        vocab_size: V, the rows of the embedding.
+        progress: as for `scan`.
+
+    Raises:
+        VocabularyError: no such text columns (the message lists what is there), or an id outside [0, V).
+    """
+    splits = data if isinstance(data, Mapping) else {"text": data}
+    encoded = {str(name): encoder.encoded(split, str(name)) for name, split in splits.items()}
+    encoder.check()
+    scanner = _Scanner(Bitmap(checked_vocab_size(vocab_size)), tuple(encoder.used) or DEFAULT_COLUMNS)
+    with progress_bar(length(data), progress) as bar:
+        scanner.advance = bar.update
+        for name, split in encoded.items():
+            scanner.any(split, (name,))
+    return scanner.result(optional=DEFAULT_COLUMNS)
+
+
+class Bitmap:
+    """Which of V ids were seen, and how many tokens went in."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
+        self.tokens = 0
+        self._index = np.empty(BLOCK, dtype=np.intp)
+
+    def mark(self, ids: Integers, skip_negative: bool) -> int | None:
+        """Mark 1-D ids of any integer type; at the first block with an id outside [0, V), return that id."""
+        for start in range(0, len(ids), BLOCK):
+            block = ids[start : start + BLOCK]
+            if not self._fits(block):
+                block = block[block >= 0] if skip_negative else block
+                if not self._fits(block):
+                    return int(block[(block < 0) | (block >= len(self.seen))][0])
+            index = self._index[: len(block)]
+            index[...] = block  # casting within the cache is faster than leaving the cast to the next line
+            self.seen[index] = True
+            self.tokens += len(block)
+        return None
+
+    def _fits(self, block: Integers) -> bool:
+        """One pass for both bounds: read as unsigned, a negative number is larger than any V."""
+        return not block.size or int(block.view(f"u{block.itemsize}").max()) < len(self.seen)
+
+
+@dataclass
+class _Scanner:
+    """Walks any data down to integers and marks them; remembers which columns there were."""
+
+    bitmap: Bitmap
+    columns: tuple[str, ...]
+    advance: Callable[[int], Any] = bool  # told how many rows were read
+    found: set[str] = field(default_factory=set)
+    present: dict[str, None] = field(default_factory=dict)  # every column there was, in order
+
+    def any(self, data: Any, where: Where) -> None:
+        if is_a(data, "datasets", "Dataset"):
+            self.dataset(data, where or ((f"split {str(data.split)!r}",) if data.split else ()))
+        elif isinstance(data, Mapping) and self.is_splits(data):
+            for name, part in data.items():
+                self.any(part, (*where, f"split {str(name)!r}"))
+        elif isinstance(data, Mapping):
+            self.row(data, where, partial(_row_of_batch, 0))
+        elif is_a(data, "datasets", "IterableDataset") and data.features is not None:
+            for number, table in enumerate(data.with_format("arrow").iter(BATCH)):
+                self.table(table, where, partial(add, number * BATCH))
+        else:
+            self.items(data, where)
+
+    def dataset(self, data: Any, where: Where) -> None:
+        """A `datasets.Dataset`: below every format but a transform lies the same table."""
+        if data.format["type"] == "custom":
+            for start in range(0, len(data), BATCH):
+                self.row(data[start : start + BATCH], where, partial(_row_of_batch, start))
+                self.advance(BATCH)
+            return
+        from pema_adapters.reading import arrow
+
+        indices = None if data._indices is None else data._indices.column(0)
+        picked = arrow.picked_rows(indices, data.data.num_rows)
+        self.table(data.data, where, partial(arrow.picked_as, indices), picked)
+
+    def table(self, table: Any, where: Where, number_of: Callable[[int], int], picked: Any = None) -> None:
+        """An Arrow table; `number_of` turns its rows' positions into the numbers that the caller knows."""
+        from pema_adapters.reading import arrow
+
+        for order, name in enumerate(self.columns_in(table.column_names)):
+            column = table.column(table.column_names.index(name))
+            if not arrow.is_integers(column.type):
+                self.refuse_type((*where, f"column {name!r}"), f"type {column.type}")
+            for piece in arrow.pieces(column, picked):
+                if (wrong := self.wrong_id(piece.array, name)) is not None:
+                    row = arrow.first_row(piece.array, lambda part: self.wrong_id(part, name) is not None)  # noqa: B023
+                    self.refuse_id((*where, f"column {name!r}", f"row {number_of(piece.row_of(row))}"), wrong)
+                self.advance(0 if order else len(piece.array))
+
+    def wrong_id(self, array: Any, column: str) -> int | None:
+        """Mark the integers of an Arrow array; return the first id that does not fit, if any."""
+        from pema_adapters.reading import arrow
+
+        for ids in arrow.integers(array):
+            if (wrong := self.bitmap.mark(ids, _is_labels(column))) is not None:
+                return wrong
+        return None
+
+    def items(self, data: Any, where: Where) -> None:
+        """Any iterable of rows, batches, or further data sets."""
+        for number, item in enumerate(walk(data, ", ".join(where) or "data")):
+            if isinstance(item, Mapping) and not self.is_splits(item):
+                self.row(item, where, partial(_item, number))
+            else:
+                self.any(item, (*where[:-1], f"{where[-1] if where else 'data'}[{number}]"))
+            self.advance(1)
+
+    def row(self, row: Mapping[str, Any], where: Where, place: Callable[[int | None], str]) -> None:
+        """One row or batch; `place` names it, or given a position, the row in the batch."""
+        for name in self.columns_in(row.keys()):
+            try:
+                for position, ids in integers(row[name]):
+                    if (wrong := self.bitmap.mark(ids.reshape(-1), _is_labels(name))) is not None:
+                        row_of_array = int(np.nonzero(ids == wrong)[0][0]) if ids.ndim > 1 else None
+                        at = place(row_of_array if position is None else position)
+                        self.refuse_id((*where, f"column {name!r}", at), wrong)
+            except NotIdsError as error:
+                self.refuse_type((*where, f"column {name!r}", place(None)), str(error))
+
+    def is_splits(self, data: Mapping[Any, Any]) -> bool:
+        """Whether a mapping is a dict of splits rather than a row or a batch."""
+        if any(column in data for column in self.columns):
+            return False
+        return bool(data) and all(self.holds_rows(part) for part in data.values())
+
+    def holds_rows(self, part: Any) -> bool:
+        if isinstance(part, Mapping):
+            return any(column in part for column in self.columns) or self.is_splits(part)
+        if isinstance(part, (list, tuple)):
+            return bool(part) and self.holds_rows(part[0])
+        return not isinstance(part, (str, bytes)) and not hasattr(part, "__array__") and is_iterable(part)
+
+    def columns_in(self, names: Collection[str]) -> list[str]:
+        if not self.present.keys() >= set(names):
+            self.present.update(dict.fromkeys(names))
+            self.found.update(column for column in self.columns if column in self.present)
+        return [column for column in self.columns if column in names]
+
+    def result(self, optional: Collection[str]) -> Scan:
+        """What was found; refused where a column that must exist was nowhere."""
+        defaults = DEFAULT_COLUMNS if set(DEFAULT_COLUMNS) <= set(self.columns) else ()
+        missing = [name for name in self.columns if name not in {*self.found, *optional, *defaults}]
+        if missing or not self.found:
+            self.refuse_columns(missing or self.columns)
+        vocabulary = PartialVocabulary(np.flatnonzero(self.bitmap.seen), len(self.bitmap.seen))
+        return Scan(vocabulary, self.bitmap.tokens, tuple(name for name in self.columns if name in self.found))
+
+    def refuse_columns(self, missing: Collection[str]) -> NoReturn:
+        there = ", ".join(map(repr, self.present)) or "no rows at all (a generator that was used up already?)"
+        raise VocabularyError(
+            f"no column {', '.join(map(repr, missing))} anywhere in the data; found: {there}; tokenize first, "
+            "data = data.map(lambda row: tokenizer(row['text'])), or name the columns that hold token ids, "
+            "columns=('input_ids', ...)"
+        )
+
+    def refuse_id(self, where: Where, wrong: int) -> NoReturn:
+        size = len(self.bitmap.seen)
+        raise VocabularyError(
+            f"{', '.join(where)}: token id {wrong} is outside the embedding, whose V = {size:,} rows are 0 "
+            f"to {size - 1:,}; {_NEGATIVE if wrong < 0 else _TOO_LARGE}"
+        )
+
+    def refuse_type(self, where: Where, found: str) -> NoReturn:
+        raise VocabularyError(
+            f"{', '.join(where)}: found {found}, expected token ids, which are integers or lists of "
+            "them; tokenize text first, cast numbers with dataset.cast_column, or name other columns, columns=(...)"
+        )
+
+
+_NEGATIVE = (
+    "negative ids are skipped only in columns that end in 'labels': take this column out of columns=(...), "
+    "or put the pad token's id in place of the negative ones"
+)
+_TOO_LARGE = (
+    "was the text tokenized with another model's tokenizer, or were tokens added without "
+    "model.resize_token_embeddings(len(tokenizer))?"
+)
+
+
+def _is_labels(column: str) -> bool:
+    return column.endswith("labels")
+
+
+def _item(number: int, row: int | None) -> str:
+    return f"row {number}" if row is None else f"item {number}, row {row} of it"
+
+
+def _row_of_batch(start: int, row: int | None) -> str:
+    return f"row {start + (row or 0)}"

@@ -1,0 +1,1 @@
+"""The half that trains: torch, Transformers and adapters. It shares nothing with the merging half but `formats`."""

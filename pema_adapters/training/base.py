@@ -1,0 +1,186 @@
+"""Finding the base of a model: the checkpoint on disk that it was loaded from, or else the model itself as it is now.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pema_adapters.errors import FormatError
+from pema_adapters.formats.checkpoint import Checkpoint, match
+from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows
+from pema_adapters.training import _upstream
+from pema_adapters.training.base_rows import TORCH_DTYPES, BaseRows, blocks
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was before training: its rows, and the fingerprint that an artifact will carry."""
+
+    matrix: BaseRows
+    fingerprint: Fingerprint
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        """Base rows [n, d] of `token_ids` [n], on the CPU."""
+        return self.matrix.rows(token_ids)
+
+    def fingerprint_for(self, token_ids: Tensor) -> Tensor:
+        """The fingerprint of this base as an artifact with rows for `token_ids` [K] carries it: uint8 [n]."""
+        return refit(self.fingerprint, token_ids, self.rows)
+
+    def __deepcopy__(self, memo: object) -> Base:
+        return self
+
+
+def refit(fingerprint: Fingerprint, token_ids: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same base, for other `token_ids` [K], as uint8 [n]; `rows` gives base rows [n, d] for ids [n]."""
+    ids = token_ids.cpu().numpy()
+    old = ids[ids < fingerprint.base_vocab_size]
+    digest = digest_rows(lambda some: _float32(rows(torch.from_numpy(some))), old)
+    return torch.from_numpy(replace(fingerprint, rows=digest).to_array().copy())
+
+
+def find_base(model: nn.Module, weight: Tensor, embedding: str) -> Base:
+    """The base of `model`, whose embedding matrix `weight` [V, d] has the name `embedding` within the base model.
+
+    The checkpoint is taken only if every row of it and samples of the other tensors are what the model holds now (in
+    the dtype of the model). Otherwise the matrix goes to a spill file, and the model as it is now is the base.
+    """
+    live = LiveModel(model, embedding)
+    checkpoint = find_checkpoint(model)
+    if checkpoint is not None:
+        base = _from_checkpoint(checkpoint, live, weight)
+        if base is not None:
+            return base
+        logger.warning(
+            "the model differs from its checkpoint in %s: the model as it is now is taken as the base, "
+            "so merge into a checkpoint of it (save_pretrained)", checkpoint.folder,
+        )  # fmt: skip
+    names = [name for name in live.shapes() if name != embedding]
+    fingerprint = _take(live, embedding, live.prefix, weight.shape[0], names)
+    logger.info("base rows: %.0f MB spilled to a file in the temporary folder", weight.nbytes / 1e6)
+    return Base(BaseRows.spill(weight), fingerprint)
+
+
+def find_checkpoint(model: Any) -> Checkpoint | None:
+    """The safetensors checkpoint that `model` was loaded from: a local folder or a snapshot in the Hub cache."""
+    folder = _checkpoint_folder(str(model.name_or_path or ""), getattr(model.config, "_commit_hash", None))
+    if folder is None:
+        return None
+    try:
+        return Checkpoint.open(folder)
+    except FormatError:
+        return None
+
+
+def _checkpoint_folder(name: str, commit: str | None) -> Path | None:
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            cached = try_to_load_from_cache(name, file, revision=commit)
+        except HFValidationError:
+            return None
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return None
+
+
+class LiveModel:
+    """The base model's tensors as they are in memory, as a `formats.fingerprint.TensorSource`."""
+
+    def __init__(self, model: Any, embedding: str) -> None:
+        self.prefix = str(model.base_model_prefix or "")
+        self.embedding = embedding
+        added = _upstream.adapter_tensor_names(model)
+        matrix = model.base_model.state_dict()[embedding]
+        self._tensors: dict[str, Tensor] = {
+            name: tensor
+            for name, tensor in model.base_model.state_dict().items()
+            if name not in added and (name == embedding or tensor.data_ptr() != matrix.data_ptr())
+        }
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Names within the base model, and shapes."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def rows(self, name: str, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Rows [n, d] as float32."""
+        return _float32(self._tensors[name][torch.from_numpy(ids).long().to(self._tensors[name].device)])
+
+    def values(self, name: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Values [n] at flat positions [n] as float32."""
+        flat = self._tensors[name].reshape(-1)
+        return _float32(flat[torch.from_numpy(positions).to(flat.device)])
+
+    def agrees(self, name: str, positions: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> bool:
+        """Whether float32 `values` [n] of a checkpoint, loaded in this model's dtype, are what it holds."""
+        loaded = torch.from_numpy(values).to(self._tensors[name].dtype)
+        return np.array_equal(self.values(name, positions), _float32(loaded), equal_nan=True)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in memory."""
+        return self._tensors[name].dtype
+
+
+def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> Base | None:
+    stored = match(checkpoint.tensors, live.prefix)
+    if live.embedding not in stored:
+        return None
+    tensor = checkpoint.tensors[stored[live.embedding]]
+    rows = _same_rows(weight, tensor)
+    common = {name: stored[name] for name in live.shapes() if name in stored and name != live.embedding}
+    if rows is None or not all(_same_samples(checkpoint, file_name, live, name) for name, file_name in common.items()):
+        return None
+    fingerprint = _take(checkpoint, tensor.name, live.prefix, weight.shape[0], list(common.values()))
+    return Base(rows, fingerprint)
+
+
+def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
+    """The rows of the checkpoint, if they are the first of `weight` [V, d]; the rest were added by a resize."""
+    fits = len(tensor.shape) == 2 and tensor.shape[0] <= weight.shape[0] and tensor.shape[1] == weight.shape[1]
+    if not fits or tensor.dtype not in TORCH_DTYPES:
+        return None
+    count = tensor.shape[0]
+    on_disk = BaseRows.of(tensor)
+    for ours, theirs in zip(blocks(weight[:count], on_disk.block_rows), on_disk.blocks(), strict=True):
+        if not torch.equal(ours, theirs.to(ours.dtype)):
+            return None
+    added = weight[count:].detach().cpu().clone() if weight.shape[0] > count else None
+    return BaseRows.of(tensor, added)
+
+
+def _same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name: str) -> bool:
+    shape = live.shapes()[name]
+    if checkpoint.shapes()[file_name] != shape or not live.dtype(name).is_floating_point:
+        return True  # quantised in memory, say: the fingerprint will hold the checkpoint's own bytes
+    positions = np.unique(np.linspace(0, max(0, int(np.prod(shape)) - 1), SAMPLES, dtype=np.int64))
+    if not int(np.prod(shape)):
+        return True
+    return live.agrees(name, positions, checkpoint.values(file_name, positions))
+
+
+def _take(source: TensorSource, embedding: str, prefix: str, vocab_size: int, names: list[str]) -> Fingerprint:
+    return Fingerprint.take(
+        source, embedding=embedding, prefix=prefix, vocab_size=vocab_size, token_ids=np.empty(0, np.int32), names=names
+    )
+
+
+def _float32(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.detach().cpu().float().numpy()

@@ -1,0 +1,157 @@
+"""PEMA as adapters sees it: a child of the base model that holds, for each adapter, the rows it trains."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from adapters.methods.adapter_layer_base import AdapterLayerBase
+from torch import Tensor, nn
+
+from pema_adapters.errors import SurgeryError
+from pema_adapters.formats.fingerprint import Fingerprint
+from pema_adapters.training import _upstream
+from pema_adapters.training.base import refit
+from pema_adapters.training.config import PEMAConfig
+from pema_adapters.training.embedding import PartialEmbedding, PartialRows, convert_all
+
+
+class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
+    """The rows of every adapter with PEMA.
+
+    adapters saves, loads, deletes, averages and freezes what is in `adapters`.
+    """
+
+    adapter_modules_name = "adapters"
+    location_key = _upstream.METHOD
+
+    def __init__(self, adapters_config: Any, embedding: PartialEmbedding) -> None:
+        super().__init__()
+        self.adapters_config = adapters_config
+        self.adapters = nn.ModuleDict()
+        self._embedding = (embedding,)  # in a tuple: the embedding is no submodule of this layer
+
+    @property
+    def embedding(self) -> PartialEmbedding:
+        """The embedding that the rows lie over."""
+        return self._embedding[0]
+
+    def rows_of(self, adapter_name: str) -> PartialRows:
+        """The rows of one adapter."""
+        return cast(PartialRows, self.adapters[adapter_name])
+
+    def with_rows(self) -> list[str]:
+        """The names of the adapters that have a vocabulary."""
+        return [name for name in self.adapters if len(self.rows_of(name))]
+
+    def add_adapter(self, adapter_name: str, layer_idx: int) -> bool:
+        """Make room for an adapter, if its config has PEMA; it has no rows yet. Returns whether it has."""
+        config = self.adapters_config.match(adapter_name, PEMAConfig)
+        if config is None:
+            return False
+        weight = self.embedding.weight
+        rows = PartialRows(
+            self.embedding.num_embeddings, weight.shape[1], weight.device, weight.dtype, config["unseen"]
+        )
+        rows.train(self.training)
+        self.adapters[adapter_name] = rows
+        return True
+
+    def active_rows(self) -> PartialRows | None:
+        """The rows of the active adapter, None where no active adapter has PEMA.
+
+        Raises: SurgeryError if several have.
+        """
+        setup = self.get_active_setup()  # type: ignore[operator]
+        if setup is None:
+            return None
+        names = sorted(name for name in setup.flatten() if name in self.adapters)
+        if len(names) > 1:
+            raise SurgeryError(
+                f"adapters {', '.join(names)} are active together and each has embedding rows of its own: "
+                "activate one of them, or average them with average_adapter"
+            )
+        if not names:
+            return None
+        rows = self.rows_of(names[0])
+        if self.training and not len(rows):
+            raise SurgeryError(no_vocabulary(names[0]))
+        return rows
+
+    def enable_adapters(self, adapter_setup: Any, unfreeze_adapters: bool, unfreeze_fusion: bool) -> None:
+        """Unfreeze the rows of the adapters to train. Raises: SurgeryError where one has no vocabulary yet."""
+        for name in sorted(adapter_setup.flatten()):
+            if unfreeze_adapters and name in self.adapters and name not in self.with_rows():
+                raise SurgeryError(no_vocabulary(name))
+        super().enable_adapters(adapter_setup, unfreeze_adapters, unfreeze_fusion)
+
+    def average_adapter(
+        self, adapter_name: str, input_adapters: dict[str, float], combine_strategy: str, **kwargs: Any
+    ) -> bool:
+        """Add the weighted sum of adapters over the union of their vocabularies; missing rows are base rows."""
+        if not self.add_adapter(adapter_name, -1):
+            return False
+        if combine_strategy != "linear":
+            raise ValueError(f'combine_strategy {combine_strategy!r} cannot average PEMA rows, expected "linear"')
+        tables = [(self.rows_of(name), share) for name, share in input_adapters.items()]
+        token_ids = torch.unique(torch.cat([rows.token_ids for rows, _ in tables]))
+        base_rows = self.embedding.rows(token_ids)
+        average = torch.zeros_like(base_rows)
+        for rows, share in tables:
+            average += share * _rows_over(base_rows, token_ids, rows)
+        fingerprint = Fingerprint.from_array(tables[0][0].fingerprint.cpu().numpy())
+        self.rows_of(adapter_name).set_rows(token_ids, average, refit(fingerprint, token_ids, self.embedding.rows))
+        return True
+
+
+def attach(base_model: Any) -> PEMALayer:
+    """The `PEMALayer` of `base_model`, made at the first adapter with PEMA.
+
+    Raises: SurgeryError if there cannot be one.
+    """
+    layer = _upstream.pema_layer(base_model)
+    if layer is not None:
+        return layer  # type: ignore[no-any-return]
+    embedding = input_embedding(base_model)
+    if not base_model.add_base_adapters:
+        raise SurgeryError(
+            f"{type(base_model).__name__} is made of submodels and has no adapters of its own, so PEMA does not apply: "
+            "add the adapter to the text model inside it"
+        )
+    owner = convert_all(base_model, embedding)
+    layer = PEMALayer(base_model.adapters_config, owner)
+    layer.train(base_model.training)
+    owner.set_overlay(layer)
+    base_model.add_module(_upstream.METHOD, layer)
+    return layer
+
+
+def input_embedding(model: Any) -> nn.Embedding:
+    """The token embedding of `model`. Raises: SurgeryError where it has none that PEMA can change."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(embedding, nn.Embedding):
+        raise SurgeryError(
+            f"{type(model).__name__} has no token embedding (found {type(embedding).__name__}, expected "
+            "torch.nn.Embedding), so PEMA does not apply to it"
+        )
+    if embedding.max_norm is not None:
+        raise SurgeryError(f"{type(model).__name__} renormalises its embedding (max_norm), which PEMA does not support")
+    return embedding
+
+
+def no_vocabulary(adapter_name: str) -> str:
+    """The message for an adapter that is to train without a vocabulary: it shows the call to make."""
+    return (
+        f"adapter {adapter_name!r} has PEMA but no vocabulary yet: call "
+        f'pema_adapters.shrink_embeddings(model, "{adapter_name}", dataset) with the tokenized training data first'
+    )
+
+
+def _rows_over(base_rows: Tensor, token_ids: Tensor, rows: PartialRows) -> Tensor:
+    """`base_rows` [n, d] of `token_ids` [n] with the rows of an adapter in their places."""
+    merged = base_rows.clone()
+    merged[torch.searchsorted(token_ids, rows.token_ids)] = rows.weight.detach()
+    return merged

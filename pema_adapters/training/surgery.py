@@ -1,0 +1,236 @@
+"""Putting the partial embedding in the place of the full one, and back (the paper's section 4, before and after)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from adapters import ConfigUnion
+from torch import Tensor, nn
+
+from pema_adapters.errors import SurgeryError, VocabularyError
+from pema_adapters.training import _upstream
+from pema_adapters.training.base import Base, find_base
+from pema_adapters.training.config import PEMAConfig
+from pema_adapters.training.embedding import PartialEmbedding, RowTable, convert_all, revert, sites
+from pema_adapters.training.layer import input_embedding
+from pema_adapters.vocabulary import DEFAULT_COLUMNS, PartialVocabulary
+
+INSERTED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+"""Config entries with ids that a model or a collator inserts by itself."""
+
+
+def shrink_embeddings(model: Any, adapter_name: str | None, vocabulary: Any) -> PartialVocabulary:
+    """Keep only the rows of `vocabulary` in memory, as the trainable rows [K, d] of adapter `adapter_name`.
+
+    The model computes the same function as before; original token ids go in. The full matrix [V, d] is let go: other
+    rows are read from the checkpoint on disk when they are needed. Rows that the adapter has already are kept.
+
+    Args:
+        model: a Transformers model with adapters (`adapters.init` or AutoAdapterModel); changed in place.
+        adapter_name: an adapter with a `PEMAConfig`; None for full fine-tuning without adapters.
+        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one (see `PartialVocabulary.from_dataset`).
+
+    Returns:
+        The vocabulary in use: with the ids that the model inserts itself (pad, bos, eos, decoder start), and rows that
+        `resize_token_embeddings` added to the checkpoint's.
+
+    Raises:
+        SurgeryError: no such adapter, no PEMA in it, no token embedding, or an output head tied to the embedding.
+        VocabularyError: a vocabulary of another size than the model's V, or data that cannot be scanned.
+    """
+    embedding = input_embedding(model)
+    holder = None if adapter_name is None else _rows_of(model, adapter_name)
+    _refuse_tied_heads(model, embedding)
+    used = _complete(model, embedding.num_embeddings, vocabulary)
+    base = _base_of(model, embedding)
+    owner = convert_all(model, embedding)
+    target: RowTable = owner if holder is None else holder
+    used = used | _already_in(target, owner, base, used.vocab_size)
+    token_ids = torch.from_numpy(used.token_ids.copy())
+    rows = _current_rows(target, owner, token_ids)
+    fingerprint = base.fingerprint_for(token_ids)
+    if not owner.is_shrunk:
+        owner.shrink(base)
+    target.set_rows(token_ids, rows, fingerprint)
+    if holder is not None:
+        _drop_untrained(owner, base)
+    return used
+
+
+def restore_embeddings(model: Any) -> None:
+    """Back to a full embedding [V, d] with the active adapter's rows written in; its PEMA part is gone.
+
+    After full fine-tuning the trained rows are written in; with no PEMA adapter active the matrix is the base's, and
+    the adapters keep their rows. An adapter that had nothing but PEMA is deleted. A model that was never shrunk is
+    left alone.
+
+    Raises:
+        SurgeryError: other adapters have rows of their own, which lie over the base and not over the matrix to be.
+    """
+    embedding = input_embedding(model)
+    if not isinstance(embedding, PartialEmbedding):
+        return
+    owner, layer = embedding.owner, _upstream.pema_layer(model)
+    name = _active_name(layer)
+    _refuse_other_rows(layer, name)
+    matrix = _full_matrix(owner)
+    if name is not None:
+        active = layer.adapters[name]
+        matrix[active.token_ids.long()] = active.weight.detach()
+    owner.restore(matrix)
+    if name is not None:
+        _drop_pema_part(model, name)
+    if layer is None or not len(layer.adapters):
+        _detach(model, owner)
+
+
+def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
+    """Raise SurgeryError where `resize_token_embeddings` would work on a few rows as if they were the matrix."""
+    try:
+        embedding = input_embedding(model)
+    except SurgeryError:
+        return
+    layer = _upstream.pema_layer(model)
+    partial = isinstance(embedding, PartialEmbedding) and embedding.is_shrunk
+    if new_num_tokens in (None, embedding.num_embeddings) or not (partial or (layer and layer.with_rows())):
+        return
+    raise SurgeryError(
+        f"resize_token_embeddings to {new_num_tokens}: the model holds PEMA rows of a vocabulary of "
+        f"{embedding.num_embeddings}: resize before shrink_embeddings, or call restore_embeddings(model) first"
+    )
+
+
+def _rows_of(model: Any, adapter_name: str) -> RowTable:
+    if not _upstream.has_adapters_support(model):
+        raise SurgeryError(
+            f"{type(model).__name__} has no adapters yet: call adapters.init(model) and "
+            f'model.add_adapter("{adapter_name}", config=PEMAConfig()) first (or use load_model for full fine-tuning)'
+        )
+    known = list(model.adapters_config.adapters)
+    if adapter_name not in known:
+        raise SurgeryError(
+            f"no adapter {adapter_name!r} on this model (found: {', '.join(known) or 'none'}): "
+            f'call model.add_adapter("{adapter_name}", config=PEMAConfig()) first'
+        )
+    if model.adapters_config.match(adapter_name, PEMAConfig) is None:
+        raise SurgeryError(
+            f"adapter {adapter_name!r} has no PEMA in its config: add it with "
+            f'model.add_adapter("{adapter_name}", config=ConfigUnion(PEMAConfig(), ...))'
+        )
+    return _upstream.pema_layer(model).adapters[adapter_name]  # type: ignore[no-any-return]
+
+
+def _refuse_tied_heads(model: nn.Module, embedding: nn.Embedding) -> None:
+    """A head that shares the matrix needs all V rows: it cannot stay the same function on K."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        if any(parameter is embedding.weight for parameter in module._parameters.values()):
+            raise SurgeryError(
+                f"the head {name!r} ({type(module).__name__}) is tied to the input embedding and needs all "
+                f"{embedding.num_embeddings} rows: a tied output head cannot be shrunk without changing the model's "
+                "output; use a model class without it (…ForSequenceClassification, …ForTokenClassification, …)"
+            )
+
+
+def _complete(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
+    if not isinstance(vocabulary, PartialVocabulary):
+        labels = () if model.get_output_embeddings() is None else ("labels",)
+        vocabulary = PartialVocabulary.from_dataset(
+            vocabulary, vocab_size=vocab_size, columns=(*DEFAULT_COLUMNS, *labels), optional=labels
+        )
+    if vocabulary.vocab_size != vocab_size:
+        raise VocabularyError(
+            f"the vocabulary is of {vocabulary.vocab_size} tokens, but {type(model).__name__} has {vocab_size} "
+            f"embedding rows: make it with vocab_size={vocab_size}"
+        )
+    used: PartialVocabulary = vocabulary | PartialVocabulary(_inserted_ids(model.config, vocab_size), vocab_size)
+    return used
+
+
+def _inserted_ids(config: Any, vocab_size: int) -> list[int]:
+    values = [getattr(config, name, None) for name in INSERTED_IDS]
+    flat = [one for value in values for one in (value if isinstance(value, Iterable) else [value])]
+    return [one for one in flat if isinstance(one, int) and 0 <= one < vocab_size]
+
+
+def _base_of(model: Any, embedding: nn.Embedding) -> Base:
+    if isinstance(embedding, PartialEmbedding) and isinstance(embedding.owner.base, Base):
+        return embedding.owner.base
+    name = next(iter(sites(model.base_model, embedding)))
+    return find_base(model, embedding.weight, f"{name}.weight")
+
+
+def _already_in(target: RowTable, owner: PartialEmbedding, base: Base, vocab_size: int) -> PartialVocabulary:
+    """Ids that need a row of their own whatever the data say: rows there are, and rows that no checkpoint has."""
+    tables = [table.token_ids for table in (target, owner) if table.token_ids is not None]
+    added = torch.arange(base.matrix.file_rows, vocab_size)
+    return PartialVocabulary(torch.cat([*(ids.cpu() for ids in tables), added]).numpy(), vocab_size)
+
+
+def _current_rows(target: RowTable, owner: PartialEmbedding, token_ids: Tensor) -> Tensor:
+    """The rows [K, d] of `token_ids` as the target has them, else as the embedding has."""
+    rows = owner.rows(token_ids).clone()
+    if target is not owner and target.token_ids is not None and len(target.token_ids):
+        places = torch.searchsorted(token_ids.to(rows.device), target.token_ids.long())
+        rows[places] = target.weight.detach()
+    return rows
+
+
+def _drop_untrained(owner: PartialEmbedding, base: Base) -> None:
+    """Own rows (of `load_model`) that are still the base's need no place in memory once an adapter has them."""
+    if owner.token_ids is None:
+        return
+    ids = owner.token_ids.cpu().long()
+    if torch.equal(base.rows(ids).to(owner.weight.dtype), owner.weight.detach().cpu()):
+        owner.token_ids = owner.fingerprint = None
+        owner.shrink(base)
+
+
+def _active_name(layer: Any) -> str | None:
+    rows = None if layer is None else layer.active_rows()
+    return next((name for name, table in layer.adapters.items() if table is rows), None) if rows is not None else None
+
+
+def _refuse_other_rows(layer: Any, active: str | None) -> None:
+    others = [name for name in layer.with_rows() if name != active] if layer is not None and active else []
+    if others:
+        raise SurgeryError(
+            f"writing the rows of {active!r} into the matrix would change what lies under the rows of "
+            f"{', '.join(others)}: save and delete those adapters first, or deactivate {active!r}"
+        )
+
+
+def _full_matrix(owner: PartialEmbedding) -> Tensor:
+    """The matrix [V, d] in memory, own rows written in."""
+    if not isinstance(owner.base, Base):
+        return owner.weight.data
+    weight = owner.weight
+    matrix = torch.empty(owner.num_embeddings, owner.embedding_dim, dtype=weight.dtype, device=weight.device)
+    first = 0
+    for block in owner.base.matrix.blocks():
+        matrix[first : first + len(block)] = block.to(weight.dtype)
+        first += len(block)
+    if owner.token_ids is not None:
+        matrix[owner.token_ids.long()] = weight.detach()
+    return matrix
+
+
+def _drop_pema_part(model: Any, name: str) -> None:
+    config = model.adapters_config.get(name)
+    rest = [part for part in getattr(config, "configs", ()) if not isinstance(part, PEMAConfig)]
+    if not rest:
+        model.delete_adapter(name)
+        return
+    _upstream.pema_layer(model).delete_adapter(name)
+    _upstream.replace_adapter_config(model, name, rest[0] if len(rest) == 1 else ConfigUnion(*rest))
+
+
+def _detach(model: Any, owner: PartialEmbedding) -> None:
+    """Leave no trace: plain embeddings, and no layer."""
+    if _upstream.pema_layer(model) is not None:
+        delattr(model.base_model, _upstream.METHOD)
+    for module in list(sites(model, owner).values()):
+        revert(module)  # type: ignore[arg-type]

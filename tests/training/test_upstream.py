@@ -1,0 +1,98 @@
+"""The contract with adapters and transformers: every private name, signature and behaviour that `_upstream` relies on.
+
+A failure here says which version broke what; nothing else in the package touches their private names.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+from pathlib import Path
+
+import adapters
+import pytest
+import transformers
+from adapters.loading import AdapterLoader
+from adapters.methods.adapter_layer_base import AdapterLayerBase
+
+import pema_adapters
+from pema_adapters.training import _upstream
+
+PACKAGE = Path(pema_adapters.__file__).parent
+VERSIONS = {name: importlib.metadata.version(name) for name in ("adapters", "transformers")}
+
+SIGNATURES = {
+    ("adapters.configuration.adapter_config", "AdapterConfig._get_config_class"): ["config_dict"],
+    ("adapters.interface", "AdapterMethod.get_from_config"): ["config"],
+    ("adapters.model_mixin", "ModelAdaptersMixin._add_adapter_weights"): ["self", "adapter_name"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.get_adapter"): ["self", "name"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.supports_adapter"): ["self", "type_or_config"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.adapter_summary"): ["self", "as_dict"],
+    ("transformers.trainer", "Trainer._save_checkpoint"): ["self", "model", "trial"],
+}
+
+
+def find(module, dotted):
+    found = importlib.import_module(module)
+    for part in dotted.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(("module", "name"), SIGNATURES)
+def test_patched_functions_have_the_signature_we_know(module, name):
+    signature = list(inspect.signature(inspect.unwrap(find(module, name))).parameters)
+    assert signature == SIGNATURES[module, name], f"{module}.{name} changed: {VERSIONS}"
+
+
+def test_save_pretrained_takes_a_state_dict_and_resize_a_number():
+    save = inspect.signature(inspect.unwrap(transformers.PreTrainedModel.save_pretrained)).parameters
+    assert list(save)[:2] == ["self", "save_directory"] and save["state_dict"].default is None, VERSIONS
+    resize = inspect.signature(inspect.unwrap(transformers.PreTrainedModel.resize_token_embeddings)).parameters
+    assert list(resize)[:2] == ["self", "new_num_tokens"], VERSIONS
+
+
+def test_the_base_model_s_children_are_managed_by_the_library():
+    managed = {"add_adapter", "average_adapter", "delete_adapter", "enable_adapters", "freeze_adapter", "get_adapter"}
+    assert managed <= set(vars(AdapterLayerBase)), VERSIONS
+    source = inspect.getsource(adapters.ModelAdaptersMixin.apply_to_basemodel_childs)
+    assert "add_base_adapters" in source and "AdapterLayerBase" in source, VERSIONS
+
+
+def test_saved_keys_are_chosen_by_the_adapter_s_path(case):
+    model = case.with_adapters()
+    chosen = AdapterLoader(model).filter_func("task")
+    assert chosen("bert.pema.adapters.task.weight"), VERSIONS
+    assert not chosen("bert.pema.adapters.task2.weight"), VERSIONS
+
+
+def test_every_patch_is_there_and_is_applied_once():
+    for name, patch in _upstream._PATCHES.items():
+        module = importlib.import_module(name)
+        before = [vars(owner).get(attribute) for owner, attribute, _ in _upstream._originals]
+        patch(module)
+        assert [vars(owner).get(attribute) for owner, attribute, _ in _upstream._originals] == before
+
+
+def test_patches_are_undone_and_done_again():
+    wrapped = [(owner, name) for owner, name, _ in _upstream._originals]
+    assert len(wrapped) == 9
+    _upstream.unpatch()
+    try:
+        assert not any(getattr(getattr(owner, name), "_pema", False) for owner, name in wrapped)
+    finally:
+        for name in _upstream._PATCHES:
+            _upstream.patch(importlib.import_module(name))
+    assert all(getattr(getattr(owner, name), "_pema", False) for owner, name in wrapped)
+
+
+def test_no_other_module_touches_private_names():
+    def private_imports(path):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("adapters", "transformers"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                yield from (name for name in names if name.startswith("_"))
+
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "_upstream.py":
+            assert list(private_imports(path)) == [], path
