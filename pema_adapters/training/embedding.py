@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pema_adapters.errors import TokenRangeError, UnseenTokenError
+from pema_adapters.errors import UnseenTokenError
+from pema_adapters.training.rows import PartialRows, RowTable, check_range
 from pema_adapters.training.watch import UnseenWatch
 
 Lookup = Callable[[Tensor], Tensor]
@@ -39,114 +40,6 @@ class RowSource(Protocol):
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Rows [n, d] of `token_ids` [n], both on the CPU."""
-
-
-class RowTable(nn.Module):
-    """K rows of a matrix [V, d]: what `PartialRows` and a `PartialEmbedding` with own rows share.
-
-    Attributes: `weight` [K, d]; `token_ids` int32 [K], strictly increasing; `fingerprint` uint8 [n], the description of
-    the base that `formats.fingerprint` reads; `vocab_size` V.
-    """
-
-    weight: Tensor
-    token_ids: Tensor | None
-    fingerprint: Tensor | None
-    vocab_size: int
-    _index: Tensor | None
-    _padding: tuple[int, int | None] | None
-
-    def set_rows(self, token_ids: Tensor, rows: Tensor, fingerprint: Tensor) -> None:
-        """Hold `rows` [K, d] for `token_ids` [K]; the Parameter keeps its identity, a gradient is dropped."""
-        device = self.weight.device
-        self.weight.grad = None
-        self.weight.data = rows.to(device)
-        self.token_ids = token_ids.to(device, torch.int32)
-        self.fingerprint = fingerprint.to(device)
-        self._forget_index()
-
-    def positions(self, input_ids: Tensor) -> Tensor:
-        """Compact positions, int32, shaped as `input_ids`; -1 where a token has no row here."""
-        index = self._token_index()
-        _check_range(input_ids, self.vocab_size)
-        return index.index_select(0, input_ids.reshape(-1)).view(input_ids.shape)
-
-    def position_of(self, token_id: int | None) -> int | None:
-        """The compact position of one token, None where it has none. Remembered: it may cost a synchronisation."""
-        if token_id is None or self.token_ids is None:
-            return None
-        if self._padding is None or self._padding[0] != token_id:
-            found = (self.token_ids == token_id).nonzero().flatten().tolist()
-            self._padding = (token_id, found[0] if found else None)
-        return self._padding[1]
-
-    def _forget_index(self) -> None:
-        self._index = self._padding = None
-
-    def _token_index(self) -> Tensor:
-        """The inverse of token_ids, int32 [V]: derived, so never saved and rebuilt wherever the module goes."""
-        if self._index is None or self._index.device != self.weight.device:
-            assert self.token_ids is not None
-            ids = self.token_ids.to(self.weight.device)
-            index = torch.full((self.vocab_size,), -1, dtype=torch.int32, device=ids.device)
-            index[ids.long()] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
-            self._index = index
-        return self._index
-
-    def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - torch's signature
-        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """Take another number of rows when the state brings its token ids along; optimizer state survives."""
-        problem = self._make_room(state_dict, prefix)
-        if problem:
-            error_msgs.append(problem)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._forget_index()
-
-    def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
-        token_ids, rows = state_dict.get(prefix + "token_ids"), state_dict.get(prefix + "weight")
-        if self.token_ids is None or token_ids is None or rows is None:
-            return None
-        problem = _invalid(token_ids, rows, self.vocab_size)
-        if problem:
-            return f"{prefix}token_ids: {problem}"
-        for name in ("weight", "token_ids", "fingerprint"):
-            new, current = state_dict.get(prefix + name), getattr(self, name)
-            if new is not None and current is not None and new.shape[0] != current.shape[0]:
-                current.data = current.data.new_empty((new.shape[0], *current.shape[1:]))
-        return None
-
-
-class PartialRows(RowTable):
-    """The rows that one adapter trains; none until it has a vocabulary.
-
-    Args: `vocab_size` V, `dim` d, and the `device` and `dtype` of the matrix.
-    """
-
-    token_ids: Tensor
-    fingerprint: Tensor
-
-    def __init__(self, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, unseen: str) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.unseen = unseen
-        self.weight = nn.Parameter(torch.empty(0, dim, device=device, dtype=dtype))
-        self.register_buffer("token_ids", torch.empty(0, device=device, dtype=torch.int32))
-        self.register_buffer("fingerprint", torch.empty(0, device=device, dtype=torch.uint8))
-        self._forget_index()
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def extra_repr(self) -> str:
-        """K of V, d."""
-        return f"{len(self):,} of {self.vocab_size:,} rows, {self.weight.shape[1]}"
 
 
 class PartialEmbedding(RowTable, nn.Embedding):
@@ -259,7 +152,7 @@ class PartialEmbedding(RowTable, nn.Embedding):
 
     def _from_base(self, input_ids: Tensor) -> Tensor:
         assert self.base is not None
-        _check_range(input_ids, self.vocab_size)
+        check_range(input_ids, self.vocab_size)
         unique, inverse = torch.unique(input_ids, return_inverse=True)
         rows = self.base.rows(unique.cpu()).to(self.weight.device, self.weight.dtype)
         return functional.embedding(inverse, rows)
@@ -337,20 +230,6 @@ def _any_negative(positions: Tensor) -> bool:
     return bool((positions < 0).any())
 
 
-def _check_range(input_ids: Tensor, vocab_size: int) -> None:
-    """On the CPU refuse ids outside [0, V); elsewhere the device does, as it does for `nn.Embedding`."""
-    if input_ids.device.type != "cpu" or not input_ids.numel():
-        return
-    values = input_ids.detach().numpy()
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise TokenRangeError(
-            f"input_ids hold token id {wrong}, but the embedding has rows 0 to {vocab_size - 1}: "
-            "is the tokenizer that of this model, and were new tokens followed by resize_token_embeddings?"
-        )
-
-
 def _unseen_message(token_ids: Tensor) -> str:
     unique = torch.unique(token_ids).tolist()
     some = ", ".join(map(str, unique[:5])) + (", ..." if len(unique) > 5 else "")
@@ -358,15 +237,3 @@ def _unseen_message(token_ids: Tensor) -> str:
         f'{len(unique)} token ids are outside the partial vocabulary ({some}) and PEMAConfig(unseen="error") refuses '
         'them: scan this data too, or use PEMAConfig(unseen="base") to read their rows from the base'
     )
-
-
-def _invalid(token_ids: Tensor, rows: Tensor, vocab_size: int) -> str | None:
-    if token_ids.ndim != 1 or token_ids.shape[0] != rows.shape[0]:
-        return f"{tuple(token_ids.shape)} ids do not match {tuple(rows.shape)} rows"
-    if token_ids.device.type == "meta" or not len(token_ids):
-        return None
-    if bool((token_ids[1:] <= token_ids[:-1]).any()):
-        return "ids are not strictly increasing"
-    if int(token_ids[0]) < 0 or int(token_ids[-1]) >= vocab_size:
-        return f"ids {int(token_ids[0])} to {int(token_ids[-1])} do not fit the model's {vocab_size} embedding rows"
-    return None

@@ -13,7 +13,8 @@ from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.training import _upstream
 from pema_adapters.training.base import refit
 from pema_adapters.training.config import PEMAConfig
-from pema_adapters.training.embedding import PartialEmbedding, PartialRows, convert_all
+from pema_adapters.training.embedding import PartialEmbedding, convert_all
+from pema_adapters.training.rows import PartialRows
 
 
 class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]

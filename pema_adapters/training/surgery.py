@@ -13,8 +13,9 @@ from pema_adapters.errors import SurgeryError, VocabularyError
 from pema_adapters.training import _upstream
 from pema_adapters.training.base import Base, find_base
 from pema_adapters.training.config import PEMAConfig
-from pema_adapters.training.embedding import PartialEmbedding, RowTable, convert_all, revert, sites
+from pema_adapters.training.embedding import PartialEmbedding, convert_all, revert, sites
 from pema_adapters.training.layer import input_embedding
+from pema_adapters.training.rows import RowTable
 from pema_adapters.vocabulary import DEFAULT_COLUMNS, PartialVocabulary
 
 INSERTED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")

@@ -51,6 +51,6 @@ class UnseenWatch:
         self._worst = self._copy = self._arrived = None
         raise UnseenTokenError(
             f"a training batch held token id {token_id}, which is outside the partial vocabulary, so a step has "
-            "trained a wrong row: scan all training data (every split and column) before shrink_embeddings, and start again "
-            "from the last checkpoint"
+            "trained a wrong row: scan all training data (every split and column) before shrink_embeddings, and "
+            "start again from the last checkpoint"
         )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import adapters
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     AlbertConfig,
     AutoModelForQuestionAnswering,
@@ -92,6 +91,8 @@ def case(make_case):
 @pytest.fixture
 def data():
     """Rows as a tokenizer would give them, of one length, with a label."""
+    from datasets import Dataset
+
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor(USED)[torch.randint(len(USED), (24, 7), generator=generator)]
     rows = {

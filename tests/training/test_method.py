@@ -180,6 +180,20 @@ def test_auto_adapter_model_with_a_flexible_head(case, tmp_path):
     assert_same(outputs(again, MIXED), outputs(model, MIXED))
 
 
+def test_save_pretrained_and_from_pretrained_bring_the_adapter_back(case, tmp_path):
+    model = AutoAdapterModel.from_pretrained(case.folder)
+    model.add_classification_head("task", num_labels=3)
+    model.add_adapter("task", config=ConfigUnion(PEMAConfig(), LoRAConfig(r=2)), set_active=True)
+    shrink_embeddings(model, "task", PartialVocabulary(USED, V))
+    perturb(model)
+    model.save_pretrained(tmp_path / "whole")
+    again = AutoAdapterModel.from_pretrained(tmp_path / "whole")
+    again.set_active_adapters("task")
+    for left, right in zip(outputs(again, MIXED), outputs(model, MIXED), strict=True):
+        torch.testing.assert_close(left, right)
+    assert_same([rows_of(again).weight, matrix_of(again)], [rows_of(model).weight, matrix_of(case.plain())])
+
+
 def test_interface_models_take_it_without_listing_it(tmp_path):
     torch.manual_seed(0)
     config = ModernBertConfig(

@@ -258,6 +258,13 @@ def test_deepcopy_to_and_state_dict(case):
         assert outputs(moved, MIXED)[0].dtype == moved.dtype
 
 
+def test_a_full_state_does_not_pass_for_rows(case):
+    state = case.plain().state_dict()
+    for model in (shrunk(case), load_model(case.auto_class, case.folder, PartialVocabulary(USED, V))):
+        with pytest.raises(RuntimeError, match="size mismatch for bert.embeddings.word_embeddings.weight"):
+            model.load_state_dict(state, strict=False)
+
+
 def test_gradient_checkpointing_and_autocast_give_the_full_model_s_gradients(case):
     def gradient(model, weight):
         model.train()

@@ -1,0 +1,153 @@
+"""K rows of a matrix [V, d], and which ones: the partial embedding E' itself (the paper's section 4). Torch only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pema_adapters.errors import SurgeryError, TokenRangeError
+
+
+class RowTable(nn.Module):
+    """K rows of a matrix [V, d]: what `PartialRows` and a `PartialEmbedding` with own rows share.
+
+    Attributes: `weight` [K, d]; `token_ids` int32 [K], strictly increasing; `fingerprint` uint8 [n], the description of
+    the base that `formats.fingerprint` reads; `vocab_size` V.
+    """
+
+    weight: Tensor
+    token_ids: Tensor | None
+    fingerprint: Tensor | None
+    vocab_size: int
+    loads_piecewise = False
+    _index: Tensor | None
+    _padding: tuple[int, int | None] | None
+
+    def set_rows(self, token_ids: Tensor, rows: Tensor, fingerprint: Tensor) -> None:
+        """Hold `rows` [K, d] for `token_ids` [K]; the Parameter keeps its identity, a gradient is dropped."""
+        device = self.weight.device
+        self.weight.grad = None
+        self.weight.data = rows.to(device)
+        self.token_ids = token_ids.to(device, torch.int32)
+        self.fingerprint = fingerprint.to(device)
+        self._forget_index()
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """Compact positions, int32, shaped as `input_ids`; -1 where a token has no row here."""
+        index = self._token_index()
+        check_range(input_ids, self.vocab_size)
+        return index.index_select(0, input_ids.reshape(-1)).view(input_ids.shape)
+
+    def position_of(self, token_id: int | None) -> int | None:
+        """The compact position of one token, None where it has none. Remembered: it may cost a synchronisation."""
+        if token_id is None or self.token_ids is None:
+            return None
+        if self._padding is None or self._padding[0] != token_id:
+            found = (self.token_ids == token_id).nonzero().flatten().tolist()
+            self._padding = (token_id, found[0] if found else None)
+        return self._padding[1]
+
+    def _forget_index(self) -> None:
+        self._index = self._padding = None
+
+    def _token_index(self) -> Tensor:
+        """The inverse of token_ids, int32 [V]: derived, so never saved and rebuilt wherever the module goes."""
+        if self._index is None or self._index.device != self.weight.device:
+            assert self.token_ids is not None
+            problem = _invalid(self.token_ids, self.weight, self.vocab_size)
+            if problem:
+                raise SurgeryError(f"the loaded embedding rows are damaged: {problem}")
+            ids = self.token_ids.to(self.weight.device)
+            index = torch.full((self.vocab_size,), -1, dtype=torch.int32, device=ids.device)
+            index[ids.long()] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+            self._index = index
+        return self._index
+
+    def _load_from_state_dict(  # noqa: PLR0913, PLR0917 - torch's signature
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Take another number of rows when the state brings its token ids along; optimizer state survives."""
+        problem = self._make_room(state_dict, prefix)
+        if problem:
+            error_msgs.append(problem)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._forget_index()
+
+    def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
+        """Change the number of rows to that of the state. Returns what is wrong with the state, if anything."""
+        if self.token_ids is None:
+            return None
+        token_ids, rows = state_dict.get(prefix + "token_ids"), state_dict.get(prefix + "weight")
+        if token_ids is not None and rows is not None:
+            problem = _invalid(token_ids, rows, self.vocab_size)
+            if problem:
+                return f"{prefix}token_ids: {problem}"
+        elif not self.loads_piecewise:
+            return None
+        for name in ("weight", "token_ids", "fingerprint"):
+            new, current = state_dict.get(prefix + name), getattr(self, name)
+            if new is not None and current is not None and new.shape[0] != current.shape[0]:
+                current.data = current.data.new_empty((new.shape[0], *current.shape[1:]))
+        return None
+
+
+class PartialRows(RowTable):
+    """The rows that one adapter trains; none until it has a vocabulary.
+
+    Args: `vocab_size` V, `dim` d, and the `device` and `dtype` of the matrix.
+    """
+
+    token_ids: Tensor
+    fingerprint: Tensor
+    loads_piecewise = True  # from_pretrained hands over one tensor at a time
+
+    def __init__(self, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, unseen: str) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.unseen = unseen
+        self.weight = nn.Parameter(torch.empty(0, dim, device=device, dtype=dtype))
+        self.register_buffer("token_ids", torch.empty(0, device=device, dtype=torch.int32))
+        self.register_buffer("fingerprint", torch.empty(0, device=device, dtype=torch.uint8))
+        self._forget_index()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def extra_repr(self) -> str:
+        """K of V, d."""
+        return f"{len(self):,} of {self.vocab_size:,} rows, {self.weight.shape[1]}"
+
+
+def check_range(input_ids: Tensor, vocab_size: int) -> None:
+    """On the CPU refuse ids outside [0, V); elsewhere the device does, as it does for `nn.Embedding`."""
+    if input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    values = input_ids.detach().numpy()
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise TokenRangeError(
+            f"input_ids hold token id {wrong}, but the embedding has rows 0 to {vocab_size - 1}: "
+            "is the tokenizer that of this model, and were new tokens followed by resize_token_embeddings?"
+        )
+
+
+def _invalid(token_ids: Tensor, rows: Tensor, vocab_size: int) -> str | None:
+    if token_ids.ndim != 1 or token_ids.shape[0] != rows.shape[0]:
+        return f"{tuple(token_ids.shape)} ids do not match {tuple(rows.shape)} rows"
+    if token_ids.device.type == "meta" or not len(token_ids):
+        return None
+    if bool((token_ids[1:] <= token_ids[:-1]).any()):
+        return "ids are not strictly increasing"
+    if int(token_ids[0]) < 0 or int(token_ids[-1]) >= vocab_size:
+        return f"ids {int(token_ids[0])} to {int(token_ids[-1])} do not fit the model's {vocab_size} embedding rows"
+    return None
