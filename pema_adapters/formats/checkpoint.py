@@ -56,6 +56,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a name is one of a file or folder right here, on every system."""
+    return PurePath(name).name == name and name not in ("", "..") and not set(name) & set("\\/\0")
+
+
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file as a read-only, memory-mapped uint8 array."""
     with path.open("rb") as file:
@@ -153,7 +158,7 @@ def _shards(folder: Path, index: dict[str, Any]) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{folder / INDEX}: no weight_map that names the shards")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or PurePath(name).name != name or "\\" in name or "\0" in name:
+        if not isinstance(name, str) or not is_plain_name(name):
             raise FormatError(f"{folder / INDEX}: tensor {tensor!r}: shard {name!r} is not a file name in this folder")
     files = tuple(folder / name for name in sorted(set(weight_map.values())))
     for path in files:

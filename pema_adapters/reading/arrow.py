@@ -81,13 +81,13 @@ def _picked_rows(chunk: pa.Array, mask: npt.NDArray[np.bool_], first: int) -> It
 
 
 def picked_rows(indices: pa.ChunkedArray | None, row_count: int) -> npt.NDArray[np.bool_] | None:
-    """A mask [row_count] of the rows that an indices mapping picks; None where there is no mapping."""
+    """A mask [row_count] of the rows that an indices mapping picks; None for all of them."""
     if indices is None:
         return None
     mask = np.zeros(row_count, dtype=np.bool_)
     for chunk in indices.chunks:
         mask[chunk.to_numpy()] = True
-    return mask
+    return None if mask.all() else mask
 
 
 def picked_as(indices: pa.ChunkedArray | None, row: int) -> int:

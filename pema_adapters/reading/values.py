@@ -31,7 +31,8 @@ def integers(value: Any) -> Iterator[tuple[int | None, Integers]]:
             yield None, flat
             return
         for position, part in enumerate(value):
-            yield from ((position, ids) for _, ids in integers(part))
+            at = None if isinstance(part, (int, np.integer)) else position
+            yield from ((at, ids) for _, ids in integers(part))
     elif value is not None:
         array = _array(value)
         if array.dtype.kind == "O":

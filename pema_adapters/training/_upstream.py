@@ -157,6 +157,13 @@ def _patch_modeling_utils(module: Any) -> None:
         refuse_resize(model, new_num_tokens)
         return original(model, new_num_tokens, *args, **kwargs)
 
+    def tie_or_clone_weights(original: Any, model: Any, output_embeddings: Any, input_embeddings: Any) -> Any:
+        from pema_adapters.training.surgery import refuse_tie
+
+        refuse_tie(input_embeddings, output_embeddings)
+        return original(model, output_embeddings, input_embeddings)
+
+    _wrap(module.PreTrainedModel, "_tie_or_clone_weights", tie_or_clone_weights)
     _wrap(module.PreTrainedModel, "save_pretrained", save_pretrained)
     _wrap(module.PreTrainedModel, "resize_token_embeddings", resize_token_embeddings)
 

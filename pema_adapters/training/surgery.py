@@ -103,6 +103,15 @@ def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
     )
 
 
+def refuse_tie(embedding: nn.Module, head: nn.Module) -> None:
+    """Raise SurgeryError where a head added to a shrunk model would be tied to a matrix that is not there."""
+    if isinstance(embedding, PartialEmbedding) and embedding.is_shrunk:
+        raise SurgeryError(
+            f"a head ({type(head).__name__}) is to be tied to the input embedding, of which only some rows are in memory: "
+            "call restore_embeddings(model) before adding a language-model head"
+        )
+
+
 def _rows_of(model: Any, adapter_name: str) -> RowTable:
     if not _upstream.has_adapters_support(model):
         raise SurgeryError(

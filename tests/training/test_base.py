@@ -17,7 +17,7 @@ from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.training.base import find_base
 from pema_adapters.training.base_rows import BaseRows
 
-from .conftest import MIXED, USED, V, assert_same, matrix_of, outputs
+from ..models import MIXED, USED, V, assert_same, matrix_of, outputs
 
 NAME = "embeddings.word_embeddings.weight"
 

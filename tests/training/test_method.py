@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, ModernBe
 from pema_adapters import PartialVocabulary, PEMAConfig, shrink_embeddings
 from pema_adapters.errors import SurgeryError
 
-from .conftest import MIXED, SEEN, USED, V, assert_same, matrix_of, outputs, with_rows
+from ..models import MIXED, SEEN, USED, V, assert_same, matrix_of, outputs, with_rows
 from .test_surgery import COMPACTER, perturb, rows_of, shrunk
 
 BOTH = ConfigUnion(PEMAConfig(unseen="error"), COMPACTER)

@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from adapters import CompacterConfig, ConfigUnion
+from adapters import AutoAdapterModel, CompacterConfig, ConfigUnion
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -15,7 +15,7 @@ from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_emb
 from pema_adapters.errors import SurgeryError, TokenRangeError, UnseenTokenError, VocabularyError
 from pema_adapters.training.embedding import PartialEmbedding
 
-from .conftest import (
+from ..models import (
     CONFIGS,
     HEADS,
     MIXED,
@@ -261,7 +261,7 @@ def test_deepcopy_to_and_state_dict(case):
 def test_a_full_state_does_not_pass_for_rows(case):
     state = case.plain().state_dict()
     for model in (shrunk(case), load_model(case.auto_class, case.folder, PartialVocabulary(USED, V))):
-        with pytest.raises(RuntimeError, match="size mismatch for bert.embeddings.word_embeddings.weight"):
+        with pytest.raises(RuntimeError, match=r"size mismatch for bert\.embeddings\.word_embeddings\.weight"):
             model.load_state_dict(state, strict=False)
 
 
@@ -353,6 +353,14 @@ def test_a_tied_head_is_refused_by_name(tmp_path):
     AutoModelForMaskedLM.from_config(CONFIGS["bert"]()).save_pretrained(tmp_path)
     with pytest.raises(SurgeryError, match=r"'cls\.predictions\.decoder' \(Linear\) is tied"):
         load_model(AutoModelForMaskedLM, tmp_path, PartialVocabulary(USED, V))
+
+
+def test_a_tied_head_added_later_is_refused(case):
+    model = AutoAdapterModel.from_pretrained(case.folder)
+    model.add_adapter("task", config="pema")
+    shrink_embeddings(model, "task", PartialVocabulary(USED, V))
+    with pytest.raises(SurgeryError, match="before adding a language-model head"):
+        model.add_masked_lm_head("mlm")
 
 
 def test_a_plain_model_without_adapters_says_what_to_call(case):

@@ -11,7 +11,7 @@ import pema_adapters
 from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_embeddings, save_delta, shrink_embeddings
 from pema_adapters.errors import SurgeryError
 
-from .conftest import MIXED, USED, V, assert_same, matrix_of, outputs
+from ..models import MIXED, USED, V, assert_same, matrix_of, outputs
 from .test_surgery import COMPACTER
 
 ADAPTER = ConfigUnion(PEMAConfig(), COMPACTER)

@@ -1,10 +1,9 @@
 """Tiny real models of every family, saved as checkpoints and loaded again as a user would load them."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import adapters
-import pytest
 import torch
 from transformers import (
     AlbertConfig,
@@ -59,7 +58,6 @@ class Case:
 
     folder: str
     auto_class: type
-    inits: int = field(default=0)
 
     def plain(self):
         torch.manual_seed(7)
@@ -69,38 +67,6 @@ class Case:
         model = self.plain()
         adapters.init(model)
         return model
-
-
-@pytest.fixture
-def make_case(tmp_path):
-    def make(family="bert", head="classification"):
-        torch.manual_seed(3)
-        model = HEADS[head].from_config(CONFIGS[family]())
-        folder = tmp_path / f"base-{family}-{head}"
-        model.save_pretrained(folder)
-        return Case(str(folder), HEADS[head])
-
-    return make
-
-
-@pytest.fixture
-def case(make_case):
-    return make_case()
-
-
-@pytest.fixture
-def data():
-    """Rows as a tokenizer would give them, of one length, with a label."""
-    from datasets import Dataset
-
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.tensor(USED)[torch.randint(len(USED), (24, 7), generator=generator)]
-    rows = {
-        "input_ids": ids.tolist(),
-        "attention_mask": torch.ones_like(ids).tolist(),
-        "labels": [i % 2 for i in range(24)],
-    }
-    return Dataset.from_dict(rows)
 
 
 def batch(ids, labels=None):

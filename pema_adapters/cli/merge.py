@@ -1,0 +1,106 @@
+"""`pema-merge`: base checkpoint + delta -> full checkpoint, streamed."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pema_adapters.cli._run import run
+
+if TYPE_CHECKING:
+    from pema_adapters.merging.report import MergeReport
+
+EPILOG = """\
+examples:
+  pema-merge --base facebook/xlm-v-base --delta run/
+  pema-merge --base ./xlm-v-base --delta run/ --adapter task --output merged/ --verify
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `pema-merge`. Returns the exit code: 0 done, 1 refused or failed; argparse exits with 2 on wrong usage."""
+    options = _parser().parse_args(argv)
+    return run("pema-merge", lambda: _merge(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pema-merge",
+        description="Write the full checkpoint that a base and a delta (a PEMA adapter, or full fine-tuning) make.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--base", required=True, help="folder with model.safetensors or its shards, or a Hub id")
+    add("--delta", required=True, help="what save_adapter, save_delta or a Trainer wrote")
+    add("--output", metavar="DIR", help="folder to write (default: DELTA/merged)")
+    add("--adapter", metavar="NAME", help="which adapter, where DELTA holds several")
+    add("--revision", metavar="REV", help="branch, tag or commit of a Hub base")
+    add("--overwrite", action="store_true", help="replace an output that an earlier merge wrote")
+    add("--dry-run", action="store_true", help="check and plan everything, write nothing")
+    add("--verify", action="store_true", help="read the output again and compare every byte with base and delta")
+    add("--allow-base-mismatch", action="store_true", help="merge although the delta was trained on another base")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--quiet", action="store_true", help="print nothing but errors (and the report with --json)")
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from pema_adapters.merging.merge import merge_checkpoint
+
+    report = merge_checkpoint(
+        options.base,
+        options.delta,
+        options.output,
+        adapter=options.adapter,
+        revision=options.revision,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+        verify=options.verify,
+        allow_base_mismatch=options.allow_base_mismatch,
+        progress=False if options.quiet else None,
+    )
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not options.quiet:
+        print(_summary(report, options))
+
+
+def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
+    """The report for people; its first line says what happened, its last ones how to load the result."""
+    done = "would write" if options.dry_run else "wrote"
+    lines = [
+        f"{done} {report.output} ({report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s)",
+        f"  rows:    {report.rows_merged:,} of {report.vocab_size:,} in the embedding matrix",
+        f"  tensors: {report.tensors_changed:,} changed, {report.tensors_copied:,} copied byte for byte",
+    ]
+    if report.max_rounding_error:
+        lines.append(f"  casts:   largest rounding error {report.max_rounding_error:.3g}")
+    if options.verify and not options.dry_run:
+        lines.append("  verified: every byte is the base's or the delta's")
+    lines += [f"  note:    {note}" for note in report.notes]
+    return "\n".join(lines + _loading(report))
+
+
+def _loading(report: "MergeReport") -> list[str]:
+    """The two lines of Python that load both, where part of the delta stays an adapter."""
+    lines = []
+    for name in report.adapters_left:
+        folder = Path(report.output, "adapters", name)
+        if not folder.is_dir():
+            return []
+        load = "adapter" if (folder / "adapter_config.json").exists() else "head"
+        active = "set_active=True, " if load == "adapter" else ""
+        lines.append(f"  load both, in Python (import adapters, transformers):\n    {_model(report, folder)}")
+        lines.append(f'    model.load_{load}("{folder}", {active}use_safetensors=True)')
+    return lines
+
+
+def _model(report: "MergeReport", adapter: Path) -> str:
+    """The line that loads the checkpoint: as an adapter model where the head is flexible, else as its own class."""
+    if (adapter / "head_config.json").exists():
+        return f'model = adapters.AutoAdapterModel.from_pretrained("{report.output}")'
+    config = json.loads(Path(report.output, "config.json").read_bytes())
+    name = (config.get("architectures") or ["AutoModel"])[0]
+    return f'model = transformers.{name}.from_pretrained("{report.output}"); adapters.init(model)'

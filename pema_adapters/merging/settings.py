@@ -1,0 +1,73 @@
+"""The JSON files of the output: config.json, the index of the shards, the configuration of what stays an adapter."""
+
+import json
+from typing import Any
+
+from pema_adapters.formats.artifact import Delta, Head
+from pema_adapters.formats.checkpoint import CONFIG, INDEX, Checkpoint
+from pema_adapters.merging.layout import Layout
+from pema_adapters.merging.plan import Copy, Literal, PlannedFile
+
+FROM_DELTA = ("architectures", "id2label", "label2id", "problem_type")
+"""What a trained model's config.json says about its head; absent means Transformers' default."""
+MOST_LABELS = 1_000_000
+
+
+def json_file(name: str, content: dict[str, Any]) -> PlannedFile:
+    """A JSON file of the output, as Transformers writes them."""
+    return PlannedFile(name, (Literal(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"),))
+
+
+def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile | None:
+    """config.json: the base's, byte for byte unless the head or the vocabulary changed."""
+    if not base.config:
+        return None
+    made = dict(base.config)
+    if delta.kind == "full":
+        made = _with_model(made, delta.config)
+    elif delta.static_head is not None:
+        made = _with_head(made, delta.static_head)
+    if layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:
+        made["vocab_size"] = layout.vocab_size
+    path = base.folder / CONFIG
+    same = PlannedFile(CONFIG, (Copy(path, 0, path.stat().st_size),))
+    return same if made == base.config else json_file(CONFIG, made)
+
+
+def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
+    """The index of the shards, where the base has one: new tensors, new names, new total size."""
+    if base.index is None:
+        return None
+    weight_map = {entry.name: path.name for path, entries in layout.entries.items() for entry in entries}
+    path = base.folder / INDEX
+    if weight_map == base.index["weight_map"] and layout.grown_bytes == 0:
+        return PlannedFile(INDEX, (Copy(path, 0, path.stat().st_size),))
+    metadata = dict(base.index.get("metadata") or {})
+    if isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += layout.grown_bytes
+    return json_file(INDEX, {**base.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _with_model(config: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in FROM_DELTA or key == "architectures"}
+    return {**kept, **{key: trained[key] for key in FROM_DELTA if key in trained}}
+
+
+def _with_head(config: dict[str, Any], head: Head) -> dict[str, Any]:
+    """`head_config.json` names the class and the labels; "LABEL_0", "LABEL_1" are Transformers' default."""
+    made = dict(config)
+    if isinstance(head.config.get("model_class"), str):
+        made["architectures"] = [head.config["model_class"]]
+    labels = _labels(head.config)
+    if labels and (labels != {"LABEL_0": 0, "LABEL_1": 1} or "id2label" in config):
+        made["id2label"] = {str(number): label for label, number in labels.items()}
+        made["label2id"] = labels
+    return made
+
+
+def _labels(head: dict[str, Any]) -> dict[str, int]:
+    """`{label: number}` in the order of the numbers."""
+    found, count = head.get("label2id"), head.get("num_labels")
+    if isinstance(found, dict) and found and all(isinstance(number, int) for number in found.values()):
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+    return {f"LABEL_{i}": i for i in range(min(count, MOST_LABELS))} if isinstance(count, int) else {}

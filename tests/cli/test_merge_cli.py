@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from pema_adapters.cli.merge import main
+from tests.merging.conftest import T, make_adapter, make_base, noise  # noqa: F401 - fixtures
+
+
+@pytest.fixture
+def pair(make_base, make_adapter):  # noqa: F811
+    base = make_base()
+    return base, make_adapter(base)
+
+
+def arguments(pair, *more):
+    return ["--base", str(pair[0].folder), "--delta", str(pair[1].folder), *more]
+
+
+def test_the_two_flags_are_enough(pair, capsys):
+    assert main(arguments(pair)) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith(f"wrote {pair[1].folder}/merged (")
+    assert lines[1:] == [
+        "  rows:    6 of 20 in the embedding matrix",
+        "  tensors: 1 changed, 4 copied byte for byte",
+    ]
+    assert err == ""
+
+
+def test_json(pair, capsys):
+    assert main(arguments(pair, "--json", "--verify")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows_merged"] == 6
+    assert report["output"].endswith("/merged")
+
+
+def test_quiet(pair, capsys):
+    assert main(arguments(pair, "--quiet")) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dry_run(pair, capsys):
+    assert main(arguments(pair, "--dry-run", "--verify")) == 0
+    assert capsys.readouterr().out.startswith("would write ")
+    assert not (pair[1].folder / "merged").exists()
+
+
+def test_refused(pair, capsys):
+    assert main(arguments(pair, "--output", str(pair[0].folder))) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert (
+        err == f"pema-merge: error: output {pair[0].folder} is the base itself; choose another folder with --output\n"
+    )
+
+
+def test_overwrite(pair, capsys):
+    assert main(arguments(pair)) == 0
+    assert main(arguments(pair)) == 1
+    assert main(arguments(pair, "--overwrite")) == 0
+
+
+def test_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--base", "x"])
+    assert stop.value.code == 2
+    assert "--delta" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(pair, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pema_adapters.merging.merge.write_plan", interrupted)
+    assert main(arguments(pair)) == 1
+    assert capsys.readouterr().err == "pema-merge: interrupted; nothing was left behind\n"
+    assert not list(pair[1].folder.glob("*merged*"))
+
+
+def test_the_lines_that_load_what_stays_an_adapter(make_base, make_adapter, capsys):  # noqa: F811
+    base = make_base()
+    rest = {"bert.encoder.layer.0.loras.task.lora_A": T.of(noise(1, 4))}
+    pair = base, make_adapter(base, rest=rest, head={"classifier.weight": T.of(noise(3, 4))})
+    assert main(arguments(pair)) == 0
+    out = pair[1].folder / "merged"
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "  load both, in Python (import adapters, transformers):",
+        f'    model = transformers.BertForSequenceClassification.from_pretrained("{out}"); adapters.init(model)',
+        f'    model.load_adapter("{out}/adapters/task", set_active=True, use_safetensors=True)',
+    ]
+
+
+def test_a_flexible_head_alone(make_base, make_adapter, capsys):  # noqa: F811
+    base = make_base()
+    pair = base, make_adapter(base, flexible={"heads.task.1.weight": T.of(noise(3, 4))})
+    assert main(arguments(pair)) == 0
+    out = pair[1].folder / "merged"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f'    model = adapters.AutoAdapterModel.from_pretrained("{out}")',
+        f'    model.load_head("{out}/adapters/task", use_safetensors=True)',
+    ]
+
+
+def test_progress_on_a_terminal_only(pair, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(arguments(pair)) == 0
+    assert "merging: 100%" in capsys.readouterr().err
+    assert main(arguments(pair, "--overwrite", "--quiet")) == 0
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,229 @@
+"""pema-scan on files of every kind, against counting by hand."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from datasets import Dataset, DatasetDict, IterableDataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pema_adapters.cli.scan import main
+from pema_adapters.errors import VocabularyError
+from pema_adapters.reading.text import Encoder
+from pema_adapters.scan import scan_text
+
+WORDS = ["[PAD]", "[UNK]", "a", "b", "c", "d", "e", "f", "g", "h"]
+V = len(WORDS)
+ROWS = [{"premise": "a b", "hypothesis": "c", "label": 0}, {"premise": "a zz", "hypothesis": None, "label": 1}]
+IDS = {1, 2, 3, 4}  # [UNK] a b c
+LINES = "\n".join(map(json.dumps, ROWS))
+TABLE = "text,label\na b,1\nzz,0\nc a,0\n"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    levels = datasets.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
+    yield
+    datasets.utils.logging.set_verbosity(levels[0])
+    transformers.logging.set_verbosity(levels[1])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with the tokenizer `tok`; nothing outside it is read or written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained("tok")
+    return tmp_path
+
+
+def make_tokenizer():
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def write_folder(path):
+    path.mkdir()
+    (path / "train.jsonl").write_text(LINES)
+
+
+SOURCES = {
+    "x.txt": lambda path: path.write_text("a b\n\nzz c\n"),
+    "x.jsonl": lambda path: path.write_text(LINES),
+    "x.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "x.csv": lambda path: path.write_text(TABLE),
+    "x.tsv": lambda path: path.write_text(TABLE.replace(",", "\t")),
+    "x.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path),
+    "x.txt.gz": lambda path: path.write_bytes(gzip.compress(b"a b\nzz c\n")),
+    "x.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+    "x.csv.gz": lambda path: path.write_bytes(gzip.compress(TABLE.encode())),
+    "saved": lambda path: Dataset.from_list(ROWS).save_to_disk(path),
+    "saved-splits": lambda path: DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(path),
+    "folder": write_folder,
+    "tokenized": lambda path: Dataset.from_list([{"input_ids": [1, 2, 3, 4], "text": "h h h"}]).save_to_disk(path),
+}
+
+
+def scanned(capsys, *arguments):
+    code = main(["--tokenizer", "tok", "--json", "--data", *arguments])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+# datasets leaves it to the garbage collector to close CSV files
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*sv:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source(source, folder, capsys):
+    SOURCES[source](folder / source)
+    capsys.readouterr()
+    figures = scanned(capsys, source)
+    assert (figures["partial_vocab_size"], figures["vocab_size"]) == (len(IDS), V)
+    assert figures["reduction"] == 1 - len(IDS) / V
+    assert not any(path.stat().st_size for path in (folder / "cache").rglob("*.*"))  # no copy of local files, but locks
+
+
+def test_table(folder, capsys):
+    """The whole output, with a model and two kinds of data."""
+    (folder / "x.txt").write_text("a b c a\n")
+    Dataset.from_dict({"input_ids": [[5, 6]]}).save_to_disk("ids")
+    save_config(folder, vocab_size=1200, hidden_size=64)
+    capsys.readouterr()
+    assert main(["--tokenizer", "tok", "--data", "x.txt", "--data", "ids", "--model", "base"]) == 0
+    assert capsys.readouterr().out == (
+        "tokenizer                  tok\n"
+        "data                       x.txt, ids\n"
+        "columns                    text, input_ids\n"
+        "model                      base\n"
+        "rows of the embedding (V)  1,200\n"
+        "tokens seen                6\n"
+        "distinct tokens (K)        5\n"
+        "reduction                  99.6%\n"
+        "embedding width (d)        64\n"
+        "embedding parameters       76,800\n"
+        "  with PEMA                320\n"
+    )
+
+
+def save_config(folder, **config):
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "bert", **config}))
+
+
+def test_width_of_factorized_embeddings(folder, capsys):
+    (folder / "x.txt").write_text("a b")
+    save_config(folder, model_type="albert", vocab_size=20, hidden_size=64, embedding_size=8)
+    figures = scanned(capsys, "x.txt", "--model", "base")
+    assert (figures["embedding_dim"], figures["embedding_parameters"]) == (8, 160)
+    assert figures["partial_embedding_parameters"] == 16
+
+
+def test_rows_that_the_tokenizer_states(folder, capsys):
+    (folder / "x.txt").write_text("a b")
+    config = json.loads((folder / "tok" / "tokenizer_config.json").read_text())
+    (folder / "tok" / "tokenizer_config.json").write_text(json.dumps(config | {"embedding_rows": 64}))
+    assert scanned(capsys, "x.txt")["vocab_size"] == 64
+
+
+def test_named_columns_and_truncation(folder, capsys):
+    (folder / "x.jsonl").write_text(json.dumps({"words": ["a b", "c"], "text": "d e f", "input_ids": [9]}))
+    (folder / "y.jsonl").write_text(json.dumps({"other": "g h"}))
+    figures = scanned(capsys, "x.jsonl", "y.jsonl", "--text-column", "text", "--text-column", "other")
+    assert (figures["columns"], figures["tokens"], figures["partial_vocab_size"]) == (["text", "other"], 5, 5)
+    assert scanned(capsys, "x.jsonl", "--text-column", "text", "--max-length", "2")["tokens"] == 2
+    assert scanned(capsys, "x.jsonl", "--text-column", "words")["tokens"] == 3
+    assert scanned(capsys, "x.jsonl")["columns"] == ["input_ids"]
+
+
+FAILURES = {
+    "no such file": (["none.txt"], "none.txt: no such file or folder"),
+    "unknown suffix": (["x.xml"], "x.xml: found .xml, expected one of .txt, .json"),
+    "damaged": (["bad.jsonl"], "bad.jsonl: cannot be read: JSON parse error"),
+    "no text": (["numbers.jsonl"], "numbers.jsonl: no column that holds strings; found: n (int)"),
+    "no such column": (["x.jsonl", "--text-column", "q"], "x.jsonl: no column 'q'; found: premise (str), hypothesis"),
+    "one column nowhere": (
+        ["x.jsonl", "--text-column", "q", "--text-column", "premise"],
+        "no column 'q' anywhere in the data; found: premise (str)",
+    ),
+    "empty": (["empty.txt"], "no rows"),
+    "no model": (["x.jsonl", "--model", "nowhere"], "nowhere: no model config found, here or on the Hub"),
+    "small model": (["x.jsonl", "--model", "base"], "x.jsonl, column 'premise', row 0: token id 3 is outside"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_are_one_line(failure, folder, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub._is_offline_mode", True)
+    (folder / "x.jsonl").write_text(LINES)
+    (folder / "x.xml").write_text("<x/>")
+    (folder / "bad.jsonl").write_text('{"a": "b"}\n{"a": ')
+    (folder / "numbers.jsonl").write_text('{"n": 1}')
+    (folder / "empty.txt").touch()
+    save_config(folder, vocab_size=3, hidden_size=2)
+    arguments, message = FAILURES[failure]
+    assert main(["--tokenizer", "tok", "--data", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("pema-scan: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--data", "x"], ["--tokenizer", "t", "--data", "x", "--max-length", "0"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: pema-scan" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from pema_adapters.cli.scan import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'numpy', 'torch', 'transformers', 'datasets', 'adapters', 'tqdm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert "--text-column" in done.stdout
+
+
+# ---- the library function
+
+
+def test_scan_text_of_a_data_set_and_of_a_stream():
+    tokenizer, data = make_tokenizer(), Dataset.from_list(ROWS)
+    for text in (
+        data,
+        data.with_format("torch"),
+        data.to_iterable_dataset(),
+        {"train": data, "empty": data.select([])},
+    ):
+        found = scan_text(text, Encoder(tokenizer), vocab_size=V)
+        assert set(found.vocabulary) == IDS
+        assert (found.tokens, found.columns) == (5, ("premise", "hypothesis"))
+
+
+def test_scan_text_names_the_row_behind_missing_text():
+    rows = [{"s": None}, {"s": "a"}, {"s": None}, {"s": "h"}]
+    with pytest.raises(VocabularyError, match="text, column 's', row 3: token id 9 is outside"):
+        scan_text(Dataset.from_list(rows), Encoder(make_tokenizer()), vocab_size=9)
+
+
+def test_scan_text_reads_more_than_one_batch(monkeypatch):
+    monkeypatch.setattr("pema_adapters.reading.text.BATCH", 2)
+    texts = ["a", "b", "c d", "e", "f"]
+    stream = IterableDataset.from_generator(lambda: ({"text": text} for text in texts))
+    assert scan_text(stream, Encoder(make_tokenizer()), vocab_size=V).tokens == 6
