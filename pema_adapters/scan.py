@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
+from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
 from pema_adapters.reading.kinds import is_a, is_iterable, length, progress_bar, same_random_state, walk
 from pema_adapters.reading.text import Encoder
 from pema_adapters.reading.values import Integers, NotIdsError, integers
-from pema_adapters.vocabulary import DEFAULT_COLUMNS, PartialVocabulary, checked_vocab_size
 
 BLOCK = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
 BATCH = 1_000  # rows asked for at a time, where a transform or a stream makes them
@@ -29,9 +29,9 @@ Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found: the ids of K rows, the number of tokens read, and the columns they came from."""
+    """What was found: the ids of K rows, increasing; the number of tokens read; the columns they came from."""
 
-    vocabulary: PartialVocabulary
+    token_ids: npt.NDArray[np.intp]
     tokens: int
     columns: tuple[str, ...]
 
@@ -228,8 +228,8 @@ class _Scanner:
         missing = [name for name in self.columns if name not in {*self.found, *optional, *defaults}]
         if missing or not self.found:
             self.refuse_columns(missing or self.columns)
-        vocabulary = PartialVocabulary(np.flatnonzero(self.bitmap.seen), len(self.bitmap.seen))
-        return Scan(vocabulary, self.bitmap.tokens, tuple(name for name in self.columns if name in self.found))
+        used = tuple(name for name in self.columns if name in self.found)
+        return Scan(np.flatnonzero(self.bitmap.seen), self.bitmap.tokens, used)
 
     def refuse_columns(self, missing: Collection[str]) -> NoReturn:
         there = ", ".join(map(repr, self.present)) or "no rows at all (a generator that was used up already?)"

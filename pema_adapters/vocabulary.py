@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, VocabularyError
+from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
 
-DEFAULT_COLUMNS = ("input_ids", "decoder_input_ids")
-MAX_VOCAB_SIZE = 2**31  # ids are stored as int32
 FORMAT = "pema-vocabulary"
 
 TokenIds = npt.NDArray[np.int32]
@@ -72,7 +71,7 @@ class PartialVocabulary:
         from pema_adapters.scan import scan
 
         options: dict[str, Any] = {"columns": columns, "optional": optional, "progress": progress}
-        return scan(data, vocab_size=vocab_size, **options).vocabulary
+        return cls(scan(data, vocab_size=vocab_size, **options).token_ids, vocab_size)
 
     @property
     def token_ids(self) -> TokenIds:
@@ -151,20 +150,6 @@ class PartialVocabulary:
             return cls(token_ids, vocab_size)
         except VocabularyError as error:
             raise FormatError(f"{path}: a damaged vocabulary file: {error}") from error
-
-
-def checked_vocab_size(vocab_size: int) -> int:
-    """V as an int in [1, 2**31], or a VocabularyError."""
-    try:
-        size = operator.index(vocab_size)
-    except TypeError:
-        size = 0
-    if not 0 < size <= MAX_VOCAB_SIZE:
-        raise VocabularyError(
-            f"vocab_size is {vocab_size!r}, expected an integer from 1 to 2**31: the rows of the embedding, "
-            "model.get_input_embeddings().num_embeddings"
-        )
-    return size
 
 
 def _sorted_ids(token_ids: Any, vocab_size: int) -> TokenIds:

@@ -2,8 +2,8 @@
 
     python tools/bench_artifact.py [--layers 2] [--json FILE]
 
-XLM-R-base's shape (V = 250,002, d = 768, K = 20,000) with PEMA + Compacter, in both file formats; beside it what adapters
-saves of a model whose full matrix was trained.
+XLM-R-base's shape (V = 250,002, d = 768, K = 20,000) with PEMA + Compacter, in both file formats; beside it what
+adapters saves of a model whose full matrix was trained.
 """
 
 import tempfile
@@ -55,11 +55,18 @@ def main() -> None:
             own = saved_bytes(alone, folder / f"alone-{kind}", kind)
             artifact = saved_bytes(partial, folder / f"pema-{kind}", kind)
             needed = K * D * 4 + 4 * K + own
-            figures[kind] = {"artifact": artifact, "needed": needed, "ratio": artifact / needed, "full_matrix": full + own}
+            figures[kind] = {
+                "artifact": artifact,
+                "needed": needed,
+                "ratio": artifact / needed,
+                "full_matrix": full + own,
+            }
             rows.append((kind, *(f"{n / 1e6:.3f}" for n in (artifact, needed)), f"{artifact / needed:.4f}",
                          f"{(full + own) / 1e6:.1f}", f"{artifact / (full + own):.3f}"))  # fmt: skip
     print(f"PEMA + Compacter, {options.layers} layers, V = {V:,}, K = {K:,}, d = {D}, float32")
-    print(table(["format", "artifact MB", "K*d*4 + 4K + adapter MB", "ratio", "full matrix + adapter MB", "ratio"], rows))
+    print(
+        table(["format", "artifact MB", "K*d*4 + 4K + adapter MB", "ratio", "full matrix + adapter MB", "ratio"], rows)
+    )
     write_json(options.json, figures)
 
 

@@ -5,8 +5,8 @@
 
 Contestants: a model built with a K-row vocabulary (the floor), PEMA, PEFT's TrainableTokens on the same K rows with the
 rest of the model trained as well, and the full model. AdamW in float32, 8 x 64 tokens of the vocabulary. Time is paired
-in one process. Memory is that of some steps in a process of its own: the peak of RssAnon, or of what the GPU's allocator
-gave out. Fewer layers leave out what all contestants share.
+in one process. Memory is that of some steps in a process of its own: the peak of RssAnon, or of what the GPU's
+allocator gave out. Fewer layers leave out what all contestants share.
 """
 
 import argparse

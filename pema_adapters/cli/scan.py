@@ -62,6 +62,7 @@ def _scan(options: argparse.Namespace) -> None:
     from pema_adapters.reading.pretrained import embedding_shape, load_tokenizer, tokenizer_rows
     from pema_adapters.reading.text import Encoder
     from pema_adapters.scan import scan_text
+    from pema_adapters.vocabulary import PartialVocabulary
 
     _only_our_errors()
     shape = embedding_shape(options.model) if options.model else None
@@ -69,7 +70,7 @@ def _scan(options: argparse.Namespace) -> None:
     vocab_size = shape[0] if shape else tokenizer_rows(tokenizer)
     encoder = Encoder(tokenizer, tuple(options.text_column), options.max_length)
     found = scan_text(load_data(options.data), encoder, vocab_size=vocab_size)
-    figures = _figures(options, found, shape)
+    figures = _figures(options, found, PartialVocabulary(found.token_ids, vocab_size), shape)
     print(json.dumps(figures, indent=2) if options.json else _table(figures))
 
 
@@ -82,9 +83,9 @@ def _only_our_errors() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def _figures(options: argparse.Namespace, found: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
+def _figures(options: argparse.Namespace, found: Any, vocabulary: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
     """What the table and `--json` show; K and V as in the paper."""
-    rows, vocabulary = len(found.vocabulary), found.vocabulary
+    rows = len(vocabulary)
     figures: dict[str, Any] = {
         "tokenizer": options.tokenizer,
         "data": options.data,

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from pema_adapters.errors import FormatError, VocabularyError
-from pema_adapters.vocabulary import DEFAULT_COLUMNS
+from pema_adapters.reading.basics import DEFAULT_COLUMNS
 
 BATCH = 1_000  # rows tokenized at a time
 

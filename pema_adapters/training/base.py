@@ -1,4 +1,4 @@
-"""Finding the base of a model: the checkpoint on disk that it was loaded from, or else the model itself as it is now."""
+"""Finding the base of a model: the checkpoint on disk that it was loaded from, or else the model itself as it is."""
 
 from __future__ import annotations
 

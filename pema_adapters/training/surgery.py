@@ -10,13 +10,14 @@ from adapters import ConfigUnion
 from torch import Tensor, nn
 
 from pema_adapters.errors import SurgeryError, VocabularyError
+from pema_adapters.reading.basics import DEFAULT_COLUMNS
 from pema_adapters.training import _upstream
 from pema_adapters.training.base import Base, find_base
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all, revert, sites
 from pema_adapters.training.layer import input_embedding
 from pema_adapters.training.rows import RowTable
-from pema_adapters.vocabulary import DEFAULT_COLUMNS, PartialVocabulary
+from pema_adapters.vocabulary import PartialVocabulary
 
 INSERTED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 """Config entries with ids that a model or a collator inserts by itself."""
@@ -107,8 +108,8 @@ def refuse_tie(embedding: nn.Module, head: nn.Module) -> None:
     """Raise SurgeryError where a head added to a shrunk model would be tied to a matrix that is not there."""
     if isinstance(embedding, PartialEmbedding) and embedding.is_shrunk:
         raise SurgeryError(
-            f"a head ({type(head).__name__}) is to be tied to the input embedding, of which only some rows are in memory: "
-            "call restore_embeddings(model) before adding a language-model head"
+            f"a head ({type(head).__name__}) is to be tied to the input embedding, of which only some rows are in "
+            "memory: call restore_embeddings(model) before adding a language-model head"
         )
 
 

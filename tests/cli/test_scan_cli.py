@@ -212,7 +212,7 @@ def test_scan_text_of_a_data_set_and_of_a_stream():
         {"train": data, "empty": data.select([])},
     ):
         found = scan_text(text, Encoder(tokenizer), vocab_size=V)
-        assert set(found.vocabulary) == IDS
+        assert set(found.token_ids) == IDS
         assert (found.tokens, found.columns) == (5, ("premise", "hypothesis"))
 
 

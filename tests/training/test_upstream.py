@@ -16,7 +16,7 @@ from adapters.loading import AdapterLoader
 from adapters.methods.adapter_layer_base import AdapterLayerBase
 
 import pema_adapters
-from pema_adapters.training import _upstream
+from pema_adapters.training import _upstream, method
 
 PACKAGE = Path(pema_adapters.__file__).parent
 VERSIONS = {name: importlib.metadata.version(name) for name in ("adapters", "transformers")}
@@ -72,22 +72,22 @@ def test_saved_keys_are_chosen_by_the_adapter_s_path(case):
 
 
 def test_every_patch_is_there_and_is_applied_once():
-    for name, patch in _upstream._PATCHES.items():
+    for name in _upstream.MODULES:
         module = importlib.import_module(name)
         before = [vars(owner).get(attribute) for owner, attribute, _ in _upstream._originals]
-        patch(module)
+        method.register(module)
         assert [vars(owner).get(attribute) for owner, attribute, _ in _upstream._originals] == before
 
 
 def test_patches_are_undone_and_done_again():
     wrapped = [(owner, name) for owner, name, _ in _upstream._originals]
-    assert len(wrapped) == 10
+    assert len(wrapped) == len(_upstream.POINTS)
     _upstream.unpatch()
     try:
         assert not any(getattr(getattr(owner, name), "_pema", False) for owner, name in wrapped)
     finally:
-        for name in _upstream._PATCHES:
-            _upstream.patch(importlib.import_module(name))
+        for name in _upstream.MODULES:
+            method.register(importlib.import_module(name))
     assert all(getattr(getattr(owner, name), "_pema", False) for owner, name in wrapped)
 
 

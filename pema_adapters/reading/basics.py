@@ -1,0 +1,22 @@
+"""What everything that reads or holds token ids agrees on."""
+
+import operator
+
+from pema_adapters.errors import VocabularyError
+
+DEFAULT_COLUMNS = ("input_ids", "decoder_input_ids")
+MAX_VOCAB_SIZE = 2**31  # ids are stored as int32
+
+
+def checked_vocab_size(vocab_size: int) -> int:
+    """V as an int in [1, 2**31], or a VocabularyError."""
+    try:
+        size = operator.index(vocab_size)
+    except TypeError:
+        size = 0
+    if not 0 < size <= MAX_VOCAB_SIZE:
+        raise VocabularyError(
+            f"vocab_size is {vocab_size!r}, expected an integer from 1 to 2**31: the rows of the embedding, "
+            "model.get_input_embeddings().num_embeddings"
+        )
+    return size

@@ -1,0 +1,113 @@
+"""PEMA as a method of adapters: what it does at each point where adapters and Transformers meet it.
+
+`register(module)` runs when one of their modules is first imported, so nothing of theirs, nor of ours that stands on
+it, is imported here before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pema_adapters.training import _upstream
+
+
+def register(module: ModuleType) -> None:
+    """Take part in what `module` does."""
+    _upstream.patch(module, _WRAPPERS)
+    if module.__name__ == "adapters.configuration.adapter_config":
+        from pema_adapters.training.config import PEMAConfig
+
+        _upstream.add_config_string(_upstream.METHOD, PEMAConfig())
+
+
+def _config_class(original: Callable[..., Any], config_dict: Any) -> Any:
+    from pema_adapters.training.config import PEMAConfig
+
+    return PEMAConfig if config_dict.get("architecture") == _upstream.METHOD else original(config_dict)
+
+
+def _methods_of_config(original: Callable[..., Any], config: Any) -> list[str]:
+    """Interface models list the methods they allow, and save that list: PEMA is allowed without being listed."""
+    return [method for method in original(config) if method != _upstream.METHOD]
+
+
+def _supports_adapter(original: Callable[..., Any], model: Any, type_or_config: Any) -> Any:
+    named = isinstance(type_or_config, str) and type_or_config == _upstream.METHOD
+    return named or original(model, type_or_config)
+
+
+def _add_adapter_weights(original: Callable[..., Any], model: Any, adapter_name: str) -> Any:
+    from pema_adapters.training.config import PEMAConfig
+    from pema_adapters.training.layer import attach
+
+    if model.adapters_config.match(adapter_name, PEMAConfig) is not None:
+        attach(model.base_model)
+    return original(model, adapter_name)
+
+
+def _get_adapter(original: Callable[..., Any], model: Any, name: str) -> Any:
+    """adapters looks for prompt tuning alone among the children of the base model."""
+    found, layer = original(model, name), _upstream.pema_layer(model)
+    rows = None if layer is None else layer.get_adapter(name)
+    if rows is not None:
+        found.setdefault(-1, {})[_upstream.METHOD] = rows
+    return found
+
+
+def _adapter_summary(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The last row is the full model, so the rows that are on disk count, too."""
+    layer = _upstream.pema_layer(model)
+    if layer is None:
+        return original(model, *args, **kwargs)
+    with layer.embedding.counting_absent_rows():
+        return original(model, *args, **kwargs)
+
+
+def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    from pema_adapters.training.saving import full_state_dict
+
+    if _upstream.writing_trainer_checkpoint.get():
+        return original(model, save_directory, *args, **kwargs)
+    with full_state_dict(model, Path(save_directory), kwargs.pop("state_dict", None)) as state_dict:
+        return original(model, save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _upstream.writing_trainer_checkpoint.set(True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _upstream.writing_trainer_checkpoint.reset(token)
+
+
+def _resize_token_embeddings(
+    original: Callable[..., Any], model: Any, new_num_tokens: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    from pema_adapters.training.surgery import refuse_resize
+
+    refuse_resize(model, new_num_tokens)
+    return original(model, new_num_tokens, *args, **kwargs)
+
+
+def _tie_weights(original: Callable[..., Any], model: Any, output_embeddings: Any, input_embeddings: Any) -> Any:
+    from pema_adapters.training.surgery import refuse_tie
+
+    refuse_tie(input_embeddings, output_embeddings)
+    return original(model, output_embeddings, input_embeddings)
+
+
+_WRAPPERS: dict[str, Callable[..., Any]] = {
+    "config_class": _config_class,
+    "methods_of_config": _methods_of_config,
+    "add_adapter_weights": _add_adapter_weights,
+    "get_adapter": _get_adapter,
+    "supports_adapter": _supports_adapter,
+    "adapter_summary": _adapter_summary,
+    "save_pretrained": _save_pretrained,
+    "resize_token_embeddings": _resize_token_embeddings,
+    "tie_weights": _tie_weights,
+    "save_checkpoint": _save_checkpoint,
+}
