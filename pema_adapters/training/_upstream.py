@@ -7,6 +7,7 @@ of one module, once, and `unpatch` puts every original back.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import ModuleType
@@ -21,6 +22,7 @@ POINTS = {
     "get_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "get_adapter"),
     "supports_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "supports_adapter"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
+    "post_init": ("transformers.modeling_utils", "PreTrainedModel", "post_init"),
     "save_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"),
     "resize_token_embeddings": ("transformers.modeling_utils", "PreTrainedModel", "resize_token_embeddings"),
     "tie_weights": ("transformers.modeling_utils", "PreTrainedModel", "_tie_or_clone_weights"),
@@ -32,6 +34,9 @@ MODULES = tuple(dict.fromkeys(module for module, _, _ in POINTS.values()))
 
 writing_trainer_checkpoint: ContextVar[bool] = ContextVar("writing_trainer_checkpoint", default=False)
 """True while a Trainer writes a checkpoint on the way: that holds K rows, a user's `save_pretrained` all V."""
+
+loading_without_matrix: ContextVar[bool] = ContextVar("loading_without_matrix", default=False)
+"""True while `load_model` builds a model whose embedding matrix is never allocated."""
 
 _originals: list[tuple[Any, str, Any]] = []
 
@@ -64,6 +69,22 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     wrapped._pema = True  # type: ignore[attr-defined]
     _originals.append((owner, name, raw))
     setattr(owner, name, staticmethod(wrapped) if isinstance(raw, staticmethod) else wrapped)
+
+
+def expect_no_tensor(model: Any, names: list[str]) -> None:
+    """Have `from_pretrained` pass over tensors of the checkpoint whose names end so."""
+    ignored = [re.escape(name) + "$" for name in names]
+    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or []), *ignored]
+
+
+def mark_as_initialized(module: Any) -> None:
+    """Have Transformers draw no random weights for `module`."""
+    module._is_hf_initialized = True
+
+
+def commit_of(model: Any) -> str | None:
+    """The commit of the Hub repository that `model` was loaded from."""
+    return getattr(model.config, "_commit_hash", None)
 
 
 def add_config_string(name: str, config: Any) -> None:

@@ -72,9 +72,25 @@ def find_base(model: nn.Module, weight: Tensor, embedding: str) -> Base:
     return Base(BaseRows.spill(weight), fingerprint)
 
 
+def base_as_loaded(model: Any, embedding: str, shape: tuple[int, int]) -> Base | None:
+    """The base of a model that was loaded a moment ago without its matrix [V, d]; None where its checkpoint has none.
+
+    Only `load_model` may call this: nothing is compared, for nothing can have changed yet.
+    """
+    checkpoint = find_checkpoint(model)
+    if checkpoint is None:
+        return None
+    live = LiveModel(model, embedding)
+    stored = match(checkpoint.tensors, live.prefix)
+    tensor = checkpoint.tensors.get(stored.get(embedding, ""))
+    if tensor is None or tensor.shape != shape or tensor.dtype not in TORCH_DTYPES:
+        return None
+    return Base(BaseRows.of(tensor), _stored_fingerprint(checkpoint, live, stored, shape[0]))
+
+
 def find_checkpoint(model: Any) -> Checkpoint | None:
     """The safetensors checkpoint that `model` was loaded from: a local folder or a snapshot in the Hub cache."""
-    folder = _checkpoint_folder(str(model.name_or_path or ""), getattr(model.config, "_commit_hash", None))
+    folder = _checkpoint_folder(str(model.name_or_path or ""), _upstream.commit_of(model))
     if folder is None:
         return None
     try:
@@ -147,8 +163,14 @@ def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) ->
     common = {name: stored[name] for name in live.shapes() if name in stored and name != live.embedding}
     if rows is None or not all(_same_samples(checkpoint, file_name, live, name) for name, file_name in common.items()):
         return None
-    fingerprint = _take(checkpoint, tensor.name, live.prefix, weight.shape[0], list(common.values()))
-    return Base(rows, fingerprint)
+    return Base(rows, _stored_fingerprint(checkpoint, live, stored, weight.shape[0]))
+
+
+def _stored_fingerprint(
+    checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str], vocab_size: int
+) -> Fingerprint:
+    names = [stored[name] for name in live.shapes() if name in stored and name != live.embedding]
+    return _take(checkpoint, stored[live.embedding], live.prefix, vocab_size, names)
 
 
 def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:

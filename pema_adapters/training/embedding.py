@@ -205,6 +205,12 @@ def convert_all(root: nn.Module, embedding: nn.Embedding) -> PartialEmbedding:
     return owner
 
 
+def parts_of(root: nn.Module, owner: PartialEmbedding) -> dict[str, PartialEmbedding]:
+    """Names and modules of every embedding under `root` that `owner` speaks for, itself included."""
+    modules = root.named_modules()
+    return {name: part for name, part in modules if isinstance(part, PartialEmbedding) and part.owner is owner}
+
+
 def revert(embedding: PartialEmbedding) -> None:
     """Undo `convert` on a full embedding: class and attributes are as they were."""
     classes = (c for c in type(embedding).__mro__ if issubclass(c, nn.Embedding))

@@ -66,6 +66,15 @@ def _adapter_summary(original: Callable[..., Any], model: Any, *args: Any, **kwa
         return original(model, *args, **kwargs)
 
 
+def _post_init(original: Callable[..., Any], model: Any) -> Any:
+    result = original(model)
+    if _upstream.loading_without_matrix.get():
+        from pema_adapters.training.loading import leave_out_matrix
+
+        leave_out_matrix(model)
+    return result
+
+
 def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     from pema_adapters.training.saving import full_state_dict
 
@@ -95,7 +104,7 @@ def _resize_token_embeddings(
 def _tie_weights(original: Callable[..., Any], model: Any, output_embeddings: Any, input_embeddings: Any) -> Any:
     from pema_adapters.training.surgery import refuse_tie
 
-    refuse_tie(input_embeddings, output_embeddings)
+    refuse_tie(model, input_embeddings, output_embeddings)
     return original(model, output_embeddings, input_embeddings)
 
 
@@ -106,6 +115,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "get_adapter": _get_adapter,
     "supports_adapter": _supports_adapter,
     "adapter_summary": _adapter_summary,
+    "post_init": _post_init,
     "save_pretrained": _save_pretrained,
     "resize_token_embeddings": _resize_token_embeddings,
     "tie_weights": _tie_weights,

@@ -14,7 +14,7 @@ from pema_adapters.reading.basics import DEFAULT_COLUMNS
 from pema_adapters.training import _upstream
 from pema_adapters.training.base import Base, find_base
 from pema_adapters.training.config import PEMAConfig
-from pema_adapters.training.embedding import PartialEmbedding, convert_all, revert, sites
+from pema_adapters.training.embedding import PartialEmbedding, convert_all, parts_of, revert, sites
 from pema_adapters.training.layer import input_embedding
 from pema_adapters.training.rows import RowTable
 from pema_adapters.vocabulary import PartialVocabulary
@@ -104,13 +104,11 @@ def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
     )
 
 
-def refuse_tie(embedding: nn.Module, head: nn.Module) -> None:
-    """Raise SurgeryError where a head added to a shrunk model would be tied to a matrix that is not there."""
-    if isinstance(embedding, PartialEmbedding) and embedding.is_shrunk:
-        raise SurgeryError(
-            f"a head ({type(head).__name__}) is to be tied to the input embedding, of which only some rows are in "
-            "memory: call restore_embeddings(model) before adding a language-model head"
-        )
+def refuse_tie(model: Any, embedding: nn.Module, head: nn.Module) -> None:
+    """Raise SurgeryError where Transformers is about to tie a head to a matrix that is not in memory."""
+    if isinstance(embedding, PartialEmbedding) and (embedding.is_shrunk or "weight" not in embedding._parameters):
+        name = next((name for name, module in model.named_modules() if module is head), "")
+        raise SurgeryError(_tied(name, head, embedding))
 
 
 def _rows_of(model: Any, adapter_name: str) -> RowTable:
@@ -139,11 +137,15 @@ def _refuse_tied_heads(model: nn.Module, embedding: nn.Embedding) -> None:
         if isinstance(module, nn.Embedding):
             continue
         if any(parameter is embedding.weight for parameter in module._parameters.values()):
-            raise SurgeryError(
-                f"the head {name!r} ({type(module).__name__}) is tied to the input embedding and needs all "
-                f"{embedding.num_embeddings} rows: a tied output head cannot be shrunk without changing the model's "
-                "output; use a model class without it (…ForSequenceClassification, …ForTokenClassification, …)"
-            )
+            raise SurgeryError(_tied(name, module, embedding))
+
+
+def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
+    return (
+        f"the head {name!r} ({type(head).__name__}) is tied to the input embedding and needs all "
+        f"{embedding.num_embeddings} rows: shrinking would change the model's output; use a model class without such a head "
+        "(...ForSequenceClassification, ...ForTokenClassification), or call restore_embeddings(model) before adding one"
+    )
 
 
 def _complete(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
@@ -243,5 +245,5 @@ def _detach(model: Any, owner: PartialEmbedding) -> None:
     """Leave no trace: plain embeddings, and no layer."""
     if _upstream.pema_layer(model) is not None:
         delattr(model.base_model, _upstream.METHOD)
-    for module in list(sites(model, owner).values()):
-        revert(module)  # type: ignore[arg-type]
+    for part in parts_of(model, owner).values():
+        revert(part)

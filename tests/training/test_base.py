@@ -103,3 +103,54 @@ def test_spilled_rows_leave_no_file_and_are_shared_by_copies(tmp_path, monkeypat
     assert copy.deepcopy(rows) is rows
     with pytest.raises(SurgeryError, match="cannot be pickled whole"):
         pickle.dumps(rows)
+
+
+def test_load_model_never_allocates_the_matrix(make_case, monkeypatch):
+    case = make_case("roberta")
+    seen = []
+    original = torch.nn.Module._load_from_state_dict
+
+    def record(module, state_dict, *args):
+        seen.extend(key for key, tensor in state_dict.items() if tuple(tensor.shape) == (V, 32))
+        return original(module, state_dict, *args)
+
+    monkeypatch.setattr(torch.nn.Module, "_load_from_state_dict", record)
+    torch.manual_seed(5)
+    model = load_model(case.auto_class, case.folder, PartialVocabulary(USED, V))
+    assert seen == []
+    assert matrix_of(model).shape[0] < V
+    torch.manual_seed(5)
+    full = case.auto_class.from_pretrained(case.folder)
+    assert seen != []
+    assert_same(outputs(model, MIXED), outputs(full, MIXED))
+
+
+def test_load_model_draws_the_random_head_that_from_pretrained_draws(case, tmp_path, caplog):
+    AutoModel.from_pretrained(case.folder).save_pretrained(tmp_path / "headless")
+    states = []
+    for load in (load_model, lambda cls, name, _: cls.from_pretrained(name)):
+        torch.manual_seed(5)
+        states.append(load(case.auto_class, tmp_path / "headless", PartialVocabulary(USED, V)).state_dict())
+    assert torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+    assert "word_embeddings" not in caplog.text
+
+
+def test_load_model_of_a_pickled_checkpoint_loads_and_shrinks(case, tmp_path):
+    case.plain().save_pretrained(tmp_path / "bin", safe_serialization=False)
+    model = load_model(case.auto_class, tmp_path / "bin", PartialVocabulary(USED, V))
+    assert matrix_of(model).shape[0] < V
+    assert_same(outputs(model, MIXED), outputs(case.plain(), MIXED))
+
+
+def test_load_model_with_adapters_gives_its_rows_to_the_adapter(case):
+    from adapters import AutoAdapterModel
+
+    from pema_adapters import shrink_embeddings
+
+    model = load_model(AutoAdapterModel, case.folder, PartialVocabulary(USED, V))
+    model.add_adapter("task", config="pema", set_active=True)
+    shrink_embeddings(model, "task", PartialVocabulary([3], V))
+    assert matrix_of(model).shape[0] == 0
+    assert set(USED) <= set(model.base_model.pema.adapters["task"].token_ids.tolist())
+    full = AutoAdapterModel.from_pretrained(case.folder)
+    assert_same(outputs(model, MIXED), outputs(full, MIXED))
