@@ -18,8 +18,8 @@ from pema_adapters.training.surgery import shrink_embeddings
 def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary: Any, **kwargs: Any) -> Any:
     """`model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)` with only the rows of `vocabulary`.
 
-    Of a safetensors checkpoint, nothing but these rows is read of the matrix [V, d], and the matrix is never allocated. Of
-    any other, the model is loaded whole and shrunk. The embedding is trainable as K rows, under its usual name;
+    Of a safetensors checkpoint, nothing but these rows is read of the matrix [V, d], and the matrix is never allocated.
+    Of any other, the model is loaded whole and shrunk. The embedding is trainable as K rows, under its usual name;
     `save_delta` saves what training changed. Random weights of a new head are those that from_pretrained draws.
 
     Args:
@@ -56,14 +56,12 @@ def leave_out_matrix(model: Any) -> None:
         for part in parts_of(model, owner).values():
             del part._parameters["weight"]
             _upstream.mark_as_initialized(part)
-    names = [
-        name.split(".")[-1] + ".weight" for name, part in model.named_modules() if isinstance(part, PartialEmbedding)
-    ]
-    _upstream.expect_no_tensor(model, names)
+    parts = [name for name, part in model.named_modules() if isinstance(part, PartialEmbedding)]
+    _upstream.expect_no_tensor(model, [name.split(".")[-1] + ".weight" for name in parts])
 
 
 def _give_base(model: Any) -> bool:
-    """Give the embedding its base, no rows, and a place for some. Returns whether the checkpoint is one to read from."""
+    """Give the embedding its base, no rows, and a place for some. Returns whether the checkpoint can be read from."""
     embedding = input_embedding(model)
     if not isinstance(embedding, PartialEmbedding):
         return False

@@ -143,8 +143,9 @@ def _refuse_tied_heads(model: nn.Module, embedding: nn.Embedding) -> None:
 def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
     return (
         f"the head {name!r} ({type(head).__name__}) is tied to the input embedding and needs all "
-        f"{embedding.num_embeddings} rows: shrinking would change the model's output; use a model class without such a head "
-        "(...ForSequenceClassification, ...ForTokenClassification), or call restore_embeddings(model) before adding one"
+        f"{embedding.num_embeddings} rows: shrinking would change the model's output; use a model class without such "
+        "a head (...ForSequenceClassification, ...ForTokenClassification), or call restore_embeddings(model) before "
+        "adding one"
     )
 
 
