@@ -138,13 +138,15 @@ class Rows:
 
     def runs(self) -> Iterator[tuple[int, Bytes]]:
         """`(offset, bytes)` of rows that lie side by side, in order, a chunk at most at a time."""
-        step = max(1, CHUNK // self.row_bytes)
+        size = self.row_bytes
+        step = max(1, CHUNK // size)
         for begin in range(0, len(self.token_ids), step):
             ids = self.token_ids[begin : begin + step]
-            block = self.rows.read(begin * self.row_bytes, (begin + len(ids)) * self.row_bytes)
-            breaks = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
-            for low, high in pairwise(breaks):
-                yield int(ids[low]) * self.row_bytes, block[low * self.row_bytes : high * self.row_bytes]
+            block = self.rows.read(begin * size, (begin + len(ids)) * size)
+            first = np.flatnonzero(np.diff(ids, prepend=-2) != 1)  # of each run; plain lists are quicker to walk
+            offsets, breaks = (ids[first] * size).tolist(), [*(first * size).tolist(), len(ids) * size]
+            for offset, (low, high) in zip(offsets, pairwise(breaks), strict=True):
+                yield offset, block[low:high]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import singledispatch
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from pema_adapters.errors import FormatError
 from pema_adapters.merging.plan import CHUNK, Bytes, Copy, Plan, PlannedFile, Rows, Segment
 from pema_adapters.merging.progress import Advance
 
-WINDOW = 64 << 20
+WINDOW = 256 << 20
+SETTLED = 16 << 20
 _CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK}
 
 
@@ -36,73 +38,90 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+class Sink:
+    """A file being written; `advance` hears of every byte."""
+
+    def __init__(self, fd: int, behind: Executor, advance: Advance) -> None:
+        self.fd, self.behind, self.advance = fd, behind, advance
+
+    def write(self, data: Bytes, at: int) -> int:
+        """Write all of `data` at the offset `at`. Returns how much that is."""
+        done = os.pwrite(self.fd, data, at)
+        while done < len(data):
+            done += os.pwrite(self.fd, memoryview(data)[done:], at + done)
+        return done
+
+    def settle(self, begin: int, end: int) -> None:
+        """Say that a range is final, so that the disk gets it now rather than at the fsync, while copying goes on.
+
+        The advice starts the writing and drops pages that are clean already. It may block, hence the other thread.
+        """
+        if end - begin >= SETTLED and hasattr(os, "posix_fadvise"):
+            self.behind.submit(os.posix_fadvise, self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+
 def _write_file(file: PlannedFile, path: Path, advance: Advance) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for start, segment in zip(file.starts, file.segments, strict=False):
-            _lay(segment, fd, start, advance)
+        with ThreadPoolExecutor(1) as behind:
+            for start, segment in zip(file.starts, file.segments, strict=False):
+                _lay(segment, Sink(fd, behind, advance), start)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
 @singledispatch
-def _lay(segment: Segment, fd: int, start: int, advance: Advance) -> None:
+def _lay(segment: Segment, sink: Sink, start: int) -> None:
     """Write a segment at the offset `start`."""
     for begin in range(0, segment.length, CHUNK):
         end = min(begin + CHUNK, segment.length)
-        _write(fd, segment.read(begin, end), start + begin)
-        advance(end - begin)
+        sink.advance(sink.write(segment.read(begin, end), start + begin))
 
 
 @_lay.register
-def _(segment: Copy, fd: int, start: int, advance: Advance) -> None:
-    for begin, end in _copied(segment, fd, start):
-        _to_disk(fd, start + begin, start + end)
-        advance(end - begin)
+def _(segment: Copy, sink: Sink, start: int) -> None:
+    for begin, end in _copied(segment, sink, start):
+        sink.settle(start + begin, start + end)
+        sink.advance(end - begin)
 
 
 @_lay.register
-def _(segment: Rows, fd: int, start: int, advance: Advance) -> None:
-    """Rows follow the copy window by window, so that no page is on its way to the disk twice."""
+def _(segment: Rows, sink: Sink, start: int) -> None:
+    """Rows follow the copy window by window, so that no page goes to the disk twice."""
     runs = segment.runs()
     run = next(runs, None)
-    for begin, end in _copied(segment.base, fd, start):
+    for begin, end in _copied(segment.base, sink, start):
         while run is not None and run[0] + len(run[1]) <= end:
-            _write(fd, run[1], start + run[0])
+            sink.write(run[1], start + run[0])
             run = next(runs, None)
-        _to_disk(fd, start + begin, start + end)
-        advance(end - begin)
+        sink.settle(start + begin, start + end)
+        sink.advance(end - begin)
     while run is not None:
-        _write(fd, run[1], start + run[0])
+        sink.write(run[1], start + run[0])
         run = next(runs, None)
-    advance(segment.length - segment.base.length)
+    sink.advance(segment.length - segment.base.length)
 
 
-def _copied(segment: Copy, fd: int, start: int) -> Iterator[tuple[int, int]]:
+def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
     """Copy to the offset `start`; give `(begin, end)` of every window that is there."""
     source = os.open(segment.path, os.O_RDONLY)
     try:
         done = 0
         while done < segment.length:
-            span = source, fd, segment.start + done, start + done, segment.length - done
-            count = _by_kernel(*span) or _by_hand(*span)
+            at, to, left = segment.start + done, start + done, segment.length - done
+            count = _by_kernel(source, sink.fd, at, to, left)
+            count = count or sink.write(os.pread(source, min(left, CHUNK), at), to)
             if not count:
-                raise FormatError(f"{segment.path}: ends at byte {segment.start + done}; it became shorter meanwhile")
+                raise FormatError(f"{segment.path}: ends at byte {at}; it became shorter meanwhile")
             yield done, done + count
             done += count
     finally:
         os.close(source)
 
 
-def _to_disk(fd: int, begin: int, end: int) -> None:
-    """Let the system start to write a window now rather than at the fsync; a hint, which waits for nothing."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
-
-
 def _by_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
-    """Copy up to a chunk without its bytes passing through this process. Returns how many; 0 where it cannot."""
+    """Copy up to a chunk without its bytes passing through this process. Returns how many; 0 if it cannot."""
     count = min(left, WINDOW)
     try:
         if hasattr(os, "copy_file_range"):
@@ -113,15 +132,3 @@ def _by_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
         if error.errno in _CANNOT:
             return 0
         raise
-
-
-def _by_hand(source: int, target: int, at: int, to: int, left: int) -> int:
-    return _write(target, os.pread(source, min(left, CHUNK), at), to)
-
-
-def _write(fd: int, data: Bytes, at: int) -> int:
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], at + done)
-    return done
