@@ -4,7 +4,7 @@ import adapters
 import pytest
 import torch
 from adapters import AdapterTrainer, AutoAdapterModel, ConfigUnion, LoRAConfig
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, Trainer
 
 from pema_adapters import (
     PartialVocabulary,
@@ -17,7 +17,7 @@ from pema_adapters import (
 )
 from pema_adapters.errors import BaseMismatchError
 
-from .models import CONFIGS, MIXED, SEEN, USED, V, matrix_of, outputs
+from .models import CONFIGS, MIXED, SEEN, USED, Case, V, matrix_of, outputs
 from .training.test_surgery import COMPACTER, perturb
 from .training.test_training import run
 
@@ -173,3 +173,26 @@ def test_a_grown_vocabulary_grows_the_checkpoint(case, tmp_path):
     inputs = {name: value.clone() for name, value in MIXED.items()}
     inputs["input_ids"][0, 0] = V + 1
     close(outputs(merged, inputs), outputs(model, inputs))
+
+
+def test_an_adapter_on_weights_that_were_drawn_at_random_needs_a_base_that_has_them(tmp_path):
+    torch.manual_seed(1)
+    AutoModelForMaskedLM.from_config(CONFIGS["bert"]()).save_pretrained(tmp_path / "mlm")  # has no pooler
+    case = Case(str(tmp_path / "mlm"), AutoModelForSequenceClassification)
+    model = trained_adapter(case, PEMAConfig(), tmp_path / "run")
+    with pytest.raises(BaseMismatchError, match=r"no tensor 'pooler\.dense\.weight'.* drawn at random"):
+        merge_checkpoint(case.folder, tmp_path / "run")
+    model.save_pretrained(tmp_path / "whole")
+    report = merge_checkpoint(tmp_path / "whole", tmp_path / "run")
+    close(outputs(AutoModelForSequenceClassification.from_pretrained(report.output), MIXED), outputs(model, MIXED))
+
+
+def test_full_fine_tuning_carries_weights_that_were_drawn_at_random_even_if_frozen(tmp_path):
+    torch.manual_seed(1)
+    AutoModelForMaskedLM.from_config(CONFIGS["bert"]()).save_pretrained(tmp_path / "mlm")
+    model = load_model(AutoModelForSequenceClassification, tmp_path / "mlm", PartialVocabulary(USED, V))
+    model.base_model.pooler.requires_grad_(False)
+    save_delta(model, tmp_path / "delta")
+    merge_checkpoint(tmp_path / "mlm", tmp_path / "delta", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    close(outputs(merged, MIXED), outputs(model, MIXED))

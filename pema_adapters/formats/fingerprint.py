@@ -120,7 +120,10 @@ class Fingerprint:
     @staticmethod
     def _find(stored: Mapping[str, str], key: str, where: str) -> str:
         if key not in stored:
-            raise BaseMismatchError(f"{where}: no tensor {key!r}, which the delta's base has; {_WAY_OUT}")
+            raise BaseMismatchError(
+                f"{where}: no tensor {key!r}, which the model that was trained has; {_WAY_OUT} (if it was drawn at "
+                "random when the base was loaded, save that model with save_pretrained and train on the result)"
+            )
         return stored[key]
 
 

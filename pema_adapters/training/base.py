@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,32 @@ logger = logging.getLogger(__name__)
 SAMPLES = 64
 
 
+Digests = dict[str, tuple[tuple[int, ...], str]]
+
+
 @dataclass(frozen=True)
 class Base:
-    """What a model was before training: its rows, and the fingerprint that an artifact will carry."""
+    """What a model was before training: its rows, and the fingerprint that an artifact will carry.
+
+    `drawn` are the base model's tensors that its checkpoint lacks, drawn at random when it was loaded (BERT's pooler,
+    say).
+    """
 
     matrix: BaseRows
     fingerprint: Fingerprint
+    drawn: Digests = field(default_factory=dict)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """Base rows [n, d] of `token_ids` [n], on the CPU."""
         return self.matrix.rows(token_ids)
 
-    def fingerprint_for(self, token_ids: Tensor) -> Tensor:
-        """The fingerprint of this base as an artifact with rows for `token_ids` [K] carries it: uint8 [n]."""
-        return refit(self.fingerprint, token_ids, self.rows)
+    def fingerprint_for(self, token_ids: Tensor, *, with_drawn: bool) -> Tensor:
+        """The fingerprint of this base as an artifact with rows for `token_ids` [K] carries it: uint8 [n].
+
+        An adapter does not carry what was drawn, so only a base that has it will do (`with_drawn`). A full delta does.
+        """
+        tensors = {**self.fingerprint.tensors, **(self.drawn if with_drawn else {})}
+        return refit(replace(self.fingerprint, tensors=tensors), token_ids, self.rows)
 
     def __deepcopy__(self, memo: object) -> Base:
         return self
@@ -85,7 +97,7 @@ def base_as_loaded(model: Any, embedding: str, shape: tuple[int, int]) -> Base |
     tensor = checkpoint.tensors.get(stored.get(embedding, ""))
     if tensor is None or tensor.shape != shape or tensor.dtype not in TORCH_DTYPES:
         return None
-    return Base(BaseRows.of(tensor), _stored_fingerprint(checkpoint, live, stored, shape[0]))
+    return _stored_base(checkpoint, live, stored, BaseRows.of(tensor))
 
 
 def find_checkpoint(model: Any) -> Checkpoint | None:
@@ -163,14 +175,19 @@ def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) ->
     common = {name: stored[name] for name in live.shapes() if name in stored and name != live.embedding}
     if rows is None or not all(_same_samples(checkpoint, file_name, live, name) for name, file_name in common.items()):
         return None
-    return Base(rows, _stored_fingerprint(checkpoint, live, stored, weight.shape[0]))
+    return _stored_base(checkpoint, live, stored, rows)
 
 
-def _stored_fingerprint(
-    checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str], vocab_size: int
-) -> Fingerprint:
-    names = [stored[name] for name in live.shapes() if name in stored and name != live.embedding]
-    return _take(checkpoint, stored[live.embedding], live.prefix, vocab_size, names)
+def _stored_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str], rows: BaseRows) -> Base:
+    names = [name for name in live.shapes() if name != live.embedding]
+    common, drawn = [stored[name] for name in names if name in stored], [name for name in names if name not in stored]
+    if drawn:
+        logger.warning(
+            "%s lacks %s, which the model has drawn at random: an adapter trained on it can be merged only into a "
+            "checkpoint that has them (model.save_pretrained writes one)", checkpoint.folder, ", ".join(drawn),
+        )  # fmt: skip
+    fingerprint = _take(checkpoint, stored[live.embedding], live.prefix, len(rows), common)
+    return Base(rows, fingerprint, _take(live, live.embedding, live.prefix, len(rows), drawn).tensors)
 
 
 def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:

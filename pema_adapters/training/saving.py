@@ -108,6 +108,8 @@ def _trained(model: Any) -> dict[str, Tensor]:
     added = {inside + name for name in _upstream.adapter_tensor_names(model)}
     owner = shrunk_embedding(model)
     keep = {prefix + "weight" for prefix in _prefixes(model, owner)} if owner else set()
+    if owner is not None:
+        keep |= {inside + name for name in _base(owner).drawn}  # no base will have them
     return {
         name: tensor
         for name, tensor in model.state_dict().items()

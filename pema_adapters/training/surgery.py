@@ -52,7 +52,7 @@ def shrink_embeddings(model: Any, adapter_name: str | None, vocabulary: Any) -> 
     used = used | _already_in(target, owner, base, used.vocab_size)
     token_ids = torch.from_numpy(used.token_ids.copy())
     rows = _current_rows(target, owner, token_ids)
-    fingerprint = base.fingerprint_for(token_ids)
+    fingerprint = base.fingerprint_for(token_ids, with_drawn=holder is not None)
     if not owner.is_shrunk:
         owner.shrink(base)
     target.set_rows(token_ids, rows, fingerprint)
