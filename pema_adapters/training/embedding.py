@@ -217,8 +217,8 @@ def revert(embedding: PartialEmbedding) -> None:
     original = next(c for c in classes if not issubclass(c, PartialEmbedding))
     for name in ("token_ids", "fingerprint"):
         embedding._buffers.pop(name)
-    for name in ("base", "_overlay", "_watch", "_owner", "_index", "_padding"):
-        embedding.__dict__.pop(name)
+    for name in ("base", "_overlay", "_watch", "_owner", "_index", "_padding", "was_loaded"):
+        embedding.__dict__.pop(name, None)
     embedding.__class__ = original  # type: ignore[assignment]
 
 

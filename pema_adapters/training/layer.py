@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from pema_adapters.training.base import refit
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all
 from pema_adapters.training.rows import PartialRows
+
+logger = logging.getLogger(__name__)
 
 
 class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
@@ -77,7 +80,21 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         rows = self.rows_of(names[0])
         if self.training and not len(rows):
             raise SurgeryError(no_vocabulary(names[0]))
+        if rows.was_loaded:
+            self._compare_base(names[0], rows)
         return rows
+
+    def _compare_base(self, adapter_name: str, rows: PartialRows) -> None:
+        """Say so, once, where loaded rows were trained on another base; in half precision that cannot be told."""
+        rows.was_loaded = False
+        if not len(rows) or rows.weight.dtype != torch.float32 or not len(rows.fingerprint):
+            return
+        fingerprint = Fingerprint.from_array(rows.fingerprint.cpu().numpy())
+        if not torch.equal(refit(fingerprint, rows.token_ids, self.embedding.rows), rows.fingerprint.cpu()):
+            logger.warning(
+                "adapter %r was trained on another base: the embedding rows of its %d tokens are not this model's, "
+                "so it will not compute what it was trained to", adapter_name, len(rows),
+            )  # fmt: skip
 
     def enable_adapters(self, adapter_setup: Any, unfreeze_adapters: bool, unfreeze_fusion: bool) -> None:
         """Unfreeze the rows of the adapters to train. Raises: SurgeryError where one has no vocabulary yet."""

@@ -22,6 +22,7 @@ class RowTable(nn.Module):
     fingerprint: Tensor | None
     vocab_size: int
     loads_piecewise = False
+    was_loaded = False  # from a file, and not yet compared with the model's base
     _index: Tensor | None
     _padding: tuple[int, int | None] | None
 
@@ -78,6 +79,7 @@ class RowTable(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._forget_index()
+        self.was_loaded = True
 
     def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
         """Change the number of rows to that of the state. Returns what is wrong with the state, if anything."""

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, ModernBe
 from pema_adapters import PartialVocabulary, PEMAConfig, shrink_embeddings
 from pema_adapters.errors import SurgeryError
 
-from ..models import MIXED, SEEN, USED, V, assert_same, matrix_of, outputs, with_rows
+from ..models import CONFIGS, MIXED, SEEN, USED, V, assert_same, matrix_of, outputs, with_rows
 from .test_surgery import COMPACTER, perturb, rows_of, shrunk
 
 BOTH = ConfigUnion(PEMAConfig(unseen="error"), COMPACTER)
@@ -164,6 +164,21 @@ def test_rows_of_a_larger_vocabulary_are_refused(case, make_case, tmp_path):
     small.resize_token_embeddings(50)
     with pytest.raises(RuntimeError, match="do not fit the model's 50 embedding rows"):
         small.load_adapter(str(tmp_path / "run"))
+
+
+def test_rows_of_another_base_are_used_with_a_warning(case, make_case, tmp_path, caplog):
+    model = shrunk(case)
+    model.save_adapter(str(tmp_path / "run"), "task")
+    same = case.with_adapters()
+    same.load_adapter(str(tmp_path / "run"), set_active=True)
+    outputs(same, MIXED)
+    assert "another base" not in caplog.text
+    torch.manual_seed(99)
+    other = AutoModelForSequenceClassification.from_config(CONFIGS["bert"]())
+    adapters.init(other)
+    other.load_adapter(str(tmp_path / "run"), set_active=True)
+    outputs(other, MIXED)
+    assert "adapter 'task' was trained on another base" in caplog.text
 
 
 def test_auto_adapter_model_with_a_flexible_head(case, tmp_path):
