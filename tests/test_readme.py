@@ -29,14 +29,14 @@ def environment(tmp_path):
     return {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def test_the_session_and_the_merge_print_what_is_written(tmp_path, environment):
+def test_the_code_and_the_merge_print_what_is_written(tmp_path, environment):
     (code,) = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     expected = blocks()
     trained = run([sys.executable, "-W", "error::UserWarning", "-c", code], tmp_path, environment)
     assert trained == next(block for block in expected if block.startswith("PartialVocabulary"))
-    session = next(block for block in expected if block.startswith("$"))
-    command, *lines = session.splitlines()
+    example = next(block for block in expected if block.startswith("$"))
+    command, *lines = example.splitlines()
     printed = run(command.removeprefix("$ ").split(), tmp_path, environment)
     for line in lines:
         assert line in printed.splitlines(), printed
