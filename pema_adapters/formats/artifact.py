@@ -24,13 +24,12 @@ from pema_adapters.formats.find import (
     is_method,
 )
 from pema_adapters.formats.fingerprint import Fingerprint
-from pema_adapters.formats.safetensors_file import NUMPY_DTYPES
+from pema_adapters.formats.safetensors_file import FLOATS, NUMPY_DTYPES
 from pema_adapters.formats.tensors import Stored, checkpoint_tensors, read_tensors
 
 HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 _ROWS = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
 _FULL_ROWS = re.compile(r"(?P<embedding>.+)\.token_ids")

@@ -148,12 +148,17 @@ def _differs(where: str, name: str, what: str, found: str, expected: str) -> Bas
     )
 
 
+def sample_positions(shape: tuple[int, ...]) -> np.ndarray:
+    """Up to 64 flat positions, int64, evenly spaced over a tensor, first and last included."""
+    size = math.prod(shape)
+    count = min(size, SAMPLES)
+    return np.arange(count, dtype=np.int64) * (size - 1) // max(count - 1, 1)
+
+
 def _digest_values(source: TensorSource, name: str) -> str:
     """16 hex digits over up to 64 values at evenly spaced flat positions, first and last included."""
-    size = math.prod(source.shapes()[name])
-    count = min(size, SAMPLES)
-    positions = np.arange(count, dtype=np.int64) * (size - 1) // max(count - 1, 1)
-    values = source.values(name, positions) if count else np.empty(0)
+    positions = sample_positions(source.shapes()[name])
+    values = source.values(name, positions) if len(positions) else np.empty(0)
     return hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()[:16]
 
 

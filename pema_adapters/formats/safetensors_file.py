@@ -28,6 +28,7 @@ DTYPE_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
+FLOATS = ("F64", "F32", "F16", "BF16")
 _BITS = {name: 8 * size for name, size in DTYPE_BYTES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 NUMPY_DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4",

@@ -5,8 +5,6 @@ import numpy as np
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.safetensors_file import NUMPY_DTYPES, as_float32
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 class Rounding:
     """The largest absolute rounding error seen so far; every cast of one plan reports to the same."""

@@ -9,9 +9,9 @@ import numpy as np
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, encode_header, read_header
+from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS, TensorInfo, encode_header, read_header
 from pema_adapters.formats.tensors import Stored
-from pema_adapters.merging.casting import FLOATS, Rounding
+from pema_adapters.merging.casting import Rounding
 from pema_adapters.merging.names import OUTPUT_BIASES, OUTPUT_MATRICES, Names, copies_of
 from pema_adapters.merging.plan import Cast, Copy, Literal, PlannedFile, Rows, Segment, joined
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,17 @@ writing_trainer_checkpoint: ContextVar[bool] = ContextVar("writing_trainer_check
 
 loading_without_matrix: ContextVar[bool] = ContextVar("loading_without_matrix", default=False)
 """True while `load_model` builds a model whose embedding matrix is never allocated."""
+
+
+@contextmanager
+def during(variable: ContextVar[bool]) -> Iterator[None]:
+    """Have `variable` true in the block."""
+    token = variable.set(True)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
 
 _originals: list[tuple[Any, str, Any]] = []
 

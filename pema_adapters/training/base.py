@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import Checkpoint, match
-from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows
+from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
 from pema_adapters.training import _upstream
 from pema_adapters.training.base_rows import TORCH_DTYPES, BaseRows, blocks
 
 logger = logging.getLogger(__name__)
-
-SAMPLES = 64
 
 
 Digests = dict[str, tuple[tuple[int, ...], str]]
@@ -136,11 +134,11 @@ class LiveModel:
         self.prefix = str(model.base_model_prefix or "")
         self.embedding = embedding
         added = _upstream.adapter_tensor_names(model)
-        matrix = model.base_model.state_dict()[embedding]
+        state = model.base_model.state_dict()
         self._tensors: dict[str, Tensor] = {
             name: tensor
-            for name, tensor in model.base_model.state_dict().items()
-            if name not in added and (name == embedding or tensor.data_ptr() != matrix.data_ptr())
+            for name, tensor in state.items()
+            if name not in added and (name == embedding or tensor.data_ptr() != state[embedding].data_ptr())
         }
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -161,9 +159,9 @@ class LiveModel:
         loaded = torch.from_numpy(values).to(self._tensors[name].dtype)
         return np.array_equal(self.values(name, positions), _float32(loaded), equal_nan=True)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype in memory."""
-        return self._tensors[name].dtype
+    def tensor(self, name: str) -> Tensor:
+        """The tensor in memory."""
+        return self._tensors[name]
 
 
 def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> Base | None:
@@ -205,13 +203,11 @@ def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
 
 
 def _same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name: str) -> bool:
-    shape = live.shapes()[name]
-    if checkpoint.shapes()[file_name] != shape or not live.dtype(name).is_floating_point:
+    tensor = live.tensor(name)
+    if checkpoint.tensors[file_name].shape != tuple(tensor.shape) or not tensor.is_floating_point():
         return True  # quantised in memory, say: the fingerprint will hold the checkpoint's own bytes
-    positions = np.unique(np.linspace(0, max(0, int(np.prod(shape)) - 1), SAMPLES, dtype=np.int64))
-    if not int(np.prod(shape)):
-        return True
-    return live.agrees(name, positions, checkpoint.values(file_name, positions))
+    positions = sample_positions(tuple(tensor.shape))
+    return not len(positions) or live.agrees(name, positions, checkpoint.values(file_name, positions))
 
 
 def _take(source: TensorSource, embedding: str, prefix: str, vocab_size: int, names: list[str]) -> Fingerprint:

@@ -34,11 +34,8 @@ def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary:
     Raises:
         SurgeryError, VocabularyError: as `shrink_embeddings`.
     """
-    token = _upstream.loading_without_matrix.set(True)
-    try:
+    with _upstream.during(_upstream.loading_without_matrix):
         loaded = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
-    finally:
-        _upstream.loading_without_matrix.reset(token)
     if not _give_base(_model(loaded)):
         loaded = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
     shrink_embeddings(_model(loaded), None, vocabulary)

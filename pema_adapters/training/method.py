@@ -85,11 +85,8 @@ def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: A
 
 
 def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    token = _upstream.writing_trainer_checkpoint.set(True)
-    try:
+    with _upstream.during(_upstream.writing_trainer_checkpoint):
         return original(*args, **kwargs)
-    finally:
-        _upstream.writing_trainer_checkpoint.reset(token)
 
 
 def _resize_token_embeddings(

@@ -38,11 +38,8 @@ def save_delta(model: Any, save_directory: str | Path, **save_kwargs: Any) -> No
             f"{type(model).__name__} has no partial embedding of its own to save: get one from "
             "pema_adapters.load_model(...), or save an adapter with model.save_adapter(folder, name)"
         )
-    token = _upstream.writing_trainer_checkpoint.set(True)
-    try:
+    with _upstream.during(_upstream.writing_trainer_checkpoint):
         model.save_pretrained(save_directory, state_dict=_trained(model), **save_kwargs)
-    finally:
-        _upstream.writing_trainer_checkpoint.reset(token)
 
 
 @contextmanager
