@@ -30,13 +30,18 @@ def save_delta(model: Any, save_directory: str | Path, **save_kwargs: Any) -> No
         save_kwargs: passed on to `save_pretrained` (max_shard_size, say).
 
     Raises:
-        SurgeryError: the model has no partial embedding of its own.
+        SurgeryError: the model has no partial embedding of its own, or the folder is that of its base.
     """
     owner = shrunk_embedding(model)
     if owner is None or owner.token_ids is None:
         raise SurgeryError(
             f"{type(model).__name__} has no partial embedding of its own to save: get one from "
             "pema_adapters.load_model(...), or save an adapter with model.save_adapter(folder, name)"
+        )
+    base_file = _base(owner).matrix.lies_in(Path(save_directory))
+    if base_file is not None:
+        raise SurgeryError(
+            f"save_delta to {save_directory} would overwrite the base {base_file}: choose another folder"
         )
     with _upstream.during(_upstream.writing_trainer_checkpoint):
         model.save_pretrained(save_directory, state_dict=_trained(model), **save_kwargs)

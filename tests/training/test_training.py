@@ -192,6 +192,14 @@ def test_save_delta_holds_what_was_trained(case, data, tmp_path):
     assert np.array_equal(state[name + "token_ids"].numpy(), model.get_input_embeddings().token_ids.numpy())
 
 
+def test_save_delta_over_the_base_is_refused(case):
+    before = case.plain().state_dict()
+    with pytest.raises(SurgeryError, match=r"would overwrite the base .*: choose another folder"):
+        save_delta(partial_model(case), case.folder)
+    after = case.plain().state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_save_delta_of_an_adapter_model_says_what_to_call(case, tmp_path):
     with pytest.raises(SurgeryError, match=r"model\.save_adapter\(folder, name\)"):
         save_delta(adapter_model(case), tmp_path / "delta")
