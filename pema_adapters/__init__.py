@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pema_adapters.errors import PemaError
-    from pema_adapters.merging.merge import merge_checkpoint
+    from pema_adapters.merging.merge import merge_checkpoint, undo_merge
     from pema_adapters.merging.report import MergeReport
     from pema_adapters.training.config import PEMAConfig
     from pema_adapters.training.loading import load_model
@@ -32,11 +32,12 @@ _PUBLIC = {
     "restore_embeddings": "training.surgery",
     "save_delta": "training.saving",
     "shrink_embeddings": "training.surgery",
+    "undo_merge": "merging.merge",
 }
 
 __all__ = [
     "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "merge_checkpoint",
-    "restore_embeddings", "save_delta", "shrink_embeddings",
+    "restore_embeddings", "save_delta", "shrink_embeddings", "undo_merge",
 ]  # fmt: skip
 
 

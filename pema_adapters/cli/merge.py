@@ -11,17 +11,25 @@ from pema_adapters.cli._run import run
 if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 EPILOG = """\
 examples:
   pema-merge --base facebook/xlm-v-base --delta run/
   pema-merge --base ./xlm-v-base --delta run/ --adapter task --output merged/ --verify
+  pema-merge --base ./xlm-v-base --delta run/ --in-place
+  pema-merge --base ./xlm-v-base --undo
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pema-merge`. Returns the exit code: 0 done, 1 refused or failed; argparse exits with 2 on wrong usage."""
-    options = _parser().parse_args(argv)
-    return run("pema-merge", lambda: _merge(options))
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.delta is None and not options.undo:
+        parser.error("the following arguments are required: --delta")
+    if options.in_place and (options.output or options.overwrite):
+        parser.error("--in-place changes the base itself: it goes without --output and --overwrite")
+    return run("pema-merge", lambda: _undo(options) if options.undo else _merge(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,11 +40,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--base", required=True, help="folder with model.safetensors or its shards, or a Hub id")
-    add("--delta", required=True, help="what save_adapter, save_delta or a Trainer wrote")
+    add("--base", required=True, help="folder with a checkpoint (safetensors or .bin, one file or shards), or a Hub id")
+    add("--delta", help="what save_adapter, save_delta or a Trainer wrote, or a Hub id")
     add("--output", metavar="DIR", help="folder to write (default: DELTA/merged)")
     add("--adapter", metavar="NAME", help="which adapter, where DELTA holds several")
     add("--revision", metavar="REV", help="branch, tag or commit of a Hub base")
+    add("--dtype", choices=DTYPES, default="auto", help="of the output's numbers (default: the base's own)")
+    add(
+        "--no-fold", action="store_true", help="leave LoRA, DoRA, (IA)^3 and VeRA an adapter instead of folding them in"
+    )
+    add("--in-place", action="store_true", help="change the base's own files, with a journal to restore them from")
+    add("--undo", action="store_true", help="restore a base that was merged in place, byte for byte")
     add("--overwrite", action="store_true", help="replace an output that an earlier merge wrote")
     add("--dry-run", action="store_true", help="check and plan everything, write nothing")
     add("--verify", action="store_true", help="read the output again and compare every byte with base and delta")
@@ -55,6 +69,9 @@ def _merge(options: argparse.Namespace) -> None:
         options.output,
         adapter=options.adapter,
         revision=options.revision,
+        dtype=options.dtype,
+        fold=not options.no_fold,
+        in_place=options.in_place,
         overwrite=options.overwrite,
         dry_run=options.dry_run,
         verify=options.verify,
@@ -67,20 +84,36 @@ def _merge(options: argparse.Namespace) -> None:
         print(_summary(report, options))
 
 
+def _undo(options: argparse.Namespace) -> None:
+    from pema_adapters.merging.merge import undo_merge
+
+    undo_merge(options.base)
+    if not options.quiet:
+        print(f"restored {options.base}")
+
+
 def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
     """The report for people; its first line says what happened, its last ones how to load the result."""
-    done = "would write" if options.dry_run else "wrote"
+    done = "would write" if options.dry_run else "changed" if options.in_place else "wrote"
     lines = [
         f"{done} {report.output} ({report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s)",
         f"  rows:    {report.rows_merged:,} of {report.vocab_size:,} in the embedding matrix",
-        f"  tensors: {report.tensors_changed:,} changed, {report.tensors_copied:,} copied byte for byte",
+        f"  tensors: {report.tensors_changed:,} changed, {report.tensors_copied:,} {_kept(options)}",
     ]
+    if report.tensors_folded:
+        lines.append(f"  folded:  the adapter's updates of {report.tensors_folded:,} weights")
     if report.max_rounding_error:
         lines.append(f"  casts:   largest rounding error {report.max_rounding_error:.3g}")
     if options.verify and not options.dry_run:
         lines.append("  verified: every byte is the base's or the delta's")
     lines += [f"  note:    {note}" for note in report.notes]
     return "\n".join(lines + _loading(report))
+
+
+def _kept(options: argparse.Namespace) -> str:
+    if options.in_place:
+        return "untouched"
+    return "copied byte for byte" if options.dtype == "auto" else f"as they were, in {options.dtype}"
 
 
 def _loading(report: "MergeReport") -> list[str]:

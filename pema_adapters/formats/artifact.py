@@ -37,10 +37,16 @@ _FULL_ROWS = re.compile(r"(?P<embedding>.+)\.token_ids")
 
 @dataclass(frozen=True)
 class Head:
-    """A prediction head: `config` as in head_config.json, `tensors` by name."""
+    """A prediction head: `config` as in head_config.json, `tensors` by name.
+
+    settings: what config.json must say for it (None: the key must be absent), and prefix: of the backbone in its
+    class; None for both where nobody but head_config.json says.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Stored]
+    settings: dict[str, Any] | None = None
+    prefix: str | None = None
 
     @property
     def is_static(self) -> bool:
@@ -64,9 +70,9 @@ class Delta:
     prefix: of the base model, "bert"; "" where there is none.
     own_base: the trained model was a base model itself, so its tensor names carry no prefix.
     embedding: canonical name of E; "" where the artifact does not say (it has no fingerprint).
-    token_ids: int64 [K], strictly increasing. weight: [K, d].
+    token_ids: int64 [K], strictly increasing. weight: [K, d]; None for an adapter without PEMA, whose K is 0.
     tensors: full: everything else that was trained. head, rest: adapter: beside the rows.
-    config: full: the trained model's config.json.
+    config: full: the trained model's config.json; adapter: adapter_config.json.
     """
 
     folder: Path
@@ -76,7 +82,7 @@ class Delta:
     own_base: bool
     embedding: str
     token_ids: np.ndarray
-    weight: Stored
+    weight: Stored | None
     fingerprint: Fingerprint | None
     tensors: dict[str, Stored] = field(default_factory=dict)
     head: Head | None = None
@@ -110,17 +116,22 @@ def _read_adapter(folder: Path) -> Delta:
         raise FormatError(f"{folder}: {ADAPTER_CONFIG} without weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
     tensors = read_tensors(path)
     parts = {name: found for name in tensors if (found := _ROWS.fullmatch(name))}
-    names = {found["name"] for found in parts.values()}
-    if len(names) != 1 or len(parts) > len({found["part"] for found in parts.values()}):
-        several = f"those of {', '.join(sorted(names))}" if names else "none"
-        raise FormatError(f"{path}: expected the PEMA rows of one adapter, found {several}; nothing to merge")
-    prefix = next(iter(parts.values()))["prefix"] or ""
+    owners = {name.removesuffix("." + found["part"]) for name, found in parts.items()}
+    if len(owners) > 1:
+        several = ", ".join(map(repr, sorted(owners)))
+        raise FormatError(f"{path}: expected the PEMA rows of one adapter, found those of {several}; nothing to merge")
+    if not owners:
+        return _without_rows(folder, path, config, tensors)
+    first = next(iter(parts.values()))
+    prefix = first["prefix"] or ""
     rows = {found["part"]: tensors.pop(name) for name, found in parts.items()}
     token_ids, weight, fingerprint = _rows(path, rows)
+    if fingerprint and prefix not in ("", fingerprint.prefix):
+        raise FormatError(f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; damaged")
     return Delta(
         folder=folder,
         kind="adapter",
-        name=names.pop(),
+        name=first["name"],
         prefix=fingerprint.prefix if fingerprint else prefix,
         own_base=not prefix,
         embedding=fingerprint.embedding if fingerprint else "",
@@ -129,6 +140,30 @@ def _read_adapter(folder: Path) -> Delta:
         fingerprint=fingerprint,
         head=_read_head(folder, prefix),
         rest=Rest(_rest_config(folder, config, bool(tensors)), tensors),
+        config=config,
+    )
+
+
+def _without_rows(folder: Path, path: Path, config: dict[str, Any], tensors: dict[str, Stored]) -> Delta:
+    """An adapter without PEMA: other methods, and perhaps a head."""
+    if has_method(config.get("config")):
+        raise FormatError(f"{path}: expected the PEMA rows that {ADAPTER_CONFIG} names, found none; save it again")
+    name = config.get("name")
+    if not isinstance(name, str):
+        raise FormatError(f"{folder / ADAPTER_CONFIG}: expected the name of the adapter, found {str(name)[:40]!r}")
+    return Delta(
+        folder=folder,
+        kind="adapter",
+        name=name,
+        prefix="",
+        own_base=False,
+        embedding="",
+        token_ids=np.empty(0, np.int64),
+        weight=None,
+        fingerprint=None,
+        head=_read_head(folder, ""),
+        rest=Rest(_rest_config(folder, config, bool(tensors)), tensors),
+        config=config,
     )
 
 
@@ -182,6 +217,8 @@ def _read_full(folder: Path) -> Delta:
     rows = {part: tensors.pop(name) for part in parts if (name := f"{embeddings[0]}.{part}") in tensors}
     token_ids, weight, fingerprint = _rows(path, rows)
     prefix = fingerprint.prefix if fingerprint else ""
+    if fingerprint and stored not in (fingerprint.embedding, f"{prefix}.{fingerprint.embedding}"):
+        raise FormatError(f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; damaged")
     return Delta(
         folder=folder,
         kind="full",
@@ -230,6 +267,9 @@ def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> n
         raise FormatError(f"{where} begins with {ids[0]}; expected ids from 0")
     if fingerprint and len(ids) and ids[-1] >= fingerprint.vocab_size:
         raise FormatError(f"{where} goes up to {ids[-1]}; expected ids below V = {fingerprint.vocab_size}")
+    added = fingerprint.vocab_size - fingerprint.base_vocab_size if fingerprint else 0
+    if added > len(ids):
+        raise FormatError(f"{where} has {len(ids)} ids; expected all {added} new tokens among them")
     return ids
 
 

@@ -1,22 +1,45 @@
-"""An ordinary checkpoint folder: which tensors it stores, where, and its rows read by memory map."""
+"""An ordinary checkpoint folder: which tensors it stores, where, and its rows read by memory map.
+
+Safetensors or, where there are none, pickles (`.bin`); one file, or shards with an index.
+"""
 
 import json
-import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, as_float32, read_header
+from pema_adapters.formats.tensors import Stored, map_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+FORMAT = {"format": "pt"}
+"""The metadata of a safetensors file that PyTorch wrote, without which Transformers refuses it."""
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+Tensor: TypeAlias = TensorInfo | Stored
+"""A tensor of a checkpoint: in a safetensors file, or in a pickle."""
+
+EMBEDDINGS = (
+    "word_embeddings.weight",
+    "embed_tokens.weight",
+    "shared.weight",
+    "wte.weight",
+    "tok_embeddings.weight",
+    "word_embedding.weight",
+)
+"""How the input embedding and its copies end in checkpoints; output embeddings end otherwise."""
+
+OUTPUT_MATRICES = ("lm_head.weight", "decoder.weight", "vocab_projector.weight", "embed_out.weight", "output.weight")
+OUTPUT_BIASES = ("predictions.bias", "decoder.bias", "lm_head.bias", "vocab_projector.bias", "final_logits_bias")
+"""How matrices [V, d] and biases [V] or [1, V] of language-model heads end."""
+
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -61,42 +84,87 @@ def is_plain_name(name: str) -> bool:
     return PurePath(name).name == name and name not in ("", "..") and not set(name) & set("\\/\0")
 
 
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file as a read-only, memory-mapped uint8 array."""
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weights of a checkpoint folder: `files` by name, and the index that lists them, if there is one."""
+
+    files: tuple[Path, ...]
+    index_name: str | None
+    index: dict[str, Any] | None
+    is_pickled: bool
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The weights that Transformers would load: safetensors before pickles, one file before shards.
+
+    Reads nothing but the index. Raises `FormatError` where there are none, or where a shard is missing.
+    """
+    for single, index_name in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
+        is_pickled = single == PICKLE
+        if (folder / single).exists():
+            return WeightFiles((folder / single,), None, None, is_pickled)
+        if (folder / index_name).exists():
+            index = read_json(folder / index_name)
+            return WeightFiles(_shards(folder / index_name, index), index_name, index, is_pickled)
+    raise FormatError(_nothing_in(folder))
+
+
+def output_name(name: str) -> str:
+    """The safetensors file that holds what the weights file `name` holds.
+
+    `output_name("pytorch_model-00001-of-00003.bin") == "model-00001-of-00003.safetensors"`
+    """
+    if name.endswith(".safetensors"):
+        return name
+    return PurePath(name.removeprefix("pytorch_") if name.startswith("pytorch_model") else name).stem + ".safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint. `tensors`: of all its files, in file order, then offset order.
+    """A validated checkpoint. `tensors`: of all its files, in file order, then in the order of the file.
 
-    Rows are read through one read-only memory map per file, opened when first needed and never copied.
+    index: the JSON of the file `index_name`, None for a single file. metadata: of each file, as a safetensors file
+    has it. shared: names that a pickle has for a tensor kept under another name, and that Transformers ties again:
+    `{dropped: kept}`; they are not in `tensors`.
+    Bytes are read through one read-only memory map per file, never copied.
     """
 
     folder: Path
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, Tensor]
     files: tuple[Path, ...]
     metadata: dict[Path, dict[str, str]]
     index: dict[str, Any] | None
     config: dict[str, Any]
+    index_name: str | None = None
+    is_pickled: bool = False
+    shared: dict[str, str] = field(default_factory=dict)
     _maps: dict[Path, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Read the headers of `model.safetensors`, or of the shards in the index. Raises `FormatError`."""
+        """Read the headers of all weights files; of pickles (which imports torch) the tables. Raises `FormatError`."""
         folder = Path(folder)
-        index = None if (folder / SINGLE).exists() or not (folder / INDEX).exists() else read_json(folder / INDEX)
-        files = (folder / SINGLE,) if index is None else _shards(folder, index)
-        if index is None and not files[0].exists():
-            raise FormatError(_nothing_in(folder))
-        headers = {path: read_header(path) for path in files}
-        tensors = _collect({path: header.tensors for path, header in headers.items()})
-        if index is not None:
-            _check_index(folder / INDEX, index["weight_map"], tensors)
+        found = weight_files(folder)
         config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
-        metadata = {path: header.metadata for path, header in headers.items()}
-        return cls(folder, tensors, files, metadata, index, config)
+        contents = _read_pickles(found.files, config) if found.is_pickled else _read_safetensors(found.files)
+        tensors = _collect(contents.tensors)
+        if found.index_name is not None and found.index is not None:
+            _check_index(folder / found.index_name, found.index["weight_map"], tensors)
+        return cls(
+            folder=folder,
+            tensors={name: tensor for name, tensor in tensors.items() if name not in contents.shared},
+            files=found.files,
+            metadata=contents.metadata,
+            index=found.index,
+            config=config,
+            index_name=found.index_name,
+            is_pickled=found.is_pickled,
+            shared=contents.shared,
+        )
+
+    def output_name(self, path: Path) -> str:
+        """The name of the safetensors file that what the weights file `path` holds is written to."""
+        return output_name(path.name)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor, by stored name."""
@@ -105,6 +173,8 @@ class Checkpoint:
     def raw(self, name: str) -> np.ndarray:
         """The bytes of a tensor, uint8 [nbytes]: a read-only view of the memory map."""
         tensor = self.tensor(name)
+        if isinstance(tensor, Stored):
+            return tensor.raw
         if tensor.path not in self._maps:
             self._maps[tensor.path] = map_file(tensor.path)
         return self._maps[tensor.path][tensor.start : tensor.start + tensor.nbytes]
@@ -126,7 +196,7 @@ class Checkpoint:
             raise FormatError(f"{self.tensor(name).path}: tensor {name!r}: cannot read values of dtype {dtype}")
         return as_float32(self.raw(name).reshape(-1, DTYPE_BYTES[dtype])[positions], dtype).reshape(-1)
 
-    def tensor(self, name: str) -> TensorInfo:
+    def tensor(self, name: str) -> Tensor:
         """Where the tensor lies; `FormatError` where there is none of that name."""
         try:
             return self.tensors[name]
@@ -143,32 +213,57 @@ class Checkpoint:
 def _nothing_in(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder; expected a checkpoint with {SINGLE} or {INDEX}"
-    for name in _PICKLES:
-        if (folder / name).exists():
-            return (
-                f"{folder / name}: a pickled checkpoint, which cannot be read yet; expected {SINGLE}: "
-                "load it once and call save_pretrained(folder) to write safetensors"
-            )
-    return f"{folder}: neither {SINGLE} nor {INDEX}; not a checkpoint folder"
+    return f"{folder}: neither {SINGLE} nor {INDEX}, nor {PICKLE} or {PICKLE_INDEX}; not a checkpoint folder"
 
 
-def _shards(folder: Path, index: dict[str, Any]) -> tuple[Path, ...]:
-    """The files of the index, sorted by name; each must be a plain name in the folder, and exist."""
+def _shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
+    """The files of the index `path`, sorted by name; each must be a plain name in its folder, and exist."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{folder / INDEX}: no weight_map that names the shards")
+        raise FormatError(f"{path}: no weight_map that names the shards")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_plain_name(name):
-            raise FormatError(f"{folder / INDEX}: tensor {tensor!r}: shard {name!r} is not a file name in this folder")
-    files = tuple(folder / name for name in sorted(set(weight_map.values())))
-    for path in files:
-        if not path.is_file():
-            raise FormatError(f"{path}: a shard that {INDEX} names, but there is no such file; download it again")
+            raise FormatError(f"{path}: tensor {tensor!r}: shard {name!r} is not a file name in this folder")
+    files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
+    for file in files:
+        if not file.is_file():
+            raise FormatError(f"{file}: a shard that {path.name} names, but there is no such file; download it again")
+    if len({output_name(file.name) for file in files}) < len(files):
+        raise FormatError(f"{path}: two of its shards would have the same name as safetensors; rename them")
     return files
 
 
-def _collect(files: dict[Path, dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
+@dataclass(frozen=True)
+class _Contents:
+    """What the weights files hold: tensors and metadata by file, and names that share the tensor of another."""
+
+    tensors: dict[Path, dict[str, Tensor]]
+    metadata: dict[Path, dict[str, str]]
+    shared: dict[str, str]
+
+
+def _read_safetensors(files: tuple[Path, ...]) -> _Contents:
+    headers = {path: read_header(path) for path in files}
+    metadata = {path: header.metadata for path, header in headers.items()}
+    return _Contents({path: {**header.tensors} for path, header in headers.items()}, metadata, {})
+
+
+def _read_pickles(files: tuple[Path, ...], config: dict[str, Any]) -> _Contents:
+    from pema_adapters.formats.pickled import read_pickle
+    from pema_adapters.formats.tied import tied_names
+
+    ties_outputs = config.get("tie_word_embeddings", True) is not False
+    found = {path: read_pickle(path) for path in files}
+    shared: dict[str, str] = {}
+    for tensors in found.values():
+        shared |= tied_names(tensors.values(), ties_outputs)
+    return _Contents(
+        {path: {**tensors} for path, tensors in found.items()}, {path: {**FORMAT} for path in files}, shared
+    )
+
+
+def _collect(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     for path, found in files.items():
         for name in found.keys() & tensors.keys():
             raise FormatError(f"{path}: tensor {name!r} is stored in {tensors[name].path.name} as well")
@@ -176,7 +271,7 @@ def _collect(files: dict[Path, dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
             raise FormatError(f"{path}: tensor {name!r} should be in {file}, but that file does not hold it")

@@ -86,19 +86,21 @@ class Fingerprint:
         shapes = source.shapes()
         stored = self.locate(shapes.keys())
         embedding = self._find(stored, self.embedding, where)
-        if shapes[embedding][0] != self.base_vocab_size:
-            found = f"{shapes[embedding][0]} rows, expected {self.base_vocab_size}"
-            raise BaseMismatchError(f"{where}: tensor {embedding!r} has {found}; {_WAY_OUT}")
+        if shapes[embedding][:1] != (self.base_vocab_size,):
+            rows = shapes[embedding][0] if shapes[embedding] else "no"
+            raise BaseMismatchError(
+                f"{where}: tensor {embedding!r} has {rows} rows, expected {self.base_vocab_size}; {_WAY_OUT}"
+            )
         for key, (shape, digest) in self.tensors.items():
             name = self._find(stored, key, where)
             if shapes[name] != shape:
                 found = f"shape {list(shapes[name])}, expected {list(shape)}"
                 raise BaseMismatchError(f"{where}: tensor {name!r} has {found}; {_WAY_OUT}")
-            if (found := _digest_values(source, name)) != digest:
+            if (found := _readable(where, name, partial(_digest_values, source, name))) != digest:
                 raise _differs(where, name, "sampled values", found, digest)
-        if (
-            found := digest_rows(partial(source.rows, embedding), token_ids[token_ids < self.base_vocab_size])
-        ) != self.rows:
+        old = token_ids[token_ids < self.base_vocab_size]
+        found = _readable(where, embedding, partial(digest_rows, partial(source.rows, embedding), old))
+        if found != self.rows:
             raise _differs(where, embedding, "rows of the delta's tokens", found[:16], self.rows[:16])
 
     def to_array(self) -> np.ndarray:
@@ -128,18 +130,26 @@ class Fingerprint:
 
 
 def _validated(fingerprint: Fingerprint) -> Fingerprint:
-    texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows]
+    texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows, *fingerprint.tensors]
     sizes = [fingerprint.vocab_size, fingerprint.base_vocab_size]
     for shape, digest in fingerprint.tensors.values():
         texts.append(digest)
         sizes.extend(shape)
     for text in texts:
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not text.isprintable():
             raise FormatError(f"fingerprint holds {str(text)[:40]!r} where text belongs; the artifact is damaged")
     for size in sizes:
-        if type(size) is not int or size < 0:
+        if type(size) is not int or not 0 <= size < 2**63:
             raise FormatError(f"fingerprint holds {str(size)[:40]!r} where a size belongs; the artifact is damaged")
     return fingerprint
+
+
+def _readable(where: str, name: str, digest: Callable[[], str]) -> str:
+    """The digest; a tensor whose numbers cannot be read (float8, say) is not the one that was fingerprinted."""
+    try:
+        return digest()
+    except FormatError as error:
+        raise BaseMismatchError(f"{where}: tensor {name!r}: {error}; {_WAY_OUT}") from None
 
 
 def _differs(where: str, name: str, what: str, found: str, expected: str) -> BaseMismatchError:

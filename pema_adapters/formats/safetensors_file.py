@@ -66,12 +66,14 @@ def size_in_bytes(dtype: str, shape: Iterable[int]) -> int:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and validate the header of one file; raises `FormatError` naming the file and the tensor."""
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FormatError(f"{path}: expected a safetensors file, but it is a device or a pipe")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, size, file.read(LENGTH_BYTES))
             text = file.read(length)
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except OSError as error:
         raise FormatError(f"{path}: expected a safetensors file, but {str(error.strerror).lower()}") from None
     data_start = LENGTH_BYTES + length
     entries = _parse(path, text)
@@ -82,15 +84,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header({tensor.name: tensor for tensor in tensors}, metadata, data_start)
 
 
-def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of `(name, dtype, shape)` tensors whose data follow in this order, padded to 8 bytes."""
+def encode_header(
+    tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str], padding: int = 0
+) -> bytes:
+    """The header of `(name, dtype, shape)` tensors whose data follow in this order, padded to 8 bytes, or by more."""
     entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + size_in_bytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 + padding)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
@@ -117,7 +121,7 @@ def _header_length(path: Path, size: int, first: bytes) -> int:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_unique)
+        entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: header is not valid JSON ({error})") from None
     if not text.startswith(b"{") or not isinstance(entries, dict):
@@ -130,8 +134,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise ValueError(f"duplicate name {key!r}")
+        for text in (key, value):
+            if isinstance(text, str):
+                text.encode()  # UnicodeEncodeError, a ValueError: half a surrogate pair, which only JSON can spell
         found[key] = value
     return found
+
+
+def _integer(text: str) -> int | float:
+    """The safetensors library takes -0 for the float that it is elsewhere, and refuses it as a size."""
+    return int(text) if text != "-0" else -0.0
 
 
 def _metadata(path: Path, found: Any) -> dict[str, str]:
@@ -154,6 +166,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise FormatError(f"{path}: tensor {name!r}: data_offsets {str(offsets)[:80]} are not [begin, end]")
     begin, end = offsets
     expected = size_in_bytes(dtype, shape)
+    if _BITS[dtype] * math.prod(shape) % 8:
+        raise FormatError(f"{path}: tensor {name!r}: {dtype} {shape} does not end with a whole byte")
     if end - begin != expected:
         raise FormatError(
             f"{path}: tensor {name!r}: {dtype} {shape} takes {expected} bytes, but its data_offsets hold {end - begin}"

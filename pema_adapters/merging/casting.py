@@ -22,26 +22,31 @@ def cast(raw: np.ndarray, source: str, target: str, rounding: Rounding, where: s
 
     Raises `MergeError`, naming `where`, if a finite number has no finite counterpart.
     """
-    values = _wide(raw, source)
-    made = _narrow(values, target)
-    back = _wide(made, target)
+    return narrow_noting(wide(raw, source), target, rounding, where)
+
+
+def narrow_noting(values: np.ndarray, target: str, rounding: Rounding, where: str) -> np.ndarray:
+    """Numbers [n] as bytes of dtype `target`, and their rounding noted; raises as `cast` does."""
+    if target in NUMPY_DTYPES and values.dtype == NUMPY_DTYPES[target]:
+        return np.ascontiguousarray(values).view(np.uint8)
+    made = narrow(values, target)
+    back = wide(made, target)
     finite = np.isfinite(values)
     if not np.isfinite(back[finite]).all():
         largest = np.abs(values[finite]).max()
-        raise MergeError(
-            f"{where}: a value of {largest:g} is too large for the base's dtype {target}; nothing was written"
-        )
+        raise MergeError(f"{where}: a value of {largest:g} is too large for the dtype {target}; nothing was written")
     if finite.any():
         rounding.note(float(np.abs(values[finite].astype(np.float64) - back[finite]).max()))
     return made
 
 
-def _wide(raw: np.ndarray, dtype: str) -> np.ndarray:
+def wide(raw: np.ndarray, dtype: str) -> np.ndarray:
     """float64 for F64, float32 for the rest: exact."""
     return raw.view("<f8") if dtype == "F64" else as_float32(raw, dtype)
 
 
-def _narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The bytes of the nearest numbers of `dtype`; too large ones become infinite."""
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(NUMPY_DTYPES[dtype]).view(np.uint8)

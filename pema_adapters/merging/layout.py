@@ -1,19 +1,24 @@
 """Base + delta -> plan: which tensor of which output file comes from where. Nothing is written here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS, TensorInfo, encode_header, read_header
+from pema_adapters.formats.checkpoint import OUTPUT_BIASES, OUTPUT_MATRICES, Checkpoint, Tensor
+from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS, encode_header, read_header
 from pema_adapters.formats.tensors import Stored
 from pema_adapters.merging.casting import Rounding
-from pema_adapters.merging.names import OUTPUT_BIASES, OUTPUT_MATRICES, Names, copies_of
-from pema_adapters.merging.plan import Cast, Copy, Literal, PlannedFile, Rows, Segment, joined
+from pema_adapters.merging.fold import Folded, folded_bias, update_of
+from pema_adapters.merging.names import Names, copies_of
+from pema_adapters.merging.plan import PlannedFile
+from pema_adapters.merging.segments import BLOCK, Cast, Copy, Literal, Rows, Segment, joined
+from pema_adapters.merging.vocab_size import vocab_size
+from pema_adapters.merging.weight_space import Adapted
+
+CONV1D = (".c_attn", ".c_fc", ".c_proj")
+"""Linear layers that GPT-2 stores as [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +34,29 @@ class Entry:
 class Layout:
     """The weights of the output: the base's tensors in its order and sharding, new ones at the end.
 
-    `entries` holds, per base file, what each of its tensors becomes. `vocab_size` is V of the output, `changed` counts
-    the base's tensors that the delta touches, `added` those that only the delta has.
+    `entries` holds, per base file, what each of its tensors becomes. `vocab_size` is V of the output, `size` the bytes
+    of all tensors, `changed` counts the base's tensors that the delta touches, `added` those that only the delta has,
+    `folded` the weights with an update of `layers` folded in. `dtype`: of all floating-point tensors of the output,
+    None for the base's own.
     """
 
-    def __init__(self, base: Checkpoint, delta: Delta, names: Names) -> None:
-        self.base, self.delta, self.names = base, delta, names
+    def __init__(
+        self, base: Checkpoint, delta: Delta, names: Names, layers: Sequence[Adapted] = (), dtype: str | None = None
+    ) -> None:
+        self.base, self.delta, self.names, self.dtype = base, delta, names, dtype
         self.rounding = Rounding()
         self.notes: list[str] = []
-        self.vocab_size = _vocab_size(base, delta, names)
-        changed = self._rows() | self._replaced()
+        self.vocab_size = vocab_size(base, delta, names.embedding)
+        folded = self._folded(layers)
+        self.folded = sum(name.endswith(".weight") for name in folded)
+        changed = self._rows() | self._replaced() | folded
         self.changed = len(changed)
         self.entries = {path: self._of_file(path, changed) for path in base.files}
         new = self._new()
         self.added = len(new)
         self.entries[base.files[-1]] += new
-        self.grown_bytes = self._size() - sum(tensor.nbytes for tensor in base.tensors.values())
+        self.size = sum(part.length for made in self.entries.values() for entry in made for part in entry.segments)
+        self.grown_bytes = self.size - sum(tensor.nbytes for tensor in base.tensors.values())
         self._note(changed)
         self._check_unique()
 
@@ -53,32 +65,40 @@ class Layout:
         return [self._file(path, entries) for path, entries in self.entries.items()]
 
     def _file(self, path: Path, entries: list[Entry]) -> PlannedFile:
-        header = read_header(path)
         after = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-        before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
-        same = Copy(path, 0, header.data_start)
-        head = same if after == before else Literal(encode_header(after, header.metadata))
-        return PlannedFile(path.name, joined([head, *(part for entry in entries for part in entry.segments)]))
+        same = None if self.base.is_pickled else _same_header(path, after)
+        head = same or Literal(self._header(path, after))
+        return PlannedFile(
+            self.base.output_name(path), joined([head, *(part for entry in entries for part in entry.segments)])
+        )
+
+    def _header(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+        """A new header, as long as it takes for the data to keep its place within a block: so blocks can be cloned."""
+        header = encode_header(tensors, self.base.metadata[path])
+        first = min((t.start or 0 for t in self.base.tensors.values() if t.path == path), default=0)
+        return encode_header(tensors, self.base.metadata[path], (first - len(header)) % BLOCK if first % 8 == 0 else 0)
 
     def _of_file(self, path: Path, changed: dict[str, Entry]) -> list[Entry]:
         found = (tensor for tensor in self.base.tensors.values() if tensor.path == path)
-        entries = (changed.get(tensor.name, _untouched(tensor)) for tensor in found)
+        entries = (changed.get(tensor.name) or self._untouched(tensor) for tensor in found)
         return [replace(entry, name=self.names.in_output(entry.name)) for entry in entries]
 
     def _rows(self) -> dict[str, Entry]:
         """E and its stored copies with the trained rows; where V grew, the biases over the vocabulary too."""
+        if self.delta.weight is None:
+            return {}
         embedding = self.base.tensors[self.names.embedding]
         matrices = [embedding.name, *copies_of(self.base, self.names)]
         if len(matrices) > 1:
             self.notes.append(f"the matrix is stored {len(matrices)} times; rows written into all: {_list(matrices)}")
-        made = {name: self._spliced(self.base.tensors[name]) for name in matrices}
+        made = {name: self._spliced(self.base.tensors[name], self.delta.weight) for name in matrices}
         return made | self._grown_biases(embedding.shape[0], matrices)
 
-    def _spliced(self, matrix: TensorInfo) -> Entry:
-        rows = self._as_dtype(self.delta.weight, matrix)
-        row_bytes = matrix.shape[1] * DTYPE_BYTES[matrix.dtype]
-        segment = Rows(_copy(matrix), rows, self.delta.token_ids, row_bytes)
-        return Entry(matrix.name, matrix.dtype, (self.vocab_size, matrix.shape[1]), (segment,))
+    def _spliced(self, matrix: Tensor, weight: Stored) -> Entry:
+        dtype = self._dtype_of(matrix)
+        row_bytes = matrix.shape[1] * DTYPE_BYTES[dtype]
+        segment = Rows(self._kept(matrix), self._as_dtype(weight, dtype), self.delta.token_ids, row_bytes)
+        return Entry(matrix.name, dtype, (self.vocab_size, matrix.shape[1]), (segment,))
 
     def _grown_biases(self, old: int, matrices: list[str]) -> dict[str, Entry]:
         """The bias of an LM head gets zeros for the new tokens, as resize_token_embeddings gives it."""
@@ -96,12 +116,59 @@ class Layout:
         biases = [t for t in rest if t.name.endswith(OUTPUT_BIASES) and t.shape in ((old,), (1, old))]
         return {bias.name: self._longer(bias, added) for bias in biases}
 
-    def _longer(self, bias: TensorInfo, added: int) -> Entry:
-        zeros = Literal(bytes(added * DTYPE_BYTES[bias.dtype]))
-        return Entry(bias.name, bias.dtype, (*bias.shape[:-1], self.vocab_size), (_copy(bias), zeros))
+    def _longer(self, bias: Tensor, added: int) -> Entry:
+        dtype = self._dtype_of(bias)
+        zeros = Literal(bytes(added * DTYPE_BYTES[dtype]))
+        return Entry(bias.name, dtype, (*bias.shape[:-1], self.vocab_size), (self._kept(bias), zeros))
 
     def _is_replaced(self, stored: str) -> bool:
         return any(self.names.in_base(name) == stored for name in self.delta.ordinary)
+
+    def _folded(self, layers: Sequence[Adapted]) -> dict[str, Entry]:
+        """The weights, and the biases of methods that scale outputs, with the adapter's updates folded in."""
+        made: dict[str, Entry] = {}
+        for layer in layers:
+            weight = self._adapted(layer, "weight")
+            if weight is None or len(weight.shape) != 2 or weight.dtype not in FLOATS:
+                found = f"{weight.dtype} {list(weight.shape)}" if weight else "no such tensor"
+                raise BaseMismatchError(
+                    f"{self.base.folder}: the adapter changes {layer.module}.weight, expected a matrix of floats, "
+                    f"found {found}; give the base that the adapter was trained on"
+                )
+            update = update_of(layer, weight.shape, self._is_transposed(layer.module))
+            where = f"{weight.path}: tensor {weight.name!r}"
+            dtype = self._dtype_of(weight)
+            segment = Folded(_raw(weight), weight.dtype, weight.shape, update, dtype, self.rounding, where)
+            made[weight.name] = Entry(weight.name, dtype, weight.shape, (segment,))
+            bias = self._adapted(layer, "bias") if update.scales_bias else None
+            if bias is not None:
+                dtype = self._dtype_of(bias)
+                data = folded_bias(segment, self.base.raw(bias.name), bias.dtype, dtype)
+                made[bias.name] = Entry(bias.name, dtype, bias.shape, (Literal(data),))
+        return made
+
+    def _adapted(self, layer: Adapted, part: str) -> Tensor | None:
+        stored = self.names.in_base(f"{layer.module}.{part}")
+        return None if stored is None else self.base.tensors[stored]
+
+    def _is_transposed(self, module: str) -> bool:
+        """GPT-2 keeps its linear layers as Conv1D, whose weight is [in, out]."""
+        types = {config.get("model_type") for config in (self.base.config, self.delta.config)}
+        return "gpt2" in types and module.endswith(CONV1D)
+
+    def _dtype_of(self, tensor: Tensor) -> str:
+        """The dtype that a tensor of the base has in the output."""
+        return self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+
+    def _untouched(self, tensor: Tensor) -> Entry:
+        return Entry(tensor.name, self._dtype_of(tensor), tensor.shape, (self._kept(tensor),))
+
+    def _kept(self, tensor: Tensor) -> Segment:
+        """The bytes of a tensor of the base, in the output's dtype."""
+        raw, dtype = _raw(tensor), self._dtype_of(tensor)
+        if dtype == tensor.dtype:
+            return raw
+        return Cast(raw, tensor.dtype, dtype, self.rounding, f"{tensor.path}: tensor {tensor.name!r}")
 
     def _replaced(self) -> dict[str, Entry]:
         """The base's tensors that the delta brings whole, in the base's dtype."""
@@ -112,7 +179,7 @@ class Layout:
                 made[stored] = self._replacement(tensor, self.base.tensors[stored])
         return made
 
-    def _replacement(self, tensor: Stored, old: TensorInfo) -> Entry:
+    def _replacement(self, tensor: Stored, old: Tensor) -> Entry:
         if tensor.shape != old.shape:
             if self.names.is_inside(tensor.name):
                 raise MergeError(
@@ -120,25 +187,28 @@ class Layout:
                     f"base has {list(old.shape)}; give the base that the delta was trained on"
                 )
             self.notes.append(f"head {old.name}: {list(tensor.shape)} takes the place of {list(old.shape)}")
-        return Entry(old.name, old.dtype, tensor.shape, (self._as_dtype(tensor, old),))
+        dtype = self._dtype_of(old)
+        return Entry(old.name, dtype, tensor.shape, (self._as_dtype(tensor, dtype),))
 
     def _new(self) -> list[Entry]:
-        """Tensors that the base lacks (heads, mostly), in the delta's dtype."""
-        new = [tensor for tensor in self.delta.ordinary.values() if self.names.in_base(tensor.name) is None]
-        return [Entry(self.names.new(t.name), t.dtype, t.shape, (Literal(t.raw.data),)) for t in new]
+        """Tensors that the base lacks (heads, mostly), in the delta's dtype; not those that Transformers ties again."""
+        missing = [tensor for tensor in self.delta.ordinary.values() if self.names.in_base(tensor.name) is None]
+        names = {tensor.name: self.names.new(tensor.name) for tensor in missing}
+        return [self._added(t, names[t.name]) for t in missing if names[t.name] not in self.base.shared]
 
-    def _as_dtype(self, tensor: Stored, wanted: TensorInfo) -> Literal | Cast:
-        if tensor.dtype == wanted.dtype:
+    def _added(self, tensor: Stored, name: str) -> Entry:
+        dtype = self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+        return Entry(name, dtype, tensor.shape, (self._as_dtype(tensor, dtype),))
+
+    def _as_dtype(self, tensor: Stored, dtype: str) -> Literal | Cast:
+        if tensor.dtype == dtype:
             return Literal(tensor.raw.data)
-        if tensor.dtype not in FLOATS or wanted.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS or dtype not in FLOATS:
             raise MergeError(
-                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}, but {wanted.name!r} of the base "
-                f"is {wanted.dtype}; only {', '.join(FLOATS)} can be turned into each other"
+                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}, but the base has it as {dtype}; "
+                f"only {', '.join(FLOATS)} can be turned into each other"
             )
-        return Cast(tensor, wanted.dtype, self.rounding)
-
-    def _size(self) -> int:
-        return sum(part.length for entries in self.entries.values() for entry in entries for part in entry.segments)
+        return Cast.of(tensor, dtype, self.rounding)
 
     def _check_unique(self) -> None:
         seen: set[str] = set()
@@ -155,7 +225,7 @@ class Layout:
                 "beside a head, Transformers finds them only so"
             )
         casts = {
-            (part.tensor.dtype, part.dtype)
+            (part.given, part.dtype)
             for entry in changed.values()
             for segment in entry.segments
             if isinstance(part := segment.rows if isinstance(segment, Rows) else segment, Cast)
@@ -165,41 +235,18 @@ class Layout:
         ]
 
 
-def _vocab_size(base: Checkpoint, delta: Delta, names: Names) -> int:
-    """V of the output, after checking that the rows fit the matrix."""
-    matrix = base.tensors[names.embedding]
-    where = f"{matrix.path}: tensor {matrix.name!r} {matrix.dtype} {list(matrix.shape)}"
-    if len(matrix.shape) != 2 or matrix.dtype not in FLOATS or matrix.shape[1] != delta.weight.shape[1]:
-        raise BaseMismatchError(
-            f"{where} cannot take rows of {delta.weight.shape[1]} numbers; give the base that the delta was trained on"
-        )
-    rows, fingerprint = matrix.shape[0], delta.fingerprint
-    if fingerprint is None or fingerprint.base_vocab_size == fingerprint.vocab_size:
-        _check_last(where, delta.token_ids, rows)
-        return rows
-    if fingerprint.base_vocab_size != rows or fingerprint.vocab_size < rows:
-        raise BaseMismatchError(
-            f"{where}: the delta's model went from {fingerprint.base_vocab_size} to {fingerprint.vocab_size} tokens; "
-            f"expected a base of {fingerprint.base_vocab_size} rows"
-        )
-    added = np.arange(rows, fingerprint.vocab_size)
-    if not np.array_equal(delta.token_ids[delta.token_ids >= rows], added):
-        raise MergeError(
-            f"{delta.weight.path}: rows for the new tokens {rows} to {fingerprint.vocab_size - 1} are missing"
-        )
-    return fingerprint.vocab_size
+def _same_header(path: Path, after: list[tuple[str, str, tuple[int, ...]]]) -> Copy | None:
+    """The header of a base's file, where that of the output says the same."""
+    header = read_header(path)
+    before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
+    return Copy(path, 0, header.data_start) if after == before else None
 
 
-def _check_last(where: str, token_ids: np.ndarray, rows: int) -> None:
-    if len(token_ids) and token_ids[-1] >= rows:
-        raise BaseMismatchError(f"{where}: the delta has a row for token {token_ids[-1]}; expected ids below {rows}")
-
-
-def _untouched(tensor: TensorInfo) -> Entry:
-    return Entry(tensor.name, tensor.dtype, tensor.shape, (_copy(tensor),))
-
-
-def _copy(tensor: TensorInfo) -> Copy:
+def _raw(tensor: Tensor) -> Copy | Literal:
+    """The bytes of a tensor of the base where they lie; at hand, where a pickle has them in another order."""
+    if isinstance(tensor, Stored) and tensor.start is None:
+        return Literal(tensor.raw.data)
+    assert tensor.start is not None
     return Copy(tensor.path, tensor.start, tensor.nbytes)
 
 

@@ -8,13 +8,11 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
-from pema_adapters.merging.layout import Layout
-from pema_adapters.merging.names import match_names
-from pema_adapters.merging.others import carried_files, left_files
 from pema_adapters.merging.plan import Plan
+from pema_adapters.merging.planning import Choices, plan_merge
 from pema_adapters.merging.progress import bar
 from pema_adapters.merging.report import MergeReport
-from pema_adapters.merging.settings import config_file, index_file, json_file
+from pema_adapters.merging.settings import json_file
 from pema_adapters.merging.target import DEFAULT, check_space, check_target, staged
 from pema_adapters.merging.verify import verify_plan
 from pema_adapters.merging.write import write_plan
@@ -24,13 +22,14 @@ from pema_adapters.merging.write import write_plan
 class Options:
     """How to merge; see `merge_checkpoint`."""
 
-    adapter: str | None = None
-    revision: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
-    verify: bool = False
-    allow_base_mismatch: bool = False
-    progress: bool | None = None
+    choices: Choices
+    adapter: str | None
+    revision: str | None
+    in_place: bool
+    overwrite: bool
+    dry_run: bool
+    verify: bool
+    progress: bool | None
 
 
 def merge_checkpoint(  # noqa: PLR0913 - the public contract
@@ -40,6 +39,9 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
     *,
     adapter: str | None = None,
     revision: str | None = None,
+    dtype: str = "auto",
+    fold: bool = True,
+    in_place: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     verify: bool = False,
@@ -49,11 +51,15 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
     """Write the full checkpoint that `base` and `delta` make, as a stream (the paper's E with E' written back).
 
     Args:
-        base: a folder with a safetensors checkpoint, or a Hub id.
-        delta: what `save_adapter`, `save_delta` or a Trainer wrote, or a folder that holds exactly one of these.
+        base: a folder with a checkpoint (safetensors or `.bin`, one file or shards), or a Hub id.
+        delta: what `save_adapter`, `save_delta` or a Trainer wrote, a folder that holds exactly one of these up to two
+            levels down, or a Hub id.
         output: the folder to write, `delta/merged` by default. It appears complete, or not at all.
         adapter: which one, where `delta` holds several.
         revision: branch, tag or commit of a Hub base.
+        dtype: "float32", "bfloat16" or "float16" for all floating-point tensors; "auto" keeps those of the base.
+        fold: fold LoRA, DoRA, (IA)^3 and VeRA into the weights; else they stay an adapter.
+        in_place: change the base's own files instead, with a journal from which `undo_merge` restores them.
         overwrite: replace `output` if an earlier merge wrote it.
         dry_run: plan only; write nothing.
         verify: read the output again and compare every byte with base and delta before it is put in place.
@@ -68,89 +74,92 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
         FormatError: base or delta is damaged or not what it should be.
         BaseMismatchError: the delta was trained on another base.
     """
-    options = Options(adapter, revision, overwrite, dry_run, verify, allow_base_mismatch, progress)
+    choices = Choices(dtype, fold, allow_base_mismatch)
+    options = Options(choices, adapter, revision, in_place, overwrite, dry_run, verify, progress)
     try:
-        return _merge(base, Path(delta), None if output is None else Path(output), options)
+        return _merge(str(base), str(delta), None if output is None else Path(output), options)
     except OSError as error:
         where = error.filename or output or delta
         raise MergeError(f"{where}: {error.strerror or error}; nothing was left behind") from error
 
 
-def _merge(base: str | Path, delta_folder: Path, output: Path | None, options: Options) -> MergeReport:
+def undo_merge(base: str | Path) -> None:
+    """Restore a base that was merged in place, byte for byte. Raises `MergeError` where there is nothing to undo."""
+    from pema_adapters.merging.in_place import undo
+
+    undo(Path(base))
+
+
+def _merge(base: str, delta: str, output: Path | None, options: Options) -> MergeReport:
     start = time.perf_counter()
-    delta = read_delta(delta_folder, options.adapter)
-    base_folder = _base_folder(base, options.revision)
+    base_folder = _base_folder(base, options)
+    delta_folder = _delta_folder(delta, output, options)
+    found = read_delta(delta_folder, options.adapter)
+    if options.in_place:
+        return _in_place(base_folder, found, output, options, start)
     target = (delta_folder / DEFAULT if output is None else output).resolve()
-    deltas = (delta_folder.resolve(), delta.folder.resolve())
+    deltas = (delta_folder.resolve(), found.folder.resolve())
     check_target(target, base=base_folder.resolve(), deltas=deltas, overwrite=options.overwrite)
-    plan = plan_merge(Checkpoint.open(base_folder), delta, options.allow_base_mismatch)
+    plan = plan_merge(Checkpoint.open(base_folder), found, options.choices)
+    report = _report(plan, target, base, found)
     check_space(target, plan.size)
-    report = _report(plan, target, str(base), delta)
     if options.dry_run:
-        for cast in plan.casts():
-            cast.measure()
-        return _finished(report, plan, start)
+        return _measured(report, plan, start)
     total = plan.size * (1 + options.verify)
     with staged(target, options.overwrite) as stage, bar("merging", total, options.progress) as advance:
-        write_plan(plan, stage, advance)
+        cloned = write_plan(plan, stage, advance)
         if options.verify:
             verify_plan(plan, stage, advance)
-        report = _finished(report, plan, start)
+        report = _finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
         write_plan(replace(plan, files=(json_file(MARKER, report.to_dict()),)), stage, lambda count: None)
     return replace(report, seconds=time.perf_counter() - start)
 
 
-def plan_merge(base: Checkpoint, delta: Delta, allow_base_mismatch: bool = False) -> Plan:
-    """Check that the delta belongs to the base, and plan every file of the output."""
-    mismatch = _check_base(base, delta, allow_base_mismatch)
-    layout = Layout(base, delta, match_names(base, delta))
-    left = left_files(delta)
-    settings = [file for file in (config_file(base, delta, layout), index_file(base, layout)) if file]
-    return Plan(
-        files=(*carried_files(base.folder), *layout.files(), *left, *settings),
-        rounding=layout.rounding,
-        rows_merged=len(delta.token_ids),
-        vocab_size=layout.vocab_size,
-        tensors_changed=layout.changed + layout.added,
-        tensors_copied=len(base.tensors) - layout.changed,
-        adapters_left=(delta.name,) if left else (),
-        notes=(*mismatch, *layout.notes, *_about_left(delta)),
-    )
+def _in_place(base: Path, delta: Delta, output: Path | None, options: Options, start: float) -> MergeReport:
+    if output is not None:
+        raise MergeError(f"output {output}: a merge in place has no other output than its base; leave out one of them")
+    from pema_adapters.merging.in_place import merge_in_place, roll_back_interrupted
+
+    if not options.dry_run:
+        roll_back_interrupted(base)
+    plan = plan_merge(Checkpoint.open(base), delta, options.choices)
+    report = _report(plan, base.resolve(), str(base), delta)
+    if options.dry_run:
+        return _measured(report, plan, start)
+    with bar("merging in place", plan.size, options.progress) as advance:
+        written = merge_in_place(plan, base, report.to_dict(), options.verify, advance)
+    return replace(_finished(report, plan, start), bytes_written=written)
 
 
-def _base_folder(base: str | Path, revision: str | None) -> Path:
+def _base_folder(base: str, options: Options) -> Path:
     if Path(base).exists():
         return Path(base)
+    if options.in_place:
+        raise MergeError(f"base {base}: no such folder; a merge in place takes a folder of your own, not a Hub id")
     from pema_adapters.merging.resolve import from_hub
 
-    return from_hub(str(base), revision)
+    return from_hub(base, options.revision)
 
 
-def _check_base(base: Checkpoint, delta: Delta, allow: bool) -> list[str]:
-    """Compare the base with the delta's fingerprint. Returns what there is to note if a mismatch is allowed."""
-    from pema_adapters.errors import BaseMismatchError
+def _delta_folder(delta: str, output: Path | None, options: Options) -> Path:
+    if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
+        return Path(delta)
+    from pema_adapters.merging.resolve import delta_from_hub
 
-    try:
-        if delta.fingerprint is None:
-            raise BaseMismatchError(
-                f"{delta.weight.path}: no fingerprint of the base it was trained on, so it may belong to another; "
-                "insist with --allow-base-mismatch"
-            )
-        delta.fingerprint.check(base, delta.token_ids, where=str(base.folder))
-    except BaseMismatchError as error:
-        if not allow:
-            raise
-        return [f"merged all the same: {error}"]
-    return []
+    if output is None and not options.in_place:
+        raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
+    return delta_from_hub(delta)
 
 
-def _about_left(delta: Delta) -> list[str]:
-    notes = []
-    if delta.rest.config is not None:
-        notes.append(f"the other weights of adapter {delta.name!r} stay an adapter, in adapters/{delta.name}")
-    if delta.head is not None and not delta.head.is_static:
-        notes.append(f"its flexible head stays in adapters/{delta.name}, for AutoAdapterModel's load_head")
-    return notes
+def _about_clones(cloned: int) -> tuple[str, ...]:
+    if not cloned:
+        return ()
+    return (f"the file system cloned {cloned:,} bytes: they share the base's space on the disk until one side changes",)
+
+
+def _measured(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+    plan.measure()
+    return _finished(report, plan, start)
 
 
 def _report(plan: Plan, target: Path, base: str, delta: Delta) -> MergeReport:
@@ -162,7 +171,7 @@ def _report(plan: Plan, target: Path, base: str, delta: Delta) -> MergeReport:
         vocab_size=plan.vocab_size,
         tensors_changed=plan.tensors_changed,
         tensors_copied=plan.tensors_copied,
-        tensors_folded=0,
+        tensors_folded=plan.tensors_folded,
         adapters_left=plan.adapters_left,
         bytes_written=plan.size,
         max_rounding_error=0.0,

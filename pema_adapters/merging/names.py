@@ -1,32 +1,20 @@
 """Whose tensor is whose: names of the delta, of the base, of the output."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import Checkpoint, canonical, match
+from pema_adapters.formats.checkpoint import EMBEDDINGS, Checkpoint, canonical, match
 from pema_adapters.formats.tensors import Stored
-
-EMBEDDINGS = (
-    "word_embeddings.weight",
-    "embed_tokens.weight",
-    "shared.weight",
-    "wte.weight",
-    "tok_embeddings.weight",
-    "word_embedding.weight",
-)
-"""How the input embedding and its copies end in checkpoints; output embeddings end otherwise."""
-
-OUTPUT_MATRICES = ("lm_head.weight", "decoder.weight", "vocab_projector.weight", "embed_out.weight", "output.weight")
-OUTPUT_BIASES = ("predictions.bias", "decoder.bias", "lm_head.bias", "vocab_projector.bias", "final_logits_bias")
-"""How matrices [V, d] and biases [V] or [1, V] of language-model heads end."""
 
 
 @dataclass(frozen=True)
 class Names:
     """How a base and a delta name their tensors.
 
-    prefix: of the base model. embedding: E as stored in the base. stored: canonical name -> name in the base.
+    prefix: of the base model. embedding: E as stored in the base, "" where the delta has no rows.
+    stored: canonical name -> name in the base.
     own_base: the trained model was a base model itself, so all of the delta's tensors are inside it.
     is_prefixed: whether the base's names carry the prefix. add_prefix: whether the output's do, the base's do not.
     """
@@ -58,15 +46,42 @@ class Names:
         return f"{self.prefix}.{bare}" if self.is_prefixed or self.add_prefix else bare
 
 
-def match_names(base: Checkpoint, delta: Delta) -> Names:
-    """Match the delta's names to the base's. Raises `BaseMismatchError` where E is not in the base."""
-    prefix, embedding, stored = _located(base, delta)
-    is_prefixed = bool(prefix) and embedding.startswith(prefix + ".")
-    guessed = delta.kind == "full" and delta.fingerprint is None
-    own_base = not delta.embedding.startswith(prefix + ".") if guessed else delta.own_base
-    names = Names(prefix, embedding, stored, own_base, is_prefixed, add_prefix=False)
+def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -> Names:
+    """Match the delta's names to the base's; `modules` are those that are folded.
+
+    Raises `BaseMismatchError` where E, or a module, is not in the base.
+    """
+    if delta.weight is None:
+        names = _without_rows(base, modules)
+    else:
+        prefix, embedding, stored = _located(base, delta, delta.weight)
+        is_prefixed = bool(prefix) and embedding.startswith(prefix + ".")
+        guessed = delta.kind == "full" and delta.fingerprint is None
+        own_base = not delta.embedding.startswith(prefix + ".") if guessed else delta.own_base
+        names = Names(prefix, embedding, stored, own_base, is_prefixed, add_prefix=False)
     new_heads = [n for n in delta.ordinary if not names.is_inside(n) and names.in_base(n) is None]
-    return replace(names, add_prefix=bool(new_heads) and not is_prefixed)
+    in_class = delta.head.prefix if delta.head and delta.head.prefix is not None else names.prefix
+    return replace(names, add_prefix=bool(new_heads) and bool(in_class) and not names.is_prefixed)
+
+
+def _without_rows(base: Checkpoint, modules: Collection[str]) -> Names:
+    """The names of a delta without PEMA rows: its first module tells the prefix."""
+    wanted = f"{next(iter(modules))}.weight"
+    found = next((name for name in base.tensors if _is_called(name, wanted)), None)
+    if found is None:
+        raise BaseMismatchError(
+            f"{base.folder}: no tensor {wanted!r}, which the adapter changes; give the base that it was trained on"
+        )
+    prefix = _difference(found, wanted) or _first_part(base, wanted)
+    own_base = bool(prefix) and not wanted.startswith(prefix + ".")
+    return Names(prefix, "", match(base.tensors, prefix), own_base, found.startswith(prefix + "."), add_prefix=False)
+
+
+def _first_part(base: Checkpoint, name: str) -> str:
+    """`bert` of `bert.encoder...`, if the embedding is inside of it as well; else ""."""
+    first = name.partition(".")[0] + "."
+    inside = any(stored.startswith(first) and stored.endswith(EMBEDDINGS) for stored in base.tensors)
+    return first.removesuffix(".") if inside else ""
 
 
 def copies_of(base: Checkpoint, names: Names) -> list[str]:
@@ -92,7 +107,7 @@ def _same_bytes(base: Checkpoint, name: str, other: str, step: int = 8 << 20) ->
     return all((left[at : at + step] == right[at : at + step]).all() for at in range(0, len(left), step))
 
 
-def _located(base: Checkpoint, delta: Delta) -> tuple[str, str, dict[str, str]]:
+def _located(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, dict[str, str]]:
     """The prefix, E as stored, and `{canonical name: stored name}`."""
     if delta.fingerprint is not None:
         stored = delta.fingerprint.locate(base.tensors.keys())
@@ -101,13 +116,13 @@ def _located(base: Checkpoint, delta: Delta) -> tuple[str, str, dict[str, str]]:
         embedding = stored[delta.embedding]
         prefix = embedding.removesuffix(delta.embedding).removesuffix(".") or delta.prefix
         return prefix, embedding, stored
-    return _guessed(base, delta)
+    return _guessed(base, delta, weight)
 
 
-def _guessed(base: Checkpoint, delta: Delta) -> tuple[str, str, dict[str, str]]:
+def _guessed(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, dict[str, str]]:
     """The same for a delta without fingerprint, by the name of its rows, or by how embeddings are usually called."""
     wanted = delta.embedding
-    names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _usual(base, delta.weight)
+    names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _usual(base, weight)
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise MergeError(f"{base.folder}: expected one tensor that can be {wanted or 'the embedding'!r}, found {found}")

@@ -10,9 +10,11 @@ class MergeReport:
 
     output, base, delta: folders. rows_merged: K. vocab_size: V of the output.
     tensors_changed: tensors of the output with bytes of the delta (rows, replaced, new); tensors_copied: the others,
-    byte for byte the base's; tensors_folded: of those changed, the ones with a weight-space method folded in.
+    byte for byte the base's; tensors_folded: of those changed, the weights with a weight-space method folded in
+    (a bias that it scales goes along).
     adapters_left: names below `OUTPUT/adapters`, whose weights cannot go into the checkpoint.
-    bytes_written: size of all files (of a dry run: what it would be). max_rounding_error: largest absolute change of
+    bytes_written: size of all files (of a dry run: what it would be; in place: of all changes).
+    max_rounding_error: largest absolute change of
     a value by a cast to the base's dtype, 0.0 without casts. notes: decisions taken, one sentence each.
     """
 

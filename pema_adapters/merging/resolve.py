@@ -1,31 +1,65 @@
-"""A base on the Hub: the folder of its snapshot in the local cache, downloaded as far as it is not there."""
+"""A base or a delta on the Hub: the folder of its snapshot in the local cache, downloaded as far as it is not there.
+
+Of a repository only what a merge needs is downloaded: weights once, in one format, and the small files beside them.
+"""
 
 import fnmatch
 import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from pema_adapters.errors import MergeError
-from pema_adapters.formats.checkpoint import INDEX, SINGLE, Checkpoint
+from pema_adapters.errors import FormatError, MergeError
+from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
+from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json, weight_files
+from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+
+Fetch = Callable[[str], Path]
+"""Gives a file of the repository, downloaded if need be."""
+Choose = Callable[[Collection[str], Fetch], list[str]]
+"""Of the names of all files of a repository those that a merge needs; an index has to be fetched for that."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_WANTED = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
+_SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
+_INTERFACE = "adapter_interface.json"
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """kind: what it is wanted as, "base" or "delta"."""
+
+    kind: str
+    name: str
+    revision: str | None
+
+    def __post_init__(self) -> None:
+        if not _HUB_ID.fullmatch(self.name):
+            raise MergeError(f"{self.kind} {self.name}: no such folder, and not a Hub id")
 
 
 def from_hub(name: str, revision: str | None) -> Path:
-    """The snapshot folder of the Hub model `name`, from the cache if it is there whole, else downloaded.
+    """The snapshot folder of the base `name`, from the cache if it is there whole, else downloaded.
 
-    Of the weights only `model.safetensors`, or the shards of its index, are downloaded. Raises `MergeError`.
+    Safetensors are preferred to pickles. Raises `MergeError`.
     """
-    if not _HUB_ID.fullmatch(name):
-        raise MergeError(f"base {name}: no such folder, and not a Hub id")
-    return _cached(name, revision) or _downloaded(name, revision)
+    repository = _Repository("base", name, revision)
+    return _cached_base(repository) or _downloaded(repository, _base_files)
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def delta_from_hub(name: str, revision: str | None = None) -> Path:
+    """The snapshot folder of the delta `name`, which lies there itself or one level below (see `find_delta`).
+
+    The Hub is asked what there is now; where it cannot be reached, the cache counts. Raises `MergeError`.
+    """
+    return _downloaded(_Repository("delta", name, revision), _delta_files, _cached_delta)
+
+
+def _cached_base(repository: _Repository) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    for file in (SINGLE, INDEX):
-        found = try_to_load_from_cache(name, file, revision=revision)
+    for file in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
+        found = try_to_load_from_cache(repository.name, file, revision=repository.revision)
         if isinstance(found, str):
             folder = Path(found).parent
             return folder if _is_whole(folder) else None
@@ -33,35 +67,121 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    from pema_adapters.errors import FormatError
-
     try:
-        Checkpoint.open(folder)
+        weight_files(folder)
     except FormatError:
         return False
-    return True
+    return (folder / CONFIG).exists()
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def _cached_delta(repository: _Repository) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        names = HfApi().list_repo_files(name, revision=revision)
-        folder = None
-        for file in _chosen(names):
-            folder = Path(hf_hub_download(name, file, revision=revision)).parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MergeError(f"base {name}: no such folder, and cannot be had from the Hub ({reason})") from error
-    if folder is None:
-        raise MergeError(f"base {name}: the Hub repository holds no {SINGLE} and no {INDEX}")
-    return folder
+        folder = Path(snapshot_download(repository.name, revision=repository.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    return folder if _delta_files(names, lambda file: folder / file) else None
 
 
-def _chosen(names: list[str]) -> list[str]:
-    """The files of a repository that a merge needs: weights once, and the small files beside them."""
-    top = [name for name in names if "/" not in name]
-    weights = [SINGLE] if SINGLE in top else fnmatch.filter(top, "model-*.safetensors") if INDEX in top else []
-    small = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in _WANTED)]
-    return [*small, *weights] if weights else []
+def _downloaded(
+    repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None] = lambda _: None
+) -> Path:
+    """The snapshot folder with the chosen files; `otherwise` is asked where the Hub cannot be reached."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    name, revision = repository.name, repository.revision
+    fetch = cache(lambda file: Path(hf_hub_download(name, file, revision=revision)))
+    try:
+        files = choose(HfApi().list_repo_files(name, revision=revision), fetch)
+        folders = [fetch(file).parents[file.count("/")] for file in files]
+    except (OSError, HFValidationError) as error:  # every error of the client but the latter is an OSError
+        folder = otherwise(repository) if _is_unreachable(error) else None
+        if folder is None:
+            raise _refused(repository, error) from error
+        return folder
+    if not folders:
+        raise MergeError(_holds_none(repository))
+    return folders[0]
+
+
+def _base_files(names: Collection[str], fetch: Fetch) -> list[str]:
+    """Weights, and the small files beside them."""
+    weights = _weights("", names, fetch)
+    small = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, some) for some in _SMALL)]
+    return [*(name for name in small if not name.endswith(".index.json")), *weights] if weights else []
+
+
+def _delta_files(names: Collection[str], fetch: Fetch) -> list[str]:
+    """Those of the delta at the top, or else of all deltas one level below."""
+    folders = {name.split("/")[0] + "/" for name in names if name.count("/") == 1}
+    below = (_delta_in(folder, names, fetch) for folder in sorted(folders))
+    return _delta_in("", names, fetch) or [file for files in below for file in files]
+
+
+def _delta_in(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
+    """The files of the delta in `folder` ("" or "task/"), none where there is no delta."""
+    if folder.startswith(".") or folder + MARKER in names:
+        return []
+    if folder + ADAPTER_CONFIG in names:
+        weights, head = (_first(folder, some, names) for some in (ADAPTER_WEIGHTS, HEAD_WEIGHTS))
+        beside = [name for part in (HEAD_CONFIG, _INTERFACE) if (name := folder + part) in names]
+        return [folder + ADAPTER_CONFIG, *weights, *head, *beside] if weights else []
+    weights = _weights(folder, names, fetch) if folder + CONFIG in names else []
+    return [folder + CONFIG, *weights] if weights else []
+
+
+def _weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
+    """The weights files of a checkpoint, by the order of `weight_files`, and the index of shards."""
+    for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
+        if folder + single in names:
+            return [folder + single]
+        if folder + index in names:
+            shards = read_json(fetch(folder + index)).get("weight_map")
+            found = {folder + str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
+            return [folder + index, *(name for name in names if name in found)]
+    return []
+
+
+def _first(folder: str, wanted: tuple[str, ...], names: Collection[str]) -> list[str]:
+    return [folder + name for name in wanted if folder + name in names][:1]
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether the Hub gave no answer at all, rather than one that refuses."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    return isinstance(error, LocalEntryNotFoundError) or not isinstance(error, (HfHubHTTPError, HFValidationError))
+
+
+def _refused(repository: _Repository, error: Exception) -> MergeError:
+    from huggingface_hub import errors
+
+    reason = " ".join(str(error).split())[:200]
+    offline = f"{reason}), and the cache does not hold it whole; download it once with a network, or give a folder"
+    table: tuple[tuple[type[Exception], str], ...] = (
+        (errors.GatedRepoError, "it is gated); ask for access on its page there and log in (hf auth login)"),
+        (errors.RepositoryNotFoundError, "not found, or private); check the name, or log in (hf auth login)"),
+        (errors.RevisionNotFoundError, f"no revision {repository.revision!r}); give a branch, tag or commit of it"),
+        (errors.LocalEntryNotFoundError, offline),
+        (errors.HfHubHTTPError, f"{reason}); try again later"),
+        (errors.HFValidationError, f"{reason}); check the name"),
+        (Exception, offline),
+    )
+    what = next(text for kind, text in table if isinstance(error, kind))
+    return MergeError(f"{repository.kind} {repository.name}: no such folder, and cannot be had from the Hub ({what}")
+
+
+def _holds_none(repository: _Repository) -> str:
+    where = f"{repository.kind} {repository.name}: the Hub repository holds no"
+    if repository.kind == "base":
+        return (
+            f"{where} {SINGLE} and no {INDEX}, nor {PICKLE} or {PICKLE_INDEX}; give a repository with PyTorch weights"
+        )
+    return (
+        f"{where} delta, neither itself nor one level below: expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]} "
+        f"(push_adapter_to_hub), or {CONFIG} with {SINGLE} (save_delta)"
+    )

@@ -1,21 +1,27 @@
 """The JSON files of the output: config.json, the index of the shards, the configuration of what stays an adapter."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from pema_adapters.formats.artifact import Delta, Head
+from pema_adapters.errors import MergeError
+from pema_adapters.formats.artifact import HEAD_CONFIG, Delta, Head
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, Checkpoint
 from pema_adapters.merging.layout import Layout
-from pema_adapters.merging.plan import Copy, Literal, PlannedFile
+from pema_adapters.merging.plan import PlannedFile
+from pema_adapters.merging.segments import Copy, Literal
 
 FROM_DELTA = ("architectures", "id2label", "label2id", "problem_type")
 """What a trained model's config.json says about its head; absent means Transformers' default."""
-MOST_LABELS = 1_000_000
+MOST_LABELS = 100_000
+DTYPES_BY_CODE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""How config.json calls the dtypes of safetensors files."""
 
 
 def json_file(name: str, content: dict[str, Any]) -> PlannedFile:
-    """A JSON file of the output, as Transformers writes them."""
-    return PlannedFile(name, (Literal(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"),))
+    """A JSON file of the output, as Transformers writes them. Half a surrogate pair, legal only escaped, stays so."""
+    text = json.dumps(content, indent=2, ensure_ascii=False).encode(errors="backslashreplace")
+    return PlannedFile(name, (Literal(text + b"\n"),))
 
 
 def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile | None:
@@ -25,10 +31,14 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
     made = dict(base.config)
     if delta.kind == "full":
         made = _with_model(made, delta.config)
+    elif delta.static_head is not None and delta.static_head.settings is not None:
+        made = _with_settings(made, delta.static_head.settings)
     elif delta.static_head is not None:
-        made = _with_head(made, delta.static_head)
-    if layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:
+        made = _with_head(made, delta.static_head, delta.folder / HEAD_CONFIG)
+    if layout.names.embedding and layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:
         made["vocab_size"] = layout.vocab_size
+    if layout.dtype is not None:
+        made["torch_dtype" if "torch_dtype" in made else "dtype"] = DTYPES_BY_CODE[layout.dtype]
     path = base.folder / CONFIG
     same = PlannedFile(CONFIG, (Copy(path, 0, path.stat().st_size),))
     return same if made == base.config else json_file(CONFIG, made)
@@ -36,16 +46,24 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
 
 def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
     """The index of the shards, where the base has one: new tensors, new names, new total size."""
-    if base.index is None:
+    if base.index is None or base.index_name is None:
         return None
-    weight_map = {entry.name: path.name for path, entries in layout.entries.items() for entry in entries}
-    path = base.folder / INDEX
+    files = {path: base.output_name(path) for path in layout.entries}
+    weight_map = {entry.name: files[path] for path, entries in layout.entries.items() for entry in entries}
     if weight_map == base.index["weight_map"] and layout.grown_bytes == 0:
+        path = base.folder / base.index_name
         return PlannedFile(INDEX, (Copy(path, 0, path.stat().st_size),))
-    metadata = dict(base.index.get("metadata") or {})
+    found = base.index.get("metadata")
+    metadata = dict(found) if isinstance(found, dict) else {}
     if isinstance(metadata.get("total_size"), int):
-        metadata["total_size"] += layout.grown_bytes
+        metadata["total_size"] = layout.size if base.is_pickled else metadata["total_size"] + layout.grown_bytes
     return json_file(INDEX, {**base.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """With what a head says; None: the key goes."""
+    made = {key: value for key, value in config.items() if key not in settings}
+    return {**made, **{key: value for key, value in settings.items() if value is not None}}
 
 
 def _with_model(config: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
@@ -53,21 +71,25 @@ def _with_model(config: dict[str, Any], trained: dict[str, Any]) -> dict[str, An
     return {**kept, **{key: trained[key] for key in FROM_DELTA if key in trained}}
 
 
-def _with_head(config: dict[str, Any], head: Head) -> dict[str, Any]:
+def _with_head(config: dict[str, Any], head: Head, path: Path) -> dict[str, Any]:
     """`head_config.json` names the class and the labels; "LABEL_0", "LABEL_1" are Transformers' default."""
     made = dict(config)
     if isinstance(head.config.get("model_class"), str):
         made["architectures"] = [head.config["model_class"]]
-    labels = _labels(head.config)
+    labels = _labels(head.config, path)
     if labels and (labels != {"LABEL_0": 0, "LABEL_1": 1} or "id2label" in config):
         made["id2label"] = {str(number): label for label, number in labels.items()}
         made["label2id"] = labels
     return made
 
 
-def _labels(head: dict[str, Any]) -> dict[str, int]:
-    """`{label: number}` in the order of the numbers."""
+def _labels(head: dict[str, Any], path: Path) -> dict[str, int]:
+    """`{label: number}` in the order of the numbers; `path` is where `head` was read."""
     found, count = head.get("label2id"), head.get("num_labels")
     if isinstance(found, dict) and found and all(isinstance(number, int) for number in found.values()):
         return dict(sorted(found.items(), key=lambda item: item[1]))
-    return {f"LABEL_{i}": i for i in range(min(count, MOST_LABELS))} if isinstance(count, int) else {}
+    if isinstance(count, int) and count > MOST_LABELS:
+        raise MergeError(
+            f"{path}: num_labels is {str(count)[:40]}, expected at most {MOST_LABELS}; the file is damaged"
+        )
+    return {f"LABEL_{i}": i for i in range(count)} if isinstance(count, int) else {}

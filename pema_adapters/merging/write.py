@@ -1,32 +1,42 @@
 """Plan -> disk: copies by the kernel, rows laid over them window by window, one fsync a file."""
 
 import errno
+import fcntl
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import singledispatch
 from pathlib import Path
 
 from pema_adapters.errors import FormatError
-from pema_adapters.merging.plan import CHUNK, Bytes, Copy, Plan, PlannedFile, Rows, Segment
+from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
+from pema_adapters.merging.segments import BLOCK, CHUNK, Bytes, Copy, Rows, Segment
 
 WINDOW = 256 << 20
 SETTLED = 16 << 20
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK}
+_CANNOT = {
+    errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK, errno.ENOTTY,
+}  # fmt: skip
+_FICLONERANGE = 0x4020940D
 
 
-def write_plan(plan: Plan, folder: Path, advance: Advance) -> None:
+def write_plan(plan: Plan, folder: Path, advance: Advance) -> int:
     """Write every file of the plan into the empty `folder`, and have it all on disk before returning.
 
+    Returns how many bytes the file system cloned: they share the base's blocks until somebody changes them.
     Memory stays within a few chunks, whatever the size. Raises OSError as the system does (disk full, say).
     """
+    cloned = 0
     for file in plan.files:
         path = folder / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_file(file, path, advance)
+        cloned += _write_file(file, path, advance)
     for inside in {folder, *((folder / file.name).parent for file in plan.files)}:
         sync_folder(inside)
+    return cloned
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,10 +49,26 @@ def sync_folder(folder: Path) -> None:
 
 
 class Sink:
-    """A file being written; `advance` hears of every byte."""
+    """A file being written; `advance` hears of every byte. `cloned` counts those that share the source's blocks."""
 
     def __init__(self, fd: int, behind: Executor, advance: Advance) -> None:
         self.fd, self.behind, self.advance = fd, behind, advance
+        self.cloned = 0
+        self.can_clone = sys.platform == "linux"
+
+    def clone(self, source: int, at: int, to: int, length: int) -> int:
+        """Share whole blocks with the source file. Returns how many bytes; 0 where the file system cannot."""
+        if not self.can_clone or at % BLOCK or to % BLOCK or length % BLOCK:
+            return 0
+        try:
+            fcntl.ioctl(self.fd, _FICLONERANGE, struct.pack("=qQQQ", source, at, length, to))
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            self.can_clone = False
+            return 0
+        self.cloned += length
+        return length
 
     def write(self, data: Bytes, at: int) -> int:
         """Write all of `data` at the offset `at`. Returns how much that is."""
@@ -60,13 +86,15 @@ class Sink:
             self.behind.submit(os.posix_fadvise, self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
-def _write_file(file: PlannedFile, path: Path, advance: Advance) -> None:
+def _write_file(file: PlannedFile, path: Path, advance: Advance) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with ThreadPoolExecutor(1) as behind:
+            sink = Sink(fd, behind, advance)
             for start, segment in zip(file.starts, file.segments, strict=False):
-                _lay(segment, Sink(fd, behind, advance), start)
+                _lay(segment, sink, start)
         os.fsync(fd)
+        return sink.cloned
     finally:
         os.close(fd)
 
@@ -89,17 +117,20 @@ def _(segment: Copy, sink: Sink, start: int) -> None:
 @_lay.register
 def _(segment: Rows, sink: Sink, start: int) -> None:
     """Rows follow the copy window by window, so that no page goes to the disk twice."""
-    runs = segment.runs()
-    run = next(runs, None)
+    if not isinstance(segment.base, Copy):  # numbers that are cast on the way
+        _lay.dispatch(object)(segment, sink, start)
+        return
+    changes = segment.changes()
+    change = next(changes, None)
     for begin, end in _copied(segment.base, sink, start):
-        while run is not None and run[0] + len(run[1]) <= end:
-            sink.write(run[1], start + run[0])
-            run = next(runs, None)
+        while change is not None and change[0] + len(change[1]) <= end:
+            sink.write(change[1], start + change[0])
+            change = next(changes, None)
         sink.settle(start + begin, start + end)
         sink.advance(end - begin)
-    while run is not None:
-        sink.write(run[1], start + run[0])
-        run = next(runs, None)
+    while change is not None:
+        sink.write(change[1], start + change[0])
+        change = next(changes, None)
     sink.advance(segment.length - segment.base.length)
 
 
@@ -109,8 +140,9 @@ def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
     try:
         done = 0
         while done < segment.length:
-            at, to, left = segment.start + done, start + done, segment.length - done
-            count = _by_kernel(source, sink.fd, at, to, left)
+            at, to = segment.start + done, start + done
+            left = _to_block(at, to, segment.length - done)
+            count = sink.clone(source, at, to, left) or _by_kernel(source, sink.fd, at, to, left)
             count = count or sink.write(os.pread(source, min(left, CHUNK), at), to)
             if not count:
                 raise FormatError(f"{segment.path}: ends at byte {at}; it became shorter meanwhile")
@@ -120,8 +152,15 @@ def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
         os.close(source)
 
 
+def _to_block(at: int, to: int, left: int) -> int:
+    """How much to copy at once: up to the next block where both sides can meet one, and then whole blocks."""
+    if (at - to) % BLOCK or left < 2 * BLOCK:
+        return left
+    return BLOCK - at % BLOCK if at % BLOCK else left - left % BLOCK
+
+
 def _by_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
-    """Copy up to a chunk without its bytes passing through this process. Returns how many; 0 if it cannot."""
+    """Copy up to a window without its bytes passing through this process. Returns how many; 0 if it cannot."""
     count = min(left, WINDOW)
     try:
         if hasattr(os, "copy_file_range"):

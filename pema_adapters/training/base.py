@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import Checkpoint, match
+from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, match
+from pema_adapters.formats.checkpoint import Tensor as StoredTensor
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
 from pema_adapters.training import _upstream
 from pema_adapters.training.base_rows import TORCH_DTYPES, BaseRows, blocks
@@ -93,13 +94,13 @@ def base_as_loaded(model: Any, embedding: str, shape: tuple[int, int]) -> Base |
     live = LiveModel(model, embedding)
     stored = match(checkpoint.tensors, live.prefix)
     tensor = checkpoint.tensors.get(stored.get(embedding, ""))
-    if tensor is None or tensor.shape != shape or tensor.dtype not in TORCH_DTYPES:
+    if tensor is None or tensor.shape != shape or not _is_readable(tensor):
         return None
     return _stored_base(checkpoint, live, stored, BaseRows.of(tensor))
 
 
 def find_checkpoint(model: Any) -> Checkpoint | None:
-    """The safetensors checkpoint that `model` was loaded from: a local folder or a snapshot in the Hub cache."""
+    """The checkpoint that `model` was loaded from: a local folder or a snapshot in the Hub cache."""
     folder = _checkpoint_folder(str(model.name_or_path or ""), _upstream.commit_of(model))
     if folder is None:
         return None
@@ -117,7 +118,7 @@ def _checkpoint_folder(name: str, commit: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for file in ("model.safetensors", "model.safetensors.index.json"):
+    for file in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
         try:
             cached = try_to_load_from_cache(name, file, revision=commit)
         except HFValidationError:
@@ -191,7 +192,7 @@ def _stored_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, s
 def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
     """The rows of the checkpoint, if they are the first of `weight` [V, d]; the rest were added by a resize."""
     fits = len(tensor.shape) == 2 and tensor.shape[0] <= weight.shape[0] and tensor.shape[1] == weight.shape[1]
-    if not fits or tensor.dtype not in TORCH_DTYPES:
+    if not fits or not _is_readable(tensor):
         return None
     count = tensor.shape[0]
     on_disk = BaseRows.of(tensor)
@@ -200,6 +201,11 @@ def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
             return None
     added = weight[count:].detach().cpu().clone() if weight.shape[0] > count else None
     return BaseRows.of(tensor, added)
+
+
+def _is_readable(tensor: StoredTensor) -> bool:
+    """Whether rows can be read where they lie: their dtype is known, and they lie one after another."""
+    return tensor.dtype in TORCH_DTYPES and tensor.start is not None
 
 
 def _same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.formats.safetensors_file import TensorInfo
+from pema_adapters.formats.checkpoint import Tensor as StoredTensor
 
 BLOCK_BYTES = 32 << 20
 
@@ -45,9 +45,10 @@ class BaseRows:
         self._bytes = _map(path, start, self.file_rows, self.dim * dtype.itemsize)
 
     @classmethod
-    def of(cls, tensor: TensorInfo, tail: Tensor | None = None) -> BaseRows:
-        """The rows of a two-dimensional tensor in a safetensors file, `tail` [n, d] after them."""
+    def of(cls, tensor: StoredTensor, tail: Tensor | None = None) -> BaseRows:
+        """The rows of a two-dimensional tensor in a file of weights, `tail` [n, d] after them."""
         rows, dim = tensor.shape
+        assert tensor.start is not None
         return cls(tensor.path, tensor.start, (rows, dim), TORCH_DTYPES[tensor.dtype], tail)
 
     @classmethod

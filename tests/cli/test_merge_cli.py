@@ -80,7 +80,7 @@ def test_an_interrupt_is_one_line(pair, capsys, monkeypatch):
 
 def test_the_lines_that_load_what_stays_an_adapter(make_base, make_adapter, capsys):  # noqa: F811
     base = make_base()
-    rest = {"bert.encoder.layer.0.loras.task.lora_A": T.of(noise(1, 4))}
+    rest = {"bert.encoder.layer.0.adapters.task.down": T.of(noise(1, 4))}
     pair = base, make_adapter(base, rest=rest, head={"classifier.weight": T.of(noise(3, 4))})
     assert main(arguments(pair)) == 0
     out = pair[1].folder / "merged"

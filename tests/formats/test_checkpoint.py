@@ -125,13 +125,149 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(FormatError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         Checkpoint.open(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FormatError, match=r"pytorch_model.bin: a pickled checkpoint, which cannot be read yet"):
+    with pytest.raises(
+        FormatError, match=r"pytorch_model.bin: not a file of tensors .* found one that begins with b''"
+    ):
         Checkpoint.open(tmp_path)
 
 
 def test_a_tensor_that_is_not_there(single):
     with pytest.raises(FormatError, match=r"no tensor 'x' among its 4"):
         Checkpoint.open(single).rows("x", np.array([0]))
+
+
+def pickled(folder, tensors, **config):
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **config}))
+    return Checkpoint.open(folder)
+
+
+def test_a_pickle_reads_like_safetensors(single, tmp_path):
+    safe = Checkpoint.open(single)
+    (tmp_path / "bin").mkdir()
+    tensors = {"bert.E": MATRIX, "half": MATRIX.half(), "bhalf": MATRIX.bfloat16(), "scalar": torch.tensor(3)}
+    checkpoint = pickled(tmp_path / "bin", tensors)
+    assert checkpoint.files == (tmp_path / "bin" / "pytorch_model.bin",)
+    assert checkpoint.metadata == {checkpoint.files[0]: {"format": "pt"}}
+    assert (checkpoint.is_pickled, checkpoint.index, checkpoint.index_name, checkpoint.shared) == (True, None, None, {})
+    assert (safe.is_pickled, safe.index_name, safe.shared) == (False, None, {})
+    assert checkpoint.shapes() == safe.shapes()
+    assert checkpoint.config == safe.config
+    ids = np.array([9, 0, 3])
+    for name, tensor in checkpoint.tensors.items():
+        assert (tensor.name, tensor.dtype, tensor.nbytes) == (name, safe.tensors[name].dtype, safe.tensors[name].nbytes)
+        assert checkpoint.raw(name).tobytes() == safe.raw(name).tobytes()
+        if tensor.shape:
+            assert np.array_equal(checkpoint.rows(name, ids), safe.rows(name, ids))
+            assert np.array_equal(checkpoint.values(name, ids), safe.values(name, ids))
+
+
+def test_a_pickle_is_copied_as_itself_and_opened_again(tmp_path):
+    checkpoint = pickled(tmp_path, {"a": MATRIX})
+    assert copy.deepcopy(checkpoint) is checkpoint
+    text = pickle.dumps(checkpoint)
+    assert pickle.loads(text) == checkpoint
+    assert len(text) < 500
+
+
+def test_pickled_shards(tmp_path):
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    torch.save({"b": MATRIX + 1}, tmp_path / names[0])
+    torch.save({"a": MATRIX}, tmp_path / names[1])
+    weight_map = {"a": names[1], "b": names[0]}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert list(checkpoint.tensors) == ["b", "a"]
+    assert [path.name for path in checkpoint.files] == names
+    assert checkpoint.index == {"weight_map": weight_map}
+    assert (checkpoint.is_pickled, checkpoint.index_name) == (True, "pytorch_model.bin.index.json")
+    assert np.array_equal(checkpoint.rows("b", np.array([0])), [[1, 2, 3, 4]])
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(FormatError, match=r"00001-of-00002.bin: a shard that pytorch_model.bin.index.json names, but"):
+        Checkpoint.open(tmp_path)
+
+
+def test_shards_that_would_have_one_name(tmp_path):
+    weight_map = {"a": "x.bin", "b": "x.pt"}
+    for name, file in weight_map.items():
+        torch.save({name: MATRIX}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(FormatError, match=r"bin.index.json: two of its shards would have the same name as safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_formats_are_preferred_as_by_transformers(tmp_path):
+    files = ["model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"]
+    save_file({"0": MATRIX}, tmp_path / files[0])
+    save_file({"1": MATRIX}, tmp_path / "shard.safetensors")
+    torch.save({"2": MATRIX}, tmp_path / files[2])
+    torch.save({"3": MATRIX}, tmp_path / "shard.bin")
+    write_index(tmp_path, {"1": "shard.safetensors"})
+    (tmp_path / files[3]).write_text(json.dumps({"weight_map": {"3": "shard.bin"}}))
+    for i, file in enumerate(files):
+        assert list(Checkpoint.open(tmp_path).tensors) == [str(i)]
+        (tmp_path / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pytorch_model.bin", "model.safetensors"),
+        ("pytorch_model-00001-of-00003.bin", "model-00001-of-00003.safetensors"),
+        ("pytorch_model.fp16.bin", "model.fp16.safetensors"),
+        ("model.safetensors", "model.safetensors"),
+        ("pytorch_model.safetensors", "pytorch_model.safetensors"),
+        ("weights.pt", "weights.safetensors"),
+        ("pytorch.bin", "pytorch.safetensors"),
+        ("odd", "odd.safetensors"),
+    ],
+)
+def test_names_of_output_files(single, name, expected):
+    assert Checkpoint.open(single).output_name(single / name) == expected
+
+
+E, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "shared"),
+    [
+        ([HEAD, E], {}, {HEAD: E}),
+        ([HEAD, E], {"tie_word_embeddings": True}, {HEAD: E}),
+        ([HEAD, E], {"tie_word_embeddings": False}, {}),
+        (["lm_head.weight", "encoder.embed_tokens.weight", "shared.weight"], {},
+         {"lm_head.weight": "shared.weight", "encoder.embed_tokens.weight": "shared.weight"}),
+        (["lm_head.weight", "encoder.embed_tokens.weight", "shared.weight"], {"tie_word_embeddings": False},
+         {"encoder.embed_tokens.weight": "shared.weight"}),
+        (["a.output.head", E], {}, {"a.output.head": E}),
+        (["cls.predictions.decoder.bias", "cls.predictions.bias"], {"tie_word_embeddings": False},
+         {"cls.predictions.decoder.bias": "cls.predictions.bias"}),
+        (["lm_head.weight", "transformer.tokens_embed.weight"], {}, {"lm_head.weight": "transformer.tokens_embed.weight"}),
+        (["layer.1.weight", "layer.0.weight"], {}, {}),
+    ],
+)  # fmt: skip
+def test_one_tensor_under_several_names(tmp_path, names, config, shared):
+    checkpoint = pickled(tmp_path, dict.fromkeys(names, MATRIX) | {"other": MATRIX + 1}, **config)
+    assert checkpoint.shared == shared
+    assert list(checkpoint.tensors) == [name for name in [*names, "other"] if name not in shared]
+    for name in checkpoint.tensors:
+        assert np.array_equal(checkpoint.rows(name, np.arange(10)), MATRIX + (name == "other"))
+
+
+@pytest.mark.parametrize("other", [MATRIX.clone(), MATRIX[:9], MATRIX.view(4, 10), MATRIX.T, MATRIX[:0]])
+def test_equal_values_and_other_views_are_other_tensors(tmp_path, other):
+    checkpoint = pickled(tmp_path, {E: MATRIX, HEAD: other})
+    assert checkpoint.shared == {}
+    assert checkpoint.raw(HEAD).tobytes() == other.contiguous().numpy().tobytes()
+
+
+def test_an_index_may_name_what_is_shared(tmp_path):
+    torch.save({E: MATRIX, HEAD: MATRIX}, tmp_path / "one.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {E: "one.bin", HEAD: "one.bin"}}))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.shared == {HEAD: E}
+    assert list(checkpoint.index["weight_map"]) == [E, HEAD]
+    assert list(checkpoint.tensors) == [E]
 
 
 @pytest.mark.parametrize(

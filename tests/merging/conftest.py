@@ -182,7 +182,7 @@ def make_adapter(tmp_path):
         write(folder / "adapter.safetensors", tensors | (rest or {}))
         method = {"architecture": "pema", "unseen": "base"}
         if rest:
-            method = {"architecture": "union", "configs": [method, {"architecture": "lora", "r": 1}]}
+            method = {"architecture": "union", "configs": [method, {"architecture": None, "reduction_factor": 16}]}
         config = {"config": method, "name": name, "model_class": "BertForSequenceClassification", "model_type": "bert"}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         if head or flexible:

@@ -153,7 +153,7 @@ def test_a_grown_vocabulary(make_base, make_adapter, tmp_path):
 
 
 def test_what_stays_an_adapter(make_base, make_adapter, tmp_path):
-    rest = {"bert.encoder.layer.0.loras.task.lora_A": T.of(noise(1, D, seed=11))}
+    rest = {"bert.encoder.layer.0.adapters.task.down": T.of(noise(1, D, seed=11))}
     flexible = {"heads.task.1.weight": T.of(noise(2, D, seed=12))}
     base = make_base()
     report = merge_checkpoint(base.folder, make_adapter(base, rest=rest, flexible=flexible).folder, tmp_path / "out")
@@ -161,7 +161,7 @@ def test_what_stays_an_adapter(make_base, make_adapter, tmp_path):
     assert report.adapters_left == ("task",)
     assert read(left) == rest | flexible
     config = json.loads((left / "adapter_config.json").read_bytes())
-    assert config["config"] == {"architecture": "lora", "r": 1}  # a union of one is that one
+    assert config["config"] == {"architecture": None, "reduction_factor": 16}  # a union of one is that one
     assert config["name"] == "task"
     assert json.loads((left / "head_config.json").read_bytes())["model_class"] == "BertAdapterModel"
 

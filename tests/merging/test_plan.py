@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.tensors import Stored
-from pema_adapters.merging import plan
+from pema_adapters.merging import plan, segments
 from pema_adapters.merging.casting import Rounding, cast
-from pema_adapters.merging.plan import Cast, Copy, Literal, PlannedFile, Rows, joined
+from pema_adapters.merging.plan import PlannedFile
+from pema_adapters.merging.segments import Cast, Copy, Literal, Rows, joined
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_rows_by_hand(source):
     segment = rows_over(source)
     assert segment.length == 18
     assert segment.read(0, 18) == b"defaaabbbmnocccddd"  # chr(100) is "d"
-    assert list(segment.runs()) == [(3, b"aaabbb"), (12, b"cccddd")]
+    assert list(segment.changes()) == [(3, b"aaabbb"), (12, b"cccddd")]
 
 
 @given(begin=st.integers(0, 18), end=st.integers(0, 18))
@@ -37,14 +38,14 @@ def test_rows_give_any_range(source, begin, end):
 
 
 def test_runs_are_bounded_by_the_chunk(source, monkeypatch):
-    monkeypatch.setattr(plan, "CHUNK", 4)
-    assert list(rows_over(source).runs()) == [(3, b"aaa"), (6, b"bbb"), (12, b"ccc"), (15, b"ddd")]
+    monkeypatch.setattr(segments, "CHUNK", 4)
+    assert list(rows_over(source).changes()) == [(3, b"aaa"), (6, b"bbb"), (12, b"ccc"), (15, b"ddd")]
 
 
 @given(begin=st.integers(0, 60), end=st.integers(0, 60), chunk=st.integers(1, 60))
 def test_a_file_gives_any_range_whatever_the_segments(source, begin, end, chunk):
     halves = Stored("x", "F32", (2, 2), source, np.array([1, 2, 3, 4], "<f4").view(np.uint8))
-    parts = [Literal(b"head"), Literal(b""), rows_over(source), Copy(source, 0, 7), Cast(halves, "F16", Rounding())]
+    parts = [Literal(b"head"), Literal(b""), rows_over(source), Copy(source, 0, 7), Cast.of(halves, "F16", Rounding())]
     whole = b"head" + b"defaaabbbmnocccddd" + bytes(range(7)) + np.array([1, 2, 3, 4], "<f2").tobytes()
     file = PlannedFile("x", tuple(parts))
     begin, end = sorted((begin, end))
@@ -83,5 +84,5 @@ def test_casts_are_those_of_torch(dtype, target, values):
 
 def test_a_cast_that_overflows_is_refused():
     raw = np.array([1.0, -7e4], "<f4").view(np.uint8)
-    with pytest.raises(MergeError, match="here: a value of 70000 is too large for the base's dtype F16"):
+    with pytest.raises(MergeError, match="here: a value of 70000 is too large for the dtype F16"):
         cast(raw, "F32", "F16", Rounding(), "here")

@@ -46,7 +46,10 @@ DAMAGE = {
     "integer rows": (damaged("weight", T.of(noise(6, D), "I32")), r"is I32 \[6, 4\]; expected rows \[K, d\] of floats"),
     "no rows": ({"drop": ["weight"]}, "PEMA rows without 'weight'"),
     "no ids": ({"drop": ["token_ids"]}, "PEMA rows without 'token_ids'"),
-    "nothing": ({"drop": ["weight", "token_ids", "fingerprint"]}, "expected the PEMA rows of one adapter, found none"),
+    "nothing": (
+        {"drop": ["weight", "token_ids", "fingerprint"]},
+        "expected the PEMA rows that adapter_config.json names, found none",
+    ),
     "nonsense fingerprint": (damaged("fingerprint", T.of([1, 2], "U8")), "fingerprint cannot be read"),
 }
 
@@ -135,7 +138,7 @@ def test_a_backbone_weight_of_another_shape(make_base, make_full, tmp_path):
 def test_a_backbone_weight_of_another_kind(make_base, make_full, tmp_path):
     base = make_base()
     delta = make_full(base, replace={"bert.embeddings.position_ids": T.of(noise(7))})
-    text = "is F32, but 'bert.embeddings.position_ids' of the base is I64"
+    text = "tensor 'bert.embeddings.position_ids' is F32, but the base has it as I64"
     refused(tmp_path, MergeError, text, base.folder, delta.folder)
 
 
@@ -145,7 +148,7 @@ def test_a_value_too_large_for_the_bases_dtype(make_base, make_adapter, tmp_path
     refused(
         tmp_path,
         MergeError,
-        "weight': a value of 1e.06 is too large for the base's dtype F16",
+        "weight': a value of 1e.06 is too large for the dtype F16",
         base.folder,
         delta.folder,
     )
@@ -208,12 +211,12 @@ def test_what_an_earlier_merge_wrote_is_no_delta(make_base, make_adapter, tmp_pa
 
 def test_config_and_weights_that_disagree(make_base, make_adapter, tmp_path):
     base = make_base()
-    rest = {"bert.loras.task.x": T.of([1.0])}
+    rest = {"bert.adapters.task.x": T.of([1.0])}
     for changes, config, text in (
         ({"rest": rest, "folder": "a"}, "pema", "names no other method beside PEMA, but the weights hold some of it"),
         (
             {"folder": "b"},
-            {"configs": ["pema", "lora"]},
+            {"configs": ["pema", "seq_bn"]},
             "names more method beside PEMA, but the weights hold none of it",
         ),
     ):
@@ -234,7 +237,7 @@ def test_weights_that_are_missing(make_base, make_adapter, tmp_path):
 
 def test_an_adapter_whose_name_leaves_the_output(make_base, make_adapter, tmp_path):
     base = make_base()
-    rest = {"bert.encoder.loras.x": T.of([1.0])}
+    rest = {"bert.encoder.adapters.x": T.of([1.0])}
     delta = make_adapter(base, rest=rest, name="/etc").folder
     refused(tmp_path, MergeError, "adapter name '/etc' cannot be the name of a folder", base.folder, delta)
 

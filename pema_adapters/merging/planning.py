@@ -1,0 +1,162 @@
+"""Base + delta -> plan: what is checked, what is folded, what stays an adapter. Nothing is written here."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pema_adapters.errors import BaseMismatchError, MergeError
+from pema_adapters.formats.artifact import Delta, Head
+from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.safetensors_file import FLOATS, as_float32
+from pema_adapters.merging.heads import StandardHead, standard_head
+from pema_adapters.merging.layout import Layout
+from pema_adapters.merging.names import match_names
+from pema_adapters.merging.others import carried_files, left_files
+from pema_adapters.merging.plan import Plan
+from pema_adapters.merging.settings import config_file, index_file
+from pema_adapters.merging.weight_space import weight_space
+
+DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What `--dtype` may be, and how safetensors files call it."""
+_IDENTITY = ("model_type", "hidden_size")
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the caller decides about the plan; see `merge_checkpoint`."""
+
+    dtype: str = "auto"
+    fold: bool = True
+    allow_base_mismatch: bool = False
+
+
+def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> Plan:
+    """Check that the delta belongs to the base, and plan every file of the output."""
+    notes = _check_base(base, delta, choices.allow_base_mismatch)
+    layers, rest = weight_space(delta, choices.fold)
+    delta, about_head = _with_standard_head(base, replace(delta, rest=rest))
+    if delta.weight is None and not layers:
+        raise MergeError(
+            f"{delta.folder}: adapter {delta.name!r} has no PEMA rows and nothing that folds into weights; nothing to "
+            "merge: load it with load_adapter on the base"
+        )
+    layout = Layout(base, delta, match_names(base, delta, [layer.module for layer in layers]), layers, _code(choices))
+    left = left_files(delta)
+    settings = [file for file in (config_file(base, delta, layout), index_file(base, layout)) if file]
+    return Plan(
+        files=(*carried_files(base.folder), *layout.files(), *left, *settings),
+        rounding=layout.rounding,
+        rows_merged=len(delta.token_ids),
+        vocab_size=layout.vocab_size,
+        tensors_changed=layout.changed + layout.added,
+        tensors_copied=len(base.tensors) - layout.changed,
+        tensors_folded=layout.folded,
+        adapters_left=(delta.name,) if left else (),
+        notes=(*notes, *layout.notes, *about_head, *_about_values(delta), *_about_left(delta)),
+    )
+
+
+def _code(choices: Choices) -> str | None:
+    if choices.dtype not in DTYPES:
+        raise MergeError(f"dtype {choices.dtype!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[choices.dtype]
+
+
+def _check_base(base: Checkpoint, delta: Delta, allow: bool) -> list[str]:
+    """Compare the base with the delta's fingerprint. Returns what there is to note if a mismatch is allowed."""
+    try:
+        _check_architecture(base, delta)
+        if delta.fingerprint is not None:
+            delta.fingerprint.check(base, delta.token_ids, where=str(base.folder))
+        elif delta.weight is not None:
+            raise BaseMismatchError(
+                f"{delta.weight.path}: no fingerprint of the base it was trained on, so it may belong to another; "
+                "insist with --allow-base-mismatch"
+            )
+    except BaseMismatchError as error:
+        if not allow:
+            raise
+        return [f"merged all the same: {error}"]
+    if delta.fingerprint is not None:
+        return []
+    return ["without PEMA rows there is no fingerprint: only names and shapes tell that the adapter fits this base"]
+
+
+def _check_architecture(base: Checkpoint, delta: Delta) -> None:
+    for key in _IDENTITY:
+        found, expected = base.config.get(key), delta.config.get(key)
+        if found is not None and expected is not None and found != expected:
+            raise BaseMismatchError(
+                f"{base.folder / 'config.json'}: {key} is {str(found)[:40]!r}, but the delta was trained on "
+                f"{str(expected)[:40]!r}; give the base that it was trained on, or insist with --allow-base-mismatch"
+            )
+
+
+def _with_standard_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
+    """The delta with its flexible head as that of an ordinary class, where one is the same; else why not."""
+    if delta.head is None or delta.head.is_static:
+        return delta, []
+    config = base.config
+    if delta.fingerprint is not None:
+        config = {**config, "vocab_size": delta.fingerprint.vocab_size}
+    found = standard_head(delta.head, config)
+    reason = found if isinstance(found, str) else _hindrance(base, delta, delta.head, found)
+    if isinstance(found, str) or reason:
+        return delta, [f"its flexible head stays in adapters/{delta.name}, for AutoAdapterModel's load_head: {reason}"]
+    head = Head({"config": None, "model_class": found.model_class}, found.tensors, found.config, found.prefix)
+    return replace(delta, head=head), [f"its flexible head is now that of {found.model_class}"]
+
+
+def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) -> str:
+    """What in the base or in the rest of the adapter keeps the class from computing the same; "" for nothing."""
+    names = tuple(base.tensors)
+    if missing := [need for need in found.needs if not any(_ends(name, need) for name in names)]:
+        return f"{found.model_class} needs {missing[0]}, which the base lacks (the model drew it at random)"
+    if added := [name for name in names for zero in found.zero if _ends(name, zero) and base.raw(name).any()]:
+        return f"{found.model_class} adds {added[0]} of the base, which the flexible head does not"
+    if found.prefix not in ("", delta.prefix):
+        return f"{found.model_class} calls its backbone {found.prefix!r}, the base {delta.prefix!r}"
+    is_language_model = str(head.config["config"].get("head_type")).endswith("_lm")
+    return _hindrance_of_language_model(names, delta) if is_language_model else ""
+
+
+def _hindrance_of_language_model(names: tuple[str, ...], delta: Delta) -> str:
+    if '"inv_adapter": {' in str(delta.rest.config).replace("'", '"'):
+        return "the adapter is invertible, and undone before the head"
+    if any(name.endswith("decoder.bias") for name in names):
+        return "the base stores the bias of its output twice"
+    return ""
+
+
+def _ends(name: str, part: str) -> bool:
+    return name == part or name.endswith("." + part)
+
+
+def _about_values(delta: Delta) -> list[str]:
+    """NaN and infinity in the rows are merged as they are, but not without a word."""
+    weight = delta.weight
+    if weight is None or weight.dtype not in FLOATS or not len(delta.token_ids):
+        return []
+    rows = weight.raw.reshape(len(delta.token_ids), -1)
+    bad: list[int] = []
+    for begin in range(0, len(rows), _ROWS):
+        finite = np.isfinite(as_float32(rows[begin : begin + _ROWS], weight.dtype)).all(axis=1)
+        bad += delta.token_ids[begin : begin + _ROWS][~finite].tolist()
+    return [f"warning: {len(bad)} of its rows hold NaN or infinity, the first is token {bad[0]}"] if bad else []
+
+
+def _about_left(delta: Delta) -> list[str]:
+    if delta.rest.config is None:
+        return []
+    methods = ", ".join(_methods(delta.rest.config))
+    return [f"the other weights of adapter {delta.name!r} stay an adapter, in adapters/{delta.name}: {methods}"]
+
+
+def _methods(config: dict[str, Any]) -> list[str]:
+    """The architectures of an adapter config; what has none is a bottleneck adapter."""
+    method = config.get("config")
+    configs = method.get("configs") if isinstance(method, dict) else None
+    members = configs if isinstance(configs, list) else [method]
+    return [str(member.get("architecture") or "bottleneck") for member in members if isinstance(member, dict)]

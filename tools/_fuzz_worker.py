@@ -1,0 +1,155 @@
+"""The process that merges mutated inputs, one case after another; whoever started it watches the clock.
+
+It says what it is about to do before it does it, so that a crash, a hang or a kill has a name.
+"""
+
+import contextlib
+import io
+import os
+import resource
+import shutil
+import traceback
+import warnings
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from _fuzz_expected import Escape
+from _fuzz_mutations import make_case, order
+from _fuzz_oracle import check_inputs, check_message, check_output
+from _fuzz_pairs import Files, pairs, put
+from _fuzz_pickle import CANARY
+
+MOST_MEMORY = 300 << 20
+ADDRESS_SPACE = 1 << 30
+UNTOUCHED = "untouched pairs"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """kind: "refused", "merged" or "escaped". text: the message, or what went wrong. remark: worth a word.
+
+    fatal: the process cannot go on.
+    """
+
+    kind: str
+    text: str = ""
+    remark: str = ""
+    fatal: bool = False
+
+
+class Refused(Exception):
+    """The merge was refused, with this message."""
+
+
+def work(pipe: Connection, folder: Path, seed: int, family: str | None) -> None:
+    """Answer case numbers with outcomes, until None comes. Begins with the outcomes of all untouched pairs."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.chdir(folder)
+    warnings.simplefilter("always")
+    found, mutations = pairs(), order(seed, family)
+    sound = {}
+    for name, files in found.items():
+        outcome = judge(folder / "case", files, Options(allow_base_mismatch="no fingerprint" in name))
+        if outcome.kind == "merged":
+            sound[name] = files
+        else:
+            pipe.send((UNTOUCHED, f"[{name}]", Outcome("escaped", f"not mutated, but {outcome.kind}: {outcome.text}")))
+    limit = _address_space() + ADDRESS_SPACE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    pipe.send(("ready", len(mutations), peak_memory()))
+    while (number := pipe.recv()) is not None:
+        case = make_case(sound, mutations, seed, number)
+        pipe.send(("started", case.mutation.family, case.name))
+        options = Options(case.path, case.allow_base_mismatch, case.verify, case.by_command)
+        pipe.send(("done", case.mutation.family, judge(folder / "case", case.files, options)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a case is merged; `path`: the mutated file."""
+
+    path: str = "base/"
+    allow_base_mismatch: bool = False
+    verify: bool = False
+    by_command: bool = False
+
+
+def judge(root: Path, files: Files, options: Options) -> Outcome:
+    """Merge the files, laid out below `root`, and say how it went."""
+    shutil.rmtree(root, ignore_errors=True)
+    put(root, files)
+    before = peak_memory()
+    try:
+        outcome = _judge(root, files, options)
+        if Path(CANARY).exists():
+            raise Escape("code from a pickle was run")
+        grown = peak_memory() - before
+        if grown > MOST_MEMORY:
+            return Outcome("escaped", f"memory grew by {grown >> 20} MB", fatal=True)
+    except Escape as error:
+        return Outcome("escaped", str(error))
+    except Exception:
+        return Outcome("escaped", "the oracle failed: " + traceback.format_exc())
+    return outcome
+
+
+def _judge(root: Path, files: Files, options: Options) -> Outcome:
+    try:
+        (_by_command if options.by_command else _by_call)(root, options)
+    except Refused as error:
+        check_inputs(root, files, set())
+        check_message(root, options.path, str(error))
+        return Outcome("refused", str(error))
+    check_inputs(root, files, {"out"})
+    return Outcome("merged", remark=check_output(root, files))
+
+
+def _by_call(root: Path, options: Options) -> None:
+    from pema_adapters.errors import PemaError
+    from pema_adapters.merging.merge import merge_checkpoint
+
+    try:
+        merge_checkpoint(root / "base", root / "delta", root / "out", verify=options.verify, progress=False,
+                         allow_base_mismatch=options.allow_base_mismatch)  # fmt: skip
+    except PemaError as error:
+        raise Refused(str(error)) from None
+    except BaseException as error:
+        raise Escape(_traced(error)) from None
+
+
+def _traced(error: BaseException) -> str:
+    lines = traceback.format_exception(error)
+    return "".join(lines[-3:])[-1500:]
+
+
+def _by_command(root: Path, options: Options) -> None:
+    from pema_adapters.cli.merge import main
+
+    command = ["--base", str(root / "base"), "--delta", str(root / "delta"), "--output", str(root / "out")]
+    command += ["--verify"] * options.verify + ["--allow-base-mismatch"] * options.allow_base_mismatch
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    error = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            code = main(command)
+            out.flush()
+    except BaseException as exception:
+        raise Escape("from the command: " + _traced(exception)) from None
+    error.seek(0)
+    said = error.read()
+    if code == 0 and not said:
+        return
+    if code != 1 or said.count("\n") != 1 or not said.startswith("pema-merge: error: "):
+        raise Escape(f"the command's exit code is {code}, and it says {said[-2000:]!r}")
+    raise Refused(said.removeprefix("pema-merge: error: ").rstrip("\n"))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process ever had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
