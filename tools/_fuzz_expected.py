@@ -20,11 +20,13 @@ class Escape(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Base and delta as other libraries read them. `shared`: a pickled base may come out without repeated names."""
+    """Base and delta as other libraries read them; `methods`: the members of an adapter's configuration."""
 
     base: dict[str, T]
     delta: dict[str, T]
     head: dict[str, T]
+    flexible_head: dict[str, T]
+    methods: list[Any]
     is_adapter: bool
     config: dict[str, Any]
     pickled_base: bool
@@ -36,10 +38,24 @@ def read_inputs(root: Path) -> Inputs:
     weights = read_first(delta, "adapter.safetensors", "pytorch_adapter.bin") if is_adapter else read_checkpoint(delta)
     has_head = is_adapter and any((delta / n).is_file() for n in ("model_head.safetensors", "pytorch_model_head.bin"))
     is_static = has_head and json.loads((delta / "head_config.json").read_bytes()).get("config") is None
-    head = read_first(delta, "model_head.safetensors", "pytorch_model_head.bin") if is_static else {}
+    head = read_first(delta, "model_head.safetensors", "pytorch_model_head.bin") if has_head else {}
     config = json.loads((base / "config.json").read_bytes()) if (base / "config.json").exists() else {}
-    pickled = not list(base.glob("*.safetensors"))
-    return Inputs(read_checkpoint(base), weights, head, is_adapter, config, pickled)
+    return Inputs(
+        base=read_checkpoint(base),
+        delta=weights,
+        head=head if is_static else {},
+        flexible_head={} if is_static else head,
+        methods=_methods(json.loads((delta / "adapter_config.json").read_bytes())) if is_adapter else [],
+        is_adapter=is_adapter,
+        config=config,
+        pickled_base=not list(base.glob("*.safetensors")),
+    )
+
+
+def _methods(config: dict[str, Any]) -> list[Any]:
+    method = config.get("config")
+    members = method.get("configs", [method]) if isinstance(method, dict) else [method]
+    return members if isinstance(members, list) else []
 
 
 def read_first(folder: Path, *names: str) -> dict[str, T]:
@@ -86,7 +102,9 @@ def _read_pickle(path: Path) -> dict[str, T]:
 
 
 def expected_output(inputs: Inputs) -> dict[str, T]:
-    """`{name in the output: tensor}`."""
+    """`{name in the output: tensor}`; what is folded into a weight is not in it."""
+    if not any(name.endswith(".token_ids") for name in inputs.delta):
+        return _with_ordinary(dict(inputs.base), inputs, next(iter(inputs.base), ""), "bert")
     ids, rows, print_ = _parts(inputs)
     if print_:
         prefix, embedding = print_["prefix"], _located(inputs.base, print_["embedding"], print_["prefix"])
@@ -119,10 +137,10 @@ def _guessed(inputs: Inputs) -> tuple[str, str]:
 
 
 def _stem(inputs: Inputs) -> str:
-    """What the names of the rows begin with."""
+    """What the names of the rows begin with; nothing an output could have where there are none."""
     part = ".pema.adapters." if inputs.is_adapter else ""
-    names = (name for name in inputs.delta if name.endswith(".token_ids") and part in f".{name}")
-    return next(names).removesuffix("token_ids")
+    names = (name.removesuffix("token_ids") for name in inputs.delta if name.endswith(".token_ids"))
+    return next((name for name in names if part in f".{name}" and name + "weight" in inputs.delta), "no rows.")
 
 
 def _parts(inputs: Inputs) -> tuple[list[int], T, dict[str, Any]]:
@@ -217,3 +235,15 @@ def _with_ordinary(merged: dict[str, T], inputs: Inputs, embedding: str, prefix:
         bare = name.removeprefix(inside) if prefix else name
         merged[name if name in heads or not prefix else inside + bare if is_prefixed else bare] = tensor
     return merged
+
+
+def folded_weight(inputs: Inputs, name: str) -> Any:
+    """The weight `name` of the base with the adapter's LoRA in it, float64; None where the sum is another one."""
+    module = name.removeprefix("bert.").removesuffix(".weight")
+    parts = {key.rpartition(".")[2]: tensor for key, tensor in inputs.delta.items() if f"{module}.loras." in key}
+    weight = inputs.base.get(name, inputs.base.get(name.removeprefix("bert.")))
+    found = [method for method in inputs.methods if isinstance(method, dict) and method.get("architecture") == "lora"]
+    if parts.keys() != {"lora_A", "lora_B"} or len(found) != 1 or weight is None:
+        return None
+    left, right = (float64(parts[key]).reshape(parts[key].shape) for key in ("lora_B", "lora_A"))
+    return float64(weight).reshape(weight.shape) + left @ right * (found[0]["alpha"] / found[0]["r"])

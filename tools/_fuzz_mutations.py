@@ -68,6 +68,8 @@ class Case:
     allow_base_mismatch: bool
     verify: bool
     by_command: bool
+    dtype: str
+    fold: bool
 
     @property
     def name(self) -> str:
@@ -102,7 +104,11 @@ def make_case(pairs: dict[str, Files], mutations: list[Mutation], seed: int, num
     if made is not None:
         files[path] = made
     allow = "no fingerprint" in pair or random.random() < 0.5
-    return Case(number, pair, path, mutation, files, allow, random.random() < 0.2, random.random() < 0.2)
+    verify, by_command, fold = (random.random() < share for share in (0.2, 0.2, 0.8))
+    dtype = random.choice(("auto", "auto", "auto", "auto", "auto", "float32", "bfloat16", "float16"))
+    if by_command:
+        dtype, fold = "auto", True
+    return Case(number, pair, path, mutation, files, allow, verify, by_command, dtype, fold)
 
 
 def _cut(name: str, at: Callable[[bytes, Random], int]) -> None:

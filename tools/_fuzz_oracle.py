@@ -4,10 +4,22 @@ The oracle reads inputs and output with the safetensors library and torch, never
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _fuzz_expected import WIDTHS, Escape, Inputs, expected_output, float64, read, read_checkpoint, read_inputs
+from _fuzz_expected import (
+    WIDTHS,
+    Escape,
+    Inputs,
+    cast,
+    expected_output,
+    float64,
+    folded_weight,
+    read,
+    read_checkpoint,
+    read_inputs,
+)
 from _fuzz_pairs import Files, Folder, Link, Pipe, T
 
 LONGEST_MESSAGE = 2000
@@ -48,13 +60,15 @@ def check_message(root: Path, path: str, message: str) -> None:
         raise Escape(f"the message does not name the mutated side ({path}): {message}")
 
 
-def check_output(root: Path, files: Files) -> str:
-    """Raise `Escape` unless `root/out` is right. Returns a remark, mostly none."""
+def check_output(root: Path, dtype: str | None) -> str:
+    """Raise `Escape` unless `root/out` is right, all of its floats of `dtype`. Returns a remark, mostly none."""
     out = root / "out"
     inputs = read_inputs(root)
     report = json.loads((out / "pema_merge.json").read_bytes())
-    expected = expected_output(inputs)
+    expected = _as(expected_output(replace(inputs, base=_as(inputs.base, dtype))), dtype)
     found = read_checkpoint(out)
+    if inputs.flexible_head and not expected.keys() & found.keys():  # the head is an ordinary one now
+        expected = {f"bert.{name}": tensor for name, tensor in expected.items()}
     shards = {name: tensor for path in out.glob("*.safetensors") for name, tensor in read(path).items()}
     if found != shards:
         raise Escape("the output's index does not name all of its shards and tensors")
@@ -62,7 +76,12 @@ def check_output(root: Path, files: Files) -> str:
     for name in found.keys() | expected.keys():
         _check_tensor(name, found.get(name), expected, inputs, name in folded)
     _check_json(out)
-    return _remark(next(tensor for name, tensor in inputs.delta.items() if _is_rows(inputs, name)), report)
+    return _remark([tensor for name, tensor in inputs.delta.items() if _is_rows(inputs, name)], report)
+
+
+def _as(tensors: dict[str, T], dtype: str | None) -> dict[str, T]:
+    """The floats of another dtype."""
+    return {n: cast(t, dtype) if dtype is not None and t.dtype in WIDTHS else t for n, t in tensors.items()}
 
 
 def _is_folded(inputs: Inputs, name: str) -> bool:
@@ -74,9 +93,9 @@ def _is_rows(inputs: Inputs, name: str) -> bool:
     return name.endswith(".weight") and name.removesuffix("weight") + "token_ids" in inputs.delta
 
 
-def _remark(rows: T, report: dict[str, Any]) -> str:
+def _remark(rows: list[T], report: dict[str, Any]) -> str:
     is_said = any("NaN" in note or "finite" in note for note in report["notes"])
-    is_strange = rows.dtype in WIDTHS and not float64(rows).isfinite().all()
+    is_strange = any(part.dtype in WIDTHS and not float64(part).isfinite().all() for part in rows)
     return "NaN or infinite rows merged without a note" if is_strange and not is_said else ""
 
 
@@ -86,13 +105,31 @@ def _check_tensor(name: str, found: T | None, expected: dict[str, T], inputs: In
         if inputs.pickled_base and any(other == wanted for key, other in expected.items() if key != name):
             return  # stored once, under the name that the others are tied to
         raise Escape(f"tensor {name!r} is missing in the output")
+    if found is not None and wanted is None and any(_same(found, tensor) for tensor in inputs.flexible_head.values()):
+        return
     if wanted is None or found is None:
         raise Escape(f"tensor {name!r} of the output comes from nowhere")
     if is_folded and (found.dtype, found.shape) == (wanted.dtype, wanted.shape):
-        return
-    if found != wanted and not _same_numbers(found, wanted):
+        _check_folded(name, found, inputs)
+    elif found != wanted and not _same_numbers(found, wanted):
         shown = f"{found.dtype}{list(found.shape)} is not the expected {wanted.dtype}{list(wanted.shape)}"
         raise Escape(f"tensor {name!r}: {shown}")
+
+
+def _check_folded(name: str, found: T, inputs: Inputs) -> None:
+    import torch
+
+    wanted = folded_weight(inputs, name)
+    precision = {"BF16": 1e-2, "F16": 2e-3}.get(found.dtype, 1e-5)
+    made = float64(found).reshape(found.shape)
+    if wanted is not None and not torch.allclose(made, wanted, precision, precision, equal_nan=True):
+        raise Escape(f"tensor {name!r}: not the base's weight with the adapter's folded in")
+
+
+def _same(one: T, other: T) -> bool:
+    return one == other or (
+        other.dtype in WIDTHS and one.dtype in WIDTHS and _same_numbers(one, cast(other, one.dtype))
+    )
 
 
 def _same_numbers(one: T, other: T) -> bool:

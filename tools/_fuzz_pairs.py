@@ -175,24 +175,34 @@ def fingerprint(tensors: dict[str, T], ids: tuple[int, ...], vocab_size: int) ->
     return T("U8", (len(data),), data)
 
 
-def adapter(own: dict[str, T], *, rest: dict[str, T] | None = None, lora: bool = False, head: bool = False,
+def adapter(own: dict[str, T], *, rest: dict[str, T] | None = None, lora: bool = False, head: str = "",
             pickled: bool = False) -> Files:  # fmt: skip
-    """What `save_adapter` writes: rows, other methods (`rest`), a static head."""
+    """What `save_adapter` writes: rows, other methods (`rest`), a head ("static" or "flexible")."""
     write, suffix = (pickle, "bin") if pickled else (safetensors, "safetensors")
     stem = "pytorch_" if pickled else ""
     method: dict[str, Any] = {"architecture": "pema", "unseen": "base"}
     if rest:
         other = LORA if lora else {"architecture": None, "phm_dim": 2, "mh_adapter": True, "output_adapter": True}
-        method = {"architecture": "union", "configs": [method, other]}
+        method = {"architecture": "union", "configs": [method, other]} if own else other
     config = {"config": method, "name": NAME, "model_class": "BertForSequenceClassification", "model_type": "bert"}
     named = {f"{PREFIX}.pema.adapters.{NAME}.{part}": tensor for part, tensor in own.items()} | (rest or {})
     files: Files = {"delta/adapter_config.json": dump(config), f"delta/{stem}adapter.{suffix}": write(named)}
     if head:
-        made = {"config": None, "name": None, "model_class": "BertForSequenceClassification", **LABELS}
-        files["delta/head_config.json"] = dump(made)
-        tensors = {"classifier.weight": of(noise(3, D, seed=8)), "classifier.bias": of(noise(3, seed=8))}
+        config, tensors = STATIC if head == "static" else FLEXIBLE
+        files["delta/head_config.json"] = dump(config | LABELS)
         files[f"delta/{stem}model_head.{suffix}"] = write(tensors)
     return files
+
+
+STATIC = (
+    {"config": None, "name": None, "model_class": "BertForSequenceClassification"},
+    {"classifier.weight": of(noise(3, D, seed=8)), "classifier.bias": of(noise(3, seed=8))},
+)
+FLEXIBLE = (
+    {"config": {"head_type": "tagging", "num_labels": 3, "layers": 1, "activation_function": "tanh",
+                "label2id": LABELS["label2id"]}, "name": NAME, "model_class": "BertAdapterModel"},
+    {f"heads.{NAME}.1.weight": of(noise(3, D, seed=8)), f"heads.{NAME}.1.bias": of(noise(3, seed=8))},
+)  # fmt: skip
 
 
 LORA = {"architecture": "lora", "r": 2, "alpha": 4, "attn_matrices": ["q"], "composition_mode": "add",
@@ -228,9 +238,11 @@ def pairs() -> dict[str, Files]:
     single, shards = base(plain), base(plain, shards=3)
     return {
         "adapter": single | adapter(rows(plain)),
-        "adapter, LoRA, head, shards": shards | adapter(rows(plain), rest=LORA_TENSORS, lora=True, head=True),
-        "adapter, Compacter, bf16": base(half) | MODULES | adapter(rows(half), rest=COMPACTER, head=True),
-        "adapter.bin": single | adapter(rows(plain), pickled=True, head=True),
+        "adapter, LoRA, head, shards": shards | adapter(rows(plain), rest=LORA_TENSORS, lora=True, head="static"),
+        "adapter, Compacter, bf16": base(half) | MODULES | adapter(rows(half), rest=COMPACTER, head="static"),
+        "LoRA alone, flexible head": single | adapter({}, rest=LORA_TENSORS, lora=True, head="flexible"),
+        "LoRA, bf16": base(half) | adapter(rows(half), rest=LORA_TENSORS, lora=True, head="flexible"),
+        "adapter.bin": single | adapter(rows(plain), pickled=True, head="static"),
         "grown, tied": base(lm, shards=2) | adapter(rows(lm, V + 3)),
         "no fingerprint": single | adapter(bare),
         "full, no fingerprint": single | full(bare),

@@ -23,6 +23,7 @@ from _fuzz_pickle import CANARY
 MOST_MEMORY = 300 << 20
 ADDRESS_SPACE = 1 << 30
 UNTOUCHED = "untouched pairs"
+DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def work(pipe: Connection, folder: Path, seed: int, family: str | None) -> None:
     while (number := pipe.recv()) is not None:
         case = make_case(sound, mutations, seed, number)
         pipe.send(("started", case.mutation.family, case.name))
-        options = Options(case.path, case.allow_base_mismatch, case.verify, case.by_command)
+        options = Options(case.path, case.allow_base_mismatch, case.verify, case.by_command, case.dtype, case.fold)
         pipe.send(("done", case.mutation.family, judge(folder / "case", case.files, options)))
 
 
@@ -74,6 +75,8 @@ class Options:
     allow_base_mismatch: bool = False
     verify: bool = False
     by_command: bool = False
+    dtype: str = "auto"
+    fold: bool = True
 
 
 def judge(root: Path, files: Files, options: Options) -> Outcome:
@@ -103,7 +106,7 @@ def _judge(root: Path, files: Files, options: Options) -> Outcome:
         check_message(root, options.path, str(error))
         return Outcome("refused", str(error))
     check_inputs(root, files, {"out"})
-    return Outcome("merged", remark=check_output(root, files))
+    return Outcome("merged", remark=check_output(root, DTYPES[options.dtype]))
 
 
 def _by_call(root: Path, options: Options) -> None:
@@ -112,7 +115,8 @@ def _by_call(root: Path, options: Options) -> None:
 
     try:
         merge_checkpoint(root / "base", root / "delta", root / "out", verify=options.verify, progress=False,
-                         allow_base_mismatch=options.allow_base_mismatch)  # fmt: skip
+                         allow_base_mismatch=options.allow_base_mismatch, dtype=options.dtype,
+                         fold=options.fold)  # fmt: skip
     except PemaError as error:
         raise Refused(str(error)) from None
     except BaseException as error:
@@ -129,6 +133,7 @@ def _by_command(root: Path, options: Options) -> None:
 
     command = ["--base", str(root / "base"), "--delta", str(root / "delta"), "--output", str(root / "out")]
     command += ["--verify"] * options.verify + ["--allow-base-mismatch"] * options.allow_base_mismatch
+    command += [f"--dtype={options.dtype}"] * (options.dtype != "auto") + ["--no-fold"] * (not options.fold)
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     error = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     try:

@@ -117,14 +117,15 @@ CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": V,
 
 @pytest.fixture
 def make_base(tmp_path):
-    def make(*, dtype="F32", prefixed=True, shards=1, extra=None, legacy=False, config=None, name="base"):
+    def make(*, dtype="F32", prefixed=True, shards=1, extra=None, legacy=False, config=None, name="base", pickled=False, tied=None):  # fmt: skip
         folder = tmp_path / name
         folder.mkdir()
         tensors = {("bert." + key if prefixed else key): tensor for key, tensor in backbone(dtype).items()}
         if legacy:
             tensors = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): t for key, t in tensors.items()}
         tensors |= extra or {}
-        base = Base(folder, tensors, _write_shards(folder, tensors, shards))
+        write_all = _pickle_shards if pickled else _write_shards
+        base = Base(folder, tensors, write_all(folder, tensors, shards, **({"tied": tied or {}} if pickled else {})))
         (folder / "config.json").write_text(json.dumps(CONFIG | (config or {}), indent=1))
         (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
         return base
@@ -142,6 +143,23 @@ def _write_shards(folder, tensors, count):
     size = sum(len(tensor.data) for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def _pickle_shards(folder, tensors, count, tied):
+    """As torch.save writes them; `tied`: further names of one tensor, which Transformers ties again."""
+    values = {name: tensor.values.clone() for name, tensor in tensors.items()}
+    values |= {name: values[other] for name, other in tied.items()}
+    if count == 1:
+        torch.save(values, folder / "pytorch_model.bin")
+        return {}
+    files = {name: f"pytorch_model-{1 + i % count:05}-of-{count:05}.bin" for i, name in enumerate(tensors)}
+    files |= {name: files[other] for name, other in tied.items()}
+    for file in sorted(set(files.values())):
+        torch.save({name: v for name, v in values.items() if files[name] == file}, folder / file)
+    size = sum(len(tensor.data) for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return files
 
 

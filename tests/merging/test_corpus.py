@@ -200,7 +200,7 @@ def test_rows_under_two_prefixes(root):
 def test_an_adapter_that_cannot_be_a_folder(tmp_path, make_base, make_adapter, name):
     base = make_base()
     make_adapter(base, name=name, rest={"bert.adapters.x": T.of([1.0])})
-    refused(tmp_path, "(cannot be the name of a folder|found none; nothing to merge)")
+    refused(tmp_path, "(cannot be the name of a folder|names, found none; save it again)")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-45, -0.0])

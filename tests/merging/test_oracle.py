@@ -24,6 +24,12 @@ LAYOUTS = {
     "stored twice, shards": {"extra": {"lm_head.weight": MATRIX["F32"]}, "shards": 2},
     "stored twice, bfloat16": {"extra": {"lm_head.weight": MATRIX["BF16"]}, "dtype": "BF16"},
     "untied head": {"extra": {"lm_head.weight": T.of(noise(V, D, seed=9))}},
+    "pickle": {"pickled": True},
+    "pickle, shards": {"pickled": True, "shards": 3},
+    "pickle, no prefix": {"pickled": True, "prefixed": False},
+    "pickle, gamma, bfloat16": {"pickled": True, "legacy": True, "dtype": "BF16"},
+    "pickle, tied": {"pickled": True, "tied": {"cls.predictions.decoder.weight": f"bert.{E}"}},
+    "pickle, tied, shards": {"pickled": True, "tied": {"lm_head.weight": f"bert.{E}"}, "shards": 2},
 }
 DELTAS = {
     "rows": lambda adapter, full, base: adapter(base),
