@@ -103,7 +103,7 @@ def _read_pickle(path: Path) -> dict[str, T]:
 
 def expected_output(inputs: Inputs) -> dict[str, T]:
     """`{name in the output: tensor}`; what is folded into a weight is not in it."""
-    if not any(name.endswith(".token_ids") for name in inputs.delta):
+    if _stem(inputs) + "token_ids" not in inputs.delta:
         return _with_ordinary(dict(inputs.base), inputs, next(iter(inputs.base), ""), "bert")
     ids, rows, print_ = _parts(inputs)
     if print_:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import OUTPUT_BIASES, OUTPUT_MATRICES, Checkpoint, Tensor
+from pema_adapters.formats.checkpoint import FORMAT, OUTPUT_BIASES, OUTPUT_MATRICES, Checkpoint, Tensor
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS, encode_header, read_header
 from pema_adapters.formats.tensors import Stored
 from pema_adapters.merging.casting import Rounding
@@ -17,6 +17,8 @@ from pema_adapters.merging.segments import BLOCK, Cast, Copy, Literal, Rows, Seg
 from pema_adapters.merging.vocab_size import vocab_size
 from pema_adapters.merging.weight_space import Adapted
 
+ADDED = "model-added.safetensors"
+"""The shard of tensors that a base merged in place lacked."""
 CONV1D = (".c_attn", ".c_fc", ".c_proj")
 """Linear layers that GPT-2 stores as [in, out]."""
 
@@ -37,11 +39,18 @@ class Layout:
     `entries` holds, per base file, what each of its tensors becomes. `vocab_size` is V of the output, `size` the bytes
     of all tensors, `changed` counts the base's tensors that the delta touches, `added` those that only the delta has,
     `folded` the weights with an update of `layers` folded in. `dtype`: of all floating-point tensors of the output,
-    None for the base's own.
+    None for the base's own. `apart`: new tensors of a sharded base get a shard of their own, so that no other moves.
     """
 
-    def __init__(
-        self, base: Checkpoint, delta: Delta, names: Names, layers: Sequence[Adapted] = (), dtype: str | None = None
+    def __init__(  # noqa: PLR0913 - what is merged, and how
+        self,
+        base: Checkpoint,
+        delta: Delta,
+        names: Names,
+        layers: Sequence[Adapted] = (),
+        *,
+        dtype: str | None = None,
+        apart: bool = False,
     ) -> None:
         self.base, self.delta, self.names, self.dtype = base, delta, names, dtype
         self.rounding = Rounding()
@@ -54,7 +63,9 @@ class Layout:
         self.entries = {path: self._of_file(path, changed) for path in base.files}
         new = self._new()
         self.added = len(new)
-        self.entries[base.files[-1]] += new
+        if new:
+            last = base.folder / ADDED if apart and base.index is not None else base.files[-1]
+            self.entries.setdefault(last, []).extend(new)
         self.size = sum(part.length for made in self.entries.values() for entry in made for part in entry.segments)
         self.grown_bytes = self.size - sum(tensor.nbytes for tensor in base.tensors.values())
         self._note(changed)
@@ -66,17 +77,17 @@ class Layout:
 
     def _file(self, path: Path, entries: list[Entry]) -> PlannedFile:
         after = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-        same = None if self.base.is_pickled else _same_header(path, after)
-        head = same or Literal(self._header(path, after))
-        return PlannedFile(
-            self.base.output_name(path), joined([head, *(part for entry in entries for part in entry.segments)])
-        )
+        head: Segment | None = None if self.base.is_pickled else _same_header(path, after)
+        head = head or Literal(self._header(path, after))
+        parts = [part for entry in entries for part in entry.segments]
+        return PlannedFile(self.base.output_name(path), joined([head, *parts]))
 
     def _header(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
         """A new header, as long as it takes for the data to keep its place within a block: so blocks can be cloned."""
-        header = encode_header(tensors, self.base.metadata[path])
+        metadata = self.base.metadata.get(path, FORMAT)
+        header = encode_header(tensors, metadata)
         first = min((t.start or 0 for t in self.base.tensors.values() if t.path == path), default=0)
-        return encode_header(tensors, self.base.metadata[path], (first - len(header)) % BLOCK if first % 8 == 0 else 0)
+        return encode_header(tensors, metadata, (first - len(header)) % BLOCK if first and first % 8 == 0 else 0)
 
     def _of_file(self, path: Path, changed: dict[str, Entry]) -> list[Entry]:
         found = (tensor for tensor in self.base.tensors.values() if tensor.path == path)
@@ -237,6 +248,8 @@ class Layout:
 
 def _same_header(path: Path, after: list[tuple[str, str, tuple[int, ...]]]) -> Copy | None:
     """The header of a base's file, where that of the output says the same."""
+    if not path.exists():
+        return None
     header = read_header(path)
     before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
     return Copy(path, 0, header.data_start) if after == before else None

@@ -8,6 +8,7 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
+from pema_adapters.merging.journal import PATCHING, state_of
 from pema_adapters.merging.plan import Plan
 from pema_adapters.merging.planning import Choices, plan_merge
 from pema_adapters.merging.progress import bar
@@ -25,7 +26,6 @@ class Options:
     choices: Choices
     adapter: str | None
     revision: str | None
-    in_place: bool
     overwrite: bool
     dry_run: bool
     verify: bool
@@ -74,8 +74,8 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
         FormatError: base or delta is damaged or not what it should be.
         BaseMismatchError: the delta was trained on another base.
     """
-    choices = Choices(dtype, fold, allow_base_mismatch)
-    options = Options(choices, adapter, revision, in_place, overwrite, dry_run, verify, progress)
+    choices = Choices(dtype, fold, allow_base_mismatch, in_place)
+    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress)
     try:
         return _merge(str(base), str(delta), None if output is None else Path(output), options)
     except OSError as error:
@@ -95,8 +95,10 @@ def _merge(base: str, delta: str, output: Path | None, options: Options) -> Merg
     base_folder = _base_folder(base, options)
     delta_folder = _delta_folder(delta, output, options)
     found = read_delta(delta_folder, options.adapter)
-    if options.in_place:
+    if options.choices.in_place:
         return _in_place(base_folder, found, output, options, start)
+    if state_of(base_folder) == PATCHING:
+        raise MergeError(f"{base_folder}: a merge in place was cut off here; put the base back first with --undo")
     target = (delta_folder / DEFAULT if output is None else output).resolve()
     deltas = (delta_folder.resolve(), found.folder.resolve())
     check_target(target, base=base_folder.resolve(), deltas=deltas, overwrite=options.overwrite)
@@ -118,15 +120,16 @@ def _merge(base: str, delta: str, output: Path | None, options: Options) -> Merg
 def _in_place(base: Path, delta: Delta, output: Path | None, options: Options, start: float) -> MergeReport:
     if output is not None:
         raise MergeError(f"output {output}: a merge in place has no other output than its base; leave out one of them")
-    from pema_adapters.merging.in_place import merge_in_place, roll_back_interrupted
+    from pema_adapters.merging.in_place import check_in_place, merge_in_place, roll_back_interrupted
 
     if not options.dry_run:
         roll_back_interrupted(base)
+    check_in_place(base)
     plan = plan_merge(Checkpoint.open(base), delta, options.choices)
     report = _report(plan, base.resolve(), str(base), delta)
     if options.dry_run:
         return _measured(report, plan, start)
-    with bar("merging in place", plan.size, options.progress) as advance:
+    with bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
         written = merge_in_place(plan, base, report.to_dict(), options.verify, advance)
     return replace(_finished(report, plan, start), bytes_written=written)
 
@@ -134,7 +137,7 @@ def _in_place(base: Path, delta: Delta, output: Path | None, options: Options, s
 def _base_folder(base: str, options: Options) -> Path:
     if Path(base).exists():
         return Path(base)
-    if options.in_place:
+    if options.choices.in_place:
         raise MergeError(f"base {base}: no such folder; a merge in place takes a folder of your own, not a Hub id")
     from pema_adapters.merging.resolve import from_hub
 
@@ -146,7 +149,7 @@ def _delta_folder(delta: str, output: Path | None, options: Options) -> Path:
         return Path(delta)
     from pema_adapters.merging.resolve import delta_from_hub
 
-    if output is None and not options.in_place:
+    if output is None and not options.choices.in_place:
         raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
     return delta_from_hub(delta)
 

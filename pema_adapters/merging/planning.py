@@ -30,6 +30,7 @@ class Choices:
     dtype: str = "auto"
     fold: bool = True
     allow_base_mismatch: bool = False
+    in_place: bool = False
 
 
 def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> Plan:
@@ -42,7 +43,8 @@ def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> 
             f"{delta.folder}: adapter {delta.name!r} has no PEMA rows and nothing that folds into weights; nothing to "
             "merge: load it with load_adapter on the base"
         )
-    layout = Layout(base, delta, match_names(base, delta, [layer.module for layer in layers]), layers, _code(choices))
+    names = match_names(base, delta, [layer.module for layer in layers])
+    layout = Layout(base, delta, names, layers, dtype=_code(choices), apart=choices.in_place)
     left = left_files(delta)
     settings = [file for file in (config_file(base, delta, layout), index_file(base, layout)) if file]
     return Plan(

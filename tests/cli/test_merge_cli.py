@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pema_adapters.cli.merge import main
-from tests.merging.conftest import T, make_adapter, make_base, noise  # noqa: F401 - fixtures
+from tests.merging.conftest import T, make_adapter, make_base, noise, read  # noqa: F401 - fixtures
 
 
 @pytest.fixture
@@ -108,3 +108,58 @@ def test_progress_on_a_terminal_only(pair, capsys, monkeypatch):
     assert "merging: 100%" in capsys.readouterr().err
     assert main(arguments(pair, "--overwrite", "--quiet")) == 0
     assert capsys.readouterr().err == ""
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_in_place_and_back(pair, capsys):
+    before = bytes_of(pair[0].folder)
+    assert main(arguments(pair, "--in-place", "--verify")) == 0
+    assert capsys.readouterr().out.startswith(f"changed {pair[0].folder} (")
+    after = bytes_of(pair[0].folder)
+    assert main(arguments(pair, "--output", str(pair[1].folder / "merged"), "--allow-base-mismatch")) == 0
+    merged = bytes_of(pair[1].folder / "merged")
+    assert all(after[name] == merged[name] for name in before)  # merging twice is merging once
+    assert main(["--base", str(pair[0].folder), "--undo"]) == 0
+    assert bytes_of(pair[0].folder) == before
+    assert main(["--base", str(pair[0].folder), "--undo"]) == 1
+    assert "nothing to undo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--output", "x"], ["--overwrite"]])
+def test_in_place_has_no_output(pair, more, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(pair, "--in-place", *more))
+    assert stop.value.code == 2
+    assert "--in-place changes the base itself" in capsys.readouterr().err
+
+
+def test_another_dtype(pair, capsys):
+    assert main(arguments(pair, "--dtype", "bfloat16")) == 0
+    assert "4 as they were, in bfloat16" in capsys.readouterr().out
+    config = json.loads((pair[1].folder / "merged" / "config.json").read_bytes())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_in_place_a_new_head_gets_a_shard_of_its_own(make_base, make_adapter, capsys):  # noqa: F811
+    base = make_base(shards=2)
+    pair = base, make_adapter(base, head={"classifier.weight": T.of(noise(3, 4))})
+    before = bytes_of(base.folder)
+    assert main(arguments(pair, "--output", str(pair[1].folder / "merged"))) == 0
+    assert main(arguments(pair, "--in-place")) == 0
+    assert read(base.folder) == read(pair[1].folder / "merged")
+    index = json.loads((base.folder / "model.safetensors.index.json").read_bytes())
+    assert index["weight_map"]["classifier.weight"] == "model-added.safetensors"
+    assert main(["--base", str(base.folder), "--undo"]) == 0
+    assert bytes_of(base.folder) == before
+
+
+def test_in_place_a_head_in_a_single_file_is_refused(make_base, make_adapter, capsys):  # noqa: F811
+    base = make_base()
+    pair = base, make_adapter(base, head={"classifier.weight": T.of(noise(3, 4))})
+    before = bytes_of(base.folder)
+    assert main(arguments(pair, "--in-place")) == 1
+    assert "cannot be merged in place: its tensors would move" in capsys.readouterr().err
+    assert bytes_of(base.folder) == before

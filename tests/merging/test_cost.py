@@ -10,6 +10,7 @@ import numpy as np
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.formats.safetensors_file import encode_header
+from tests.merging.conftest import D, T, noise, read
 
 
 def run(code):
@@ -29,6 +30,26 @@ def test_a_merge_imports_neither_torch_nor_transformers_nor_adapters(make_base, 
         heavy = ["torch", "transformers", "adapters", "datasets", "huggingface_hub", "safetensors"]
         assert not [name for name in heavy if name in sys.modules], sys.modules.keys()
     """)
+
+
+def test_folding_does_not_either(make_base, make_adapter, tmp_path):
+    base = make_base()
+    layer = "bert.encoder.layer.0.output.dense.loras.task"
+    parts = {f"{layer}.lora_A": T.of(noise(2, D)), f"{layer}.lora_B": T.of(noise(D, 2))}
+    delta = make_adapter(base, rest=parts).folder
+    config = json.loads((delta / "adapter_config.json").read_bytes())
+    config["config"]["configs"][1] = {"architecture": "lora", "r": 2, "alpha": 4, "composition_mode": "add"}
+    (delta / "adapter_config.json").write_text(json.dumps(config))
+    run(f"""
+        import sys
+        from pema_adapters import merge_checkpoint
+        assert merge_checkpoint({str(base.folder)!r}, {str(delta)!r}, verify=True).tensors_folded == 1
+        assert not [name for name in ("torch", "transformers", "adapters") if name in sys.modules]
+    """)
+    made = read(delta / "merged")["bert.encoder.layer.0.output.dense.weight"].values
+    weight, left, right = (t.values.double() for t in (base.tensors["bert.encoder.layer.0.output.dense.weight"],
+                                                       parts[f"{layer}.lora_B"], parts[f"{layer}.lora_A"]))  # fmt: skip
+    assert (made - (weight + 2 * left @ right)).abs().max() < 1e-6
 
 
 def test_help_imports_not_even_numpy():

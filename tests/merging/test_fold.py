@@ -19,8 +19,8 @@ from adapters import (
     VeraConfig,
 )  # fmt: skip
 from safetensors.torch import load_file
+from transformers import AutoModel, BartConfig, GPT2Config, LlamaConfig, T5Config
 from transformers import AutoModelForSequenceClassification as Auto
-from transformers import BartConfig, GPT2Config, LlamaConfig, T5Config
 
 import pema_adapters
 from pema_adapters import merge_checkpoint
@@ -224,3 +224,25 @@ def test_the_other_dtypes(tmp_path):
         max(float((one[n].double() - other[n].double()).abs().max()) for n in one if one[n].is_floating_point())
     )
     assert np.isfinite(report.max_rounding_error)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("trained_on", ["headed", "headless"])
+@pytest.mark.parametrize("merged_into", ["headed", "headless"])
+def test_names_match_with_and_without_prefix(tmp_path, family, trained_on, merged_into):
+    torch.manual_seed(5)
+    headed = noisy(Auto.from_config((CONFIGS | MORE)[family]()))
+    headed.save_pretrained(tmp_path / "headed")
+    headed.base_model.save_pretrained(tmp_path / "headless")
+    loader = Auto if trained_on == "headed" else AutoModel
+    model = loader.from_pretrained(tmp_path / "headed")
+    adapters.init(model)
+    model.add_adapter("task", config=LoRAConfig(r=4, alpha=8), set_active=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".loras." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_adapter(tmp_path / "run", "task", use_safetensors=True)
+    merge_checkpoint(tmp_path / merged_into, tmp_path / "run", tmp_path / "out", verify=True)
+    merged = loader.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(hidden(merged), hidden(model), rtol=2e-5, atol=2e-5)

@@ -80,9 +80,7 @@ def run(base, plan=None, verify=False):
 
 def content(folder):
     """Names and bytes of everything."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-    }
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def visible(folder):
@@ -269,21 +267,16 @@ def test_tensors_that_would_move(base):
     refused(base, new, r"model.safetensors: cannot be merged .* \(they are in model-1.safetensors\)")
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "value", "match"),
-    [
+def test_refusals(base, tmp_path, monkeypatch):
+    for where, name, value, match in (
         (in_place, "MOST_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
-        (os, "access", lambda path, mode: path.name != "base", "base: not writable, so it cannot be merged in place"),
-        (os, "access", lambda path, mode: path.name == "base", "model-1.safetensors: not writable, so it cannot"),
+        (os, "access", lambda path, mode: path != base, "base: not writable, so it cannot be merged in place"),
+        (os, "access", lambda path, mode: path == base, "model-1.safetensors: not writable, so it cannot"),
         (shutil, "disk_usage", lambda path: SimpleNamespace(free=9), "base: 9 bytes free, but the merge takes"),
-    ],
-)
-def test_refused_by_the_system(base, monkeypatch, where, name, value, match):
-    monkeypatch.setattr(where, name, value)
-    refused(base, None, match)
-
-
-def test_refusals(base, tmp_path):
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            refused(base, None, match)
     refused(base, plan_of(PlannedFile("../x", (Literal(b"x"),))), "x: would lie outside of the base, or behind a link")
     (base / "adapters").mkdir()
     refused(base, plan_of(PlannedFile("adapters", (Literal(b"x"),))), "adapters: not a file, but the merge writes one")
@@ -335,3 +328,14 @@ def test_a_base_that_changed_since(base):
     os.truncate(base / A, 281)
     undo(base)
     assert [path.name for path in (base / "adapters").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/other", "link/other"])
+def test_a_journal_from_somebody_else_does_not_lead_elsewhere(base, tmp_path, name):
+    (tmp_path / "other").write_text("")
+    (base / "link").symlink_to(tmp_path)
+    (base / journal.ARMED).mkdir()
+    journal._write(base / journal.ARMED, journal.Journal(journal.PATCHING, {}, [], [name], [], {}))
+    with pytest.raises(MergeError, match=r"other' is a link or lies outside of the base\), and nothing was touched"):
+        roll_back_interrupted(base)
+    assert (tmp_path / "other").exists()
