@@ -4,9 +4,21 @@ Each message is one line that says what is wrong, where, what was found, what wa
 line prints it and exits with 1; library users may catch `PemaError` or the kind they care about.
 """
 
+LONGEST = 1500
+
 
 class PemaError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. Its message is one line, whatever a damaged file put into it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(message: str) -> str:
+    """Without line breaks and other control characters; the middle of a very long one is left out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class VocabularyError(PemaError, ValueError):

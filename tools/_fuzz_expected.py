@@ -240,7 +240,11 @@ def _with_ordinary(merged: dict[str, T], inputs: Inputs, embedding: str, prefix:
 def folded_weight(inputs: Inputs, name: str) -> Any:
     """The weight `name` of the base with the adapter's LoRA in it, float64; None where the sum is another one."""
     module = name.removeprefix("bert.").removesuffix(".weight")
-    parts = {key.rpartition(".")[2]: tensor for key, tensor in inputs.delta.items() if f"{module}.loras." in key}
+    parts = {
+        key.rpartition(".")[2]: tensor
+        for key, tensor in inputs.delta.items()
+        if key.removeprefix("bert.").startswith(f"{module}.loras.")
+    }
     weight = inputs.base.get(name, inputs.base.get(name.removeprefix("bert.")))
     found = [method for method in inputs.methods if isinstance(method, dict) and method.get("architecture") == "lora"]
     if parts.keys() != {"lora_A", "lora_B"} or len(found) != 1 or weight is None:

@@ -57,24 +57,41 @@ def label(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Options:
+    """How a case is merged; `path`: the mutated file."""
+
+    path: str = "base/"
+    allow_base_mismatch: bool = False
+    verify: bool = False
+    by_command: bool = False
+    dtype: str = "auto"
+    fold: bool = True
+    in_place: bool = False
+
+    @classmethod
+    def draw(cls, random: Random, path: str, allow_base_mismatch: bool) -> "Options":
+        allow = allow_base_mismatch or random.random() < 0.5
+        verify, by_command, fold, in_place = (random.random() < share for share in (0.2, 0.2, 0.8, 0.15))
+        if by_command:  # it hands the others over as they are
+            return cls(path, allow, verify, by_command)
+        dtype = "auto" if in_place or random.random() < 0.7 else random.choice(("float32", "bfloat16", "float16"))
+        return cls(path, allow, verify, by_command, dtype, fold, in_place)
+
+
+@dataclass(frozen=True)
 class Case:
     """One mutated pair of inputs, and how they are merged."""
 
     number: int
     pair: str
-    path: str
     mutation: Mutation
     files: Files
-    allow_base_mismatch: bool
-    verify: bool
-    by_command: bool
-    dtype: str
-    fold: bool
+    options: Options
 
     @property
     def name(self) -> str:
         """What was done, in words."""
-        return f"#{self.number} [{self.pair}] {self.path}: {self.mutation.family}: {self.mutation.name}"
+        return f"#{self.number} [{self.pair}] {self.options.path}: {self.mutation.family}: {self.mutation.name}"
 
 
 def order(seed: int, family: str | None = None) -> list[Mutation]:
@@ -103,12 +120,7 @@ def make_case(pairs: dict[str, Files], mutations: list[Mutation], seed: int, num
     files = {name: node for name, node in pairs[pair].items() if name != path}
     if made is not None:
         files[path] = made
-    allow = "no fingerprint" in pair or random.random() < 0.5
-    verify, by_command, fold = (random.random() < share for share in (0.2, 0.2, 0.8))
-    dtype = random.choice(("auto", "auto", "auto", "auto", "auto", "float32", "bfloat16", "float16"))
-    if by_command:
-        dtype, fold = "auto", True
-    return Case(number, pair, path, mutation, files, allow, verify, by_command, dtype, fold)
+    return Case(number, pair, mutation, files, Options.draw(random, path, "no fingerprint" in pair))
 
 
 def _cut(name: str, at: Callable[[bytes, Random], int]) -> None:

@@ -5,6 +5,7 @@ It says what it is about to do before it does it, so that a crash, a hang or a k
 
 import contextlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -13,9 +14,10 @@ import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from _fuzz_expected import Escape
-from _fuzz_mutations import make_case, order
+from _fuzz_mutations import Options, make_case, order
 from _fuzz_oracle import check_inputs, check_message, check_output
 from _fuzz_pairs import Files, pairs, put
 from _fuzz_pickle import CANARY
@@ -23,6 +25,7 @@ from _fuzz_pickle import CANARY
 MOST_MEMORY = 300 << 20
 ADDRESS_SPACE = 1 << 30
 UNTOUCHED = "untouched pairs"
+Report = dict[str, Any]
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -63,20 +66,7 @@ def work(pipe: Connection, folder: Path, seed: int, family: str | None) -> None:
     while (number := pipe.recv()) is not None:
         case = make_case(sound, mutations, seed, number)
         pipe.send(("started", case.mutation.family, case.name))
-        options = Options(case.path, case.allow_base_mismatch, case.verify, case.by_command, case.dtype, case.fold)
-        pipe.send(("done", case.mutation.family, judge(folder / "case", case.files, options)))
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a case is merged; `path`: the mutated file."""
-
-    path: str = "base/"
-    allow_base_mismatch: bool = False
-    verify: bool = False
-    by_command: bool = False
-    dtype: str = "auto"
-    fold: bool = True
+        pipe.send(("done", case.mutation.family, judge(folder / "case", case.files, case.options)))
 
 
 def judge(root: Path, files: Files, options: Options) -> Outcome:
@@ -100,23 +90,42 @@ def judge(root: Path, files: Files, options: Options) -> Outcome:
 
 def _judge(root: Path, files: Files, options: Options) -> Outcome:
     try:
-        (_by_command if options.by_command else _by_call)(root, options)
+        report = (_by_command if options.by_command else _by_call)(root, options)
     except Refused as error:
         check_inputs(root, files, set())
-        check_message(root, options.path, str(error))
+        check_message(root, "" if options.in_place else options.path, str(error))
         return Outcome("refused", str(error))
+    if options.in_place:
+        return Outcome("merged", remark=_checked_in_place(root, files, report))
     check_inputs(root, files, {"out"})
-    return Outcome("merged", remark=check_output(root, DTYPES[options.dtype]))
+    return Outcome("merged", remark=check_output(root, DTYPES[options.dtype], report))
 
 
-def _by_call(root: Path, options: Options) -> None:
+def _checked_in_place(root: Path, files: Files, report: Report) -> str:
+    """The base is the output now; what it was is laid beside it, for the oracle and to compare it with an undo."""
+    from pema_adapters.merging.merge import undo_merge
+
+    (root / "base").rename(root / "out")
+    put(root, {name: node for name, node in files.items() if name.startswith("base/")})
+    check_inputs(root, files, {"out"})
+    remark = check_output(root, None, report)
+    undo_merge(root / "out")
+    shutil.rmtree(root / "base")
+    (root / "out").rename(root / "base")
+    check_inputs(root, files, set())
+    return remark
+
+
+def _by_call(root: Path, options: Options) -> Report:
     from pema_adapters.errors import PemaError
     from pema_adapters.merging.merge import merge_checkpoint
 
     try:
-        merge_checkpoint(root / "base", root / "delta", root / "out", verify=options.verify, progress=False,
-                         allow_base_mismatch=options.allow_base_mismatch, dtype=options.dtype,
-                         fold=options.fold)  # fmt: skip
+        done = merge_checkpoint(root / "base", root / "delta", None if options.in_place else root / "out",
+                                progress=False, verify=options.verify, dtype=options.dtype, fold=options.fold,
+                                allow_base_mismatch=options.allow_base_mismatch,
+                                in_place=options.in_place)  # fmt: skip
+        return done.to_dict()
     except PemaError as error:
         raise Refused(str(error)) from None
     except BaseException as error:
@@ -128,7 +137,7 @@ def _traced(error: BaseException) -> str:
     return "".join(lines[-3:])[-1500:]
 
 
-def _by_command(root: Path, options: Options) -> None:
+def _by_command(root: Path, options: Options) -> Report:
     from pema_adapters.cli.merge import main
 
     command = ["--base", str(root / "base"), "--delta", str(root / "delta"), "--output", str(root / "out")]
@@ -145,7 +154,7 @@ def _by_command(root: Path, options: Options) -> None:
     error.seek(0)
     said = error.read()
     if code == 0 and not said:
-        return
+        return json.loads((root / "out" / "pema_merge.json").read_bytes())
     if code != 1 or said.count("\n") != 1 or not said.startswith("pema-merge: error: "):
         raise Escape(f"the command's exit code is {code}, and it says {said[-2000:]!r}")
     raise Refused(said.removeprefix("pema-merge: error: ").rstrip("\n"))

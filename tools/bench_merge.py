@@ -11,11 +11,288 @@ base merged in place is put back, and the disk is idle, before the next one star
 run once: transformers + adapters, and mergekit if `--mergekit` names the interpreter of an environment that has it.
 """
 
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from _merge_shapes import Shape
+from _bench import in_child, median_ratio, parser, table, write_json
+from _merge_shapes import (
+    LORA,
+    MERGE,
+    ROWS,
+    WEIGHTS,
+    Run,
+    Shape,
+    lora_tensors,
+    merge,
+    run,
+    sync_file,
+    write_base,
+    write_delta,
+    write_tensors,
+)
 
 SHAPE, K = Shape(901_629, 12), 60_000
 NEEDED_BYTES = 14e9
 CP = "cp + fsync"
 AIMS = {"rows": (1.15, 64), "rows + LoRA": (1.5, 400), "rows, in place": (0.5, 64)}
 """Of each merge: at most so many times `cp`, at most so many MB of anonymous memory."""
+PEFT_TARGETS = r".*\.(query|key|value|intermediate\.dense|layer\.\d+\.output\.dense)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folders of a bench."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows"
+
+    @property
+    def lora(self) -> Path:
+        return self.folder / "lora"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "merged"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`work` is timed; `restore` afterwards makes everything as it was."""
+
+    name: str
+    work: Callable[[], Run | None]
+    restore: Callable[[], object]
+
+
+@dataclass
+class Score:
+    """Of each counted round: seconds, and those that the merge itself reports; the highest peak in bytes."""
+
+    seconds: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    def add(self, seconds: float, result: Run | None) -> None:
+        self.seconds.append(seconds)
+        if result:
+            self.inside.append(json.loads(result.output)["seconds"])
+            self.peak = max(self.peak, result.peak)
+
+
+def prepare(place: Place) -> None:
+    write_base(place.base, SHAPE)
+    write_delta(place.rows, place.base, SHAPE, K)
+    write_delta(place.lora, place.base, SHAPE, K, lora=True)
+
+
+def copy(place: Place) -> None:
+    place.output.mkdir()
+    subprocess.run(["cp", place.base / WEIGHTS, place.output / WEIGHTS], check=True)
+    sync_file(place.output / WEIGHTS)
+
+
+def contestants(place: Place) -> list[Contestant]:
+    remove, undo = partial(shutil.rmtree, place.output), partial(merge, place.base, "--undo")
+    into = ("--output", place.output, "--json")
+    return [
+        Contestant(CP, partial(copy, place), remove),
+        Contestant("rows", partial(merge, place.base, "--delta", place.rows, *into), remove),
+        Contestant("rows + LoRA", partial(merge, place.base, "--delta", place.lora, *into), remove),
+        Contestant("rows, in place", partial(merge, place.base, "--delta", place.rows, "--in-place", "--json"), undo),
+    ]
+
+
+def race(entrants: list[Contestant], rounds: int) -> dict[str, Score]:
+    """Every contestant once a round, in an order that turns. The first round, uncounted, warms the cache."""
+    scores = {one.name: Score() for one in entrants}
+    for number in range(rounds + 1):
+        turn = number % len(entrants)
+        for one in entrants[turn:] + entrants[:turn]:
+            seconds, result = seconds_of(one.work)
+            one.restore()
+            if number:
+                scores[one.name].add(seconds, result)
+    return scores
+
+
+def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Of work that begins with an idle disk."""
+    os.sync()
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def in_memory(base: Path, delta: Path, output: Path) -> Generator[None, None, None]:
+    """The ordinary way: load the model, merge LoRA, set the rows, save."""
+    import adapters
+    import torch
+    from adapters import LoRAConfig
+    from safetensors.torch import load_file
+    from transformers import AutoModel
+
+    yield
+    tensors = load_file(delta / ROWS)
+    rows, ids = (tensors.pop(f"roberta.pema.adapters.task.{name}") for name in ("weight", "token_ids"))
+    model = AutoModel.from_pretrained(base)
+    adapters.init(model)
+    model.add_adapter("task", config=LoRAConfig(**LORA))
+    parts = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items() if ".loras." in name}
+    if model.load_state_dict(parts, strict=False).unexpected_keys:
+        raise RuntimeError("this version of adapters names LoRA's tensors otherwise")
+    model.merge_adapter("task")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids.long()] = rows
+    model.save_pretrained(output)
+    sync_file(output / WEIGHTS)
+
+
+def in_memory_peer(place: Place) -> dict[str, Any]:
+    os.sync()
+    child = in_child(in_memory, place.base, place.lora, place.output)
+    shutil.rmtree(place.output)
+    return {"seconds": child.seconds, "anonymous_bytes": child.peak}
+
+
+def mergekit(place: Place, python: Path) -> dict[str, Any]:
+    """mergekit folds the same LoRA, without the rows: it merges it in memory into a cache, and streams from there."""
+    folder = place.folder / "mergekit"
+    write_mergekit(folder, place.base)
+    command = [
+        python.parent / "mergekit-yaml",
+        folder / "merge.yml",
+        place.output,
+        "--lora-merge-cache",
+        folder / "cache",
+    ]
+    try:
+        seconds, result = seconds_of(lambda: synced(run(command), place.output / WEIGHTS))
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        shutil.rmtree(folder)
+        shutil.rmtree(place.output, ignore_errors=True)
+    return {"seconds": seconds, "anonymous_bytes": result.peak}
+
+
+def synced(result: Run, path: Path) -> Run:
+    sync_file(path)
+    return result
+
+
+def write_mergekit(folder: Path, base: Path) -> None:
+    """The base and the LoRA as mergekit wants them.
+
+    It knows no XLM-RoBERTa, and cannot infer an architecture where LoRA is involved, so the base is called RoBERTa,
+    which has the same tensors; and of the RoBERTas that it knows, only those with a head are named as they are stored.
+    """
+    model, lora = folder / "base", folder / "lora"
+    for path in (model, lora):
+        path.mkdir(parents=True)
+    os.link(base / WEIGHTS, model / WEIGHTS)
+    known = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]}
+    (model / "config.json").write_text(json.dumps(SHAPE.config() | known))
+    tensors = {name.replace(".loras.task.", ".") + ".weight": part for name, part in lora_tensors(SHAPE).items()}
+    write_tensors(
+        lora / "adapter_model.safetensors", {f"base_model.model.{name}": part for name, part in tensors.items()}
+    )
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "target_modules": PEFT_TARGETS}
+    config |= {"r": LORA["r"], "lora_alpha": LORA["alpha"], "inference_mode": True}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{model}+{lora}"}], "dtype": "float32"}
+    (folder / "merge.yml").write_text(json.dumps(recipe))  # JSON is YAML
+
+
+def best_help() -> float:
+    start = partial(subprocess.run, [*MERGE, "--help"], check=True, capture_output=True)
+    return min(seconds_of(start)[0] for _ in range(5))
+
+
+def measure(place: Place, options: Namespace) -> dict[str, Any]:
+    prepare(place)
+    scores = race([one for one in contestants(place) if one.name not in options.skip], options.rounds)
+    peers = {} if "in memory" in options.skip else {"in memory": in_memory_peer(place)}
+    if options.mergekit:
+        peers["mergekit"] = mergekit(place, options.mergekit)
+    return {
+        "bytes": (place.base / WEIGHTS).stat().st_size,
+        "rows": K,
+        "merges": {name: summary(scores, name) for name in scores},
+        "peers": peers,
+        "help_seconds": best_help(),
+    }
+
+
+def summary(scores: dict[str, Score], name: str) -> dict[str, Any]:
+    score, times = scores[name], {one: score.seconds for one, score in scores.items()}
+    return {
+        "seconds": score.seconds,
+        "best": min(score.seconds),
+        "median": statistics.median(score.seconds),
+        "ratio_of_best": min(score.seconds) / min(times[CP]),
+        "median_ratio": median_ratio(times, name, CP),
+        "inside_seconds": min(score.inside, default=None),
+        "anonymous_bytes": score.peak or None,
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    header = ["", "best s", "/ cp", "median s", "/ cp", "aim", "of it merging s", "anonymous MB", "aim"]
+    rows = [line(name, merge) for name, merge in figures["merges"].items()]
+    cp = figures["merges"][CP]["best"]
+    for name, peer in figures["peers"].items():
+        told = [f"{name}, once", f"{peer['seconds']:.2f}", f"{peer['seconds'] / cp:.2f}"] if "seconds" in peer else []
+        rows += [[*told, "", "", "", "", f"{peer['anonymous_bytes'] / 1e6:.0f}", ""]] if told else []
+    print(f"K = {K:,} rows into {figures['bytes'] / 1e9:.2f} GB (V = {SHAPE.rows:,}, {SHAPE.layers} layers)")
+    print(table(header, rows))
+    for name, peer in figures["peers"].items():
+        if "error" in peer:
+            print(f"{name}: {peer['error']}")
+    print(f"pema-merge --help: {figures['help_seconds']:.2f} s")
+
+
+def line(name: str, merge: dict[str, Any]) -> list[str]:
+    """A row of the table. A ratio of the medians' column is the median of the ratios within a round."""
+    times, memory = AIMS.get(name, (None, None))
+    keys = ("best", "ratio_of_best", "median", "median_ratio")
+    cells = [name, *(f"{merge[key]:.2f}" for key in keys), f"<= {times}" if times else ""]
+    if merge["inside_seconds"] is None:
+        return [*cells, "", "", ""]
+    return [*cells, f"{merge['inside_seconds']:.2f}", f"{merge['anonymous_bytes'] / 1e6:.0f}", f"<= {memory}"]
+
+
+def main() -> None:
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--dir", type=Path, help="work in a fresh folder below this one (default: the system's)")
+    add("--skip", action="append", default=[], choices=[*AIMS, "in memory"], help="leave out; may be repeated")
+    add("--mergekit", type=Path, metavar="PYTHON", help="interpreter of an environment that has mergekit and peft")
+    options = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        if shutil.disk_usage(name).free < NEEDED_BYTES:
+            raise SystemExit(f"{name}: needs {NEEDED_BYTES / 1e9:.0f} GB free; choose another place with --dir")
+        figures = measure(Place(Path(name)), options)
+    show(figures)
+    write_json(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, as_float32, read_header
+from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, as_float32, check_file, read_header
 from pema_adapters.formats.tensors import Stored, map_file
 
 SINGLE = "model.safetensors"
@@ -68,6 +68,7 @@ def match(names: Iterable[str], prefix: str) -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises `FormatError` where it is missing or something else."""
+    check_file(path)
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

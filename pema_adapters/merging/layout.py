@@ -187,6 +187,8 @@ class Layout:
         for tensor in self.delta.ordinary.values():
             stored = self.names.in_base(tensor.name)
             if stored is not None and stored != self.names.embedding:
+                if stored in made:
+                    raise MergeError(f"{tensor.path}: tensor {tensor.name!r} is the second one for {stored!r}")
                 made[stored] = self._replacement(tensor, self.base.tensors[stored])
         return made
 

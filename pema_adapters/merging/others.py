@@ -1,6 +1,7 @@
 """The files of the output that are not its weights: what is carried over, and what stays an adapter."""
 
 import json
+import os
 from pathlib import Path
 
 from pema_adapters.errors import MergeError
@@ -17,6 +18,8 @@ WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ggml",
     ".tflite", ".pb", ".npz", ".mlmodel", ".pkl", ".lock", ".incomplete",
 }  # fmt: skip
+LONGEST_NAME = 255
+"""Bytes that the name of a file or folder may have on every usual file system."""
 MODULES = "modules.json"
 ADAPTERS = "adapters"
 INTERFACE = "adapter_interface.json"
@@ -76,7 +79,7 @@ def weights_file(name: str, tensors: dict[str, Stored]) -> PlannedFile:
 
 
 def _safe(delta: Delta) -> str:
-    if not is_plain_name(delta.name):
+    if not is_plain_name(delta.name) or len(os.fsencode(delta.name)) > LONGEST_NAME:
         raise MergeError(
             f"{delta.folder}: adapter name {delta.name!r} cannot be the name of a folder; rename the adapter"
         )

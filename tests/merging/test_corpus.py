@@ -247,3 +247,40 @@ def test_more_labels_than_memory(root, count):
     head = json.loads((root / "run/head_config.json").read_bytes()) | {"num_labels": count, "label2id": None}
     (root / "run/head_config.json").write_text(json.dumps(head))
     refused(root, f"head_config.json: num_labels is {str(count)[:40]}, expected at most 100000")
+
+
+def test_rows_of_float64_for_a_base_of_bfloat16(tmp_path, make_base, make_adapter):
+    """A NumPy dtype equals None if it is float64: the cast must not take the one for the other."""
+    base = make_base(dtype="BF16")
+    delta = make_adapter(base, dtype="F64")
+    merge_checkpoint(base.folder, delta.folder, tmp_path / "out")
+    assert read(tmp_path / "out") == oracle(base, delta)
+
+
+LAYER = "bert.encoder.layer.0.output.dense.loras.task."
+
+
+@pytest.fixture
+def with_lora(tmp_path, make_base, make_adapter):
+    def make(b, **config):
+        lora = {LAYER + "lora_A": T.of(np.ones((1, D))), LAYER + "lora_B": T.of(b)}
+        make_adapter(make_base(config=config), rest=lora)
+        method = {"configs": ["pema", {"architecture": "lora", "r": 1, "alpha": 4}]}
+        (tmp_path / "run/adapter_config.json").write_text(json.dumps({"name": "task", "config": method}))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", [[None], ["gpt2"], {"a": 1}])
+def test_a_model_type_that_is_no_text(with_lora, model_type):
+    root = with_lora(np.ones((D, 1)), model_type=model_type)
+    merge_checkpoint(root / "base", root / "run", root / "out", allow_base_mismatch=True)
+    before, after = (tensors(root / folder / "model.safetensors")[SQUARE].values for folder in ("base", "out"))
+    assert np.allclose(after, before + 4)
+
+
+def test_an_adapter_that_folds_into_infinity(with_lora, recwarn):
+    root = with_lora(np.full((D, 1), 3e38))
+    refused(root, "base/model.safetensors: tensor .*dense.weight': with the delta folded in, a value is too large for")
+    assert not list(recwarn)

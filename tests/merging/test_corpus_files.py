@@ -55,6 +55,14 @@ def test_what_is_no_file(root, path, kind):
         assert path in ("base/config.json", "run/model_head.safetensors")
 
 
+def test_modules_that_are_named_twice(root):
+    (root / "base/1_Pooling").mkdir()
+    (root / "base/1_Pooling/config.json").write_text("{}")
+    (root / "base/modules.json").write_text('[{"path": "1_Pooling"}, {"path": "1_Pooling"}]')
+    merge_checkpoint(root / "base", root / "run", root / "out")
+    assert (root / "out/1_Pooling/config.json").exists()
+
+
 @pytest.mark.parametrize("content", [b"[" * DEEP, b"[1]", b'[{"path": 1}]', b'[{"path": "../run"}]', b"{", None])
 def test_odd_modules_are_left_behind(root, content):
     if content is None:
@@ -110,6 +118,17 @@ def test_hostile_pickles(root, monkeypatch, recwarn, name, is_zipped):
     refused(root, "pytorch_adapter.bin: ")
     assert not (root / "canary").exists()
     assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
+def test_a_tensor_whose_size_overflows(root):
+    """2^31 by 2^31 floats of one stored are 2^64 bytes, which 64 bits call 0."""
+    size = b"\x8a\x05\x00\x00\x00\x80\x00" * 2 + b"\x86"
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+    huge = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + size + b"K\x00K\x00\x86\x89"
+    table = b"\x80\x02}X\x01\x00\x00\x00x" + huge + b"ccollections\nOrderedDict\n)RtRs."
+    (root / ADAPTER).unlink()
+    (root / "run/pytorch_adapter.bin").write_bytes(zipped(table))
+    refused(root, "tensor 'x': .* takes 18446744073709551616 bytes, but only 16 are stored")
 
 
 def test_an_honest_pickle_with_shared_tensors(root):
