@@ -26,6 +26,7 @@ from _bench import table, write_json
 from _fuzz_worker import UNTOUCHED, Outcome, work
 
 KINDS = ("refused", "merged", "escaped")
+KEEP = Path(tempfile.gettempdir(), "pema-fuzz-escapes")
 
 
 class Worker:
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--family", help="only mutations of this family (as in the table)")
     add("--only", type=int, nargs="+", metavar="NUMBER", help="only these cases, with their outcome in full")
     add("--limit", type=float, default=10, metavar="SECONDS", help="for one case, after which it hangs (default 10)")
-    add("--keep", type=Path, default=Path("fuzz-escapes"), metavar="FOLDER", help="where inputs of escapes are saved")
+    add("--keep", type=Path, default=KEEP, metavar="FOLDER", help="where inputs of escapes are saved")
     add("--dir", type=Path, help="work in a fresh folder below this one (default: in memory, where that is possible)")
     add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     return parser

@@ -66,7 +66,7 @@ def size_in_bytes(dtype: str, shape: Iterable[int]) -> int:
 def check_file(path: Path) -> None:
     """Raise `FormatError` for what is there but no file: a folder, or a pipe, which would never end."""
     if path.exists() and not path.is_file():
-        kind = "is a directory" if path.is_dir() else "a pipe or a device"
+        kind = "is a directory" if path.is_dir() else "it is a device or a pipe"
         raise FormatError(f"{path}: expected a file, but {kind}")
 
 
@@ -74,8 +74,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and validate the header of one file; raises `FormatError` naming the file and the tensor."""
     path = Path(path)
     check_file(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise FormatError(f"{path}: expected a safetensors file, but it is a device or a pipe")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -178,7 +176,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise FormatError(f"{path}: tensor {name!r}: {dtype} {shape} does not end with a whole byte")
     if end - begin != expected:
         raise FormatError(
-            f"{path}: tensor {name!r}: {dtype} {str(shape)[:80]} takes {str(expected)[:20]} bytes, but its data_offsets hold {end - begin}"
+            f"{path}: tensor {name!r}: {dtype} {str(shape)[:80]} takes {str(expected)[:20]} bytes, "
+            f"but its data_offsets hold {end - begin}"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, expected)
 

@@ -133,7 +133,13 @@ class Folded:
 def _block(folded: Folded, number: int) -> Bytes:
     """The bytes of a block; the last one is kept, because readers' ranges end in the middle."""
     first = number * folded._step
-    made = folded.update.apply(folded.weight(first), first)
+    weight = folded.weight(first)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        made = folded.update.apply(weight, first)
+    if not np.isfinite(made).all() and np.isfinite(weight).all():
+        raise MergeError(
+            f"{folded.where}: with the delta folded in, a value is too large for {made.dtype}; nothing was written"
+        )
     return narrow_noting(made.reshape(-1), folded.dtype, folded.rounding, folded.where).data
 
 

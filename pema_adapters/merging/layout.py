@@ -164,7 +164,7 @@ class Layout:
 
     def _is_transposed(self, module: str) -> bool:
         """GPT-2 keeps its linear layers as Conv1D, whose weight is [in, out]."""
-        types = {config.get("model_type") for config in (self.base.config, self.delta.config)}
+        types = [config.get("model_type") for config in (self.base.config, self.delta.config)]
         return "gpt2" in types and module.endswith(CONV1D)
 
     def _dtype_of(self, tensor: Tensor) -> str:

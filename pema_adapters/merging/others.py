@@ -47,7 +47,7 @@ def _modules(folder: Path) -> list[Path]:
         names = [str(module["path"]) for module in found]
     except (OSError, ValueError, TypeError, KeyError):
         return []
-    return [folder / name for name in names if is_plain_name(name) and (folder / name).is_dir()]
+    return [folder / name for name in dict.fromkeys(names) if is_plain_name(name) and (folder / name).is_dir()]
 
 
 def _copied(path: Path, folder: Path) -> PlannedFile:

@@ -92,7 +92,7 @@ def test_broken_lengths(tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(FormatError, match="nowhere: expected a safetensors file, but no such file"):
         read_header(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="expected a safetensors file, but is a directory"):
+    with pytest.raises(FormatError, match="expected a file, but is a directory"):
         read_header(tmp_path)
 
 
