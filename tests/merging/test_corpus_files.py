@@ -87,8 +87,6 @@ PICKLES = {
     "a command": pickle.dumps({"x": Call(os.system, "touch canary")}, 2),
     "a command, protocol 0": pickle.dumps(Call(os.system, "touch canary"), 0),
     "eval": b"\x80\x02cbuiltins\neval\n(X\x15\x00\x00\x00open('canary', 'w')tR.",
-    "something that takes 2^40 steps to hash": b"\x80\x02}" + TOWER + b"K\x01s.",
-    "something that takes 2^40 letters to print": b"\x80\x02" + LISTS + b")R.",
     "a name without end": b"\x80\x02c" + b"x" * DEEP,
     "a list that holds itself": b"\x80\x02]q\x00h\x00a.",
     "100,000 lists in each other": b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".",
