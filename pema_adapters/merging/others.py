@@ -42,10 +42,12 @@ def _is_carried(path: Path) -> bool:
 
 
 def _modules(folder: Path) -> list[Path]:
+    if not (folder / MODULES).is_file():
+        return []
     try:
         found = json.loads((folder / MODULES).read_bytes())
         names = [str(module["path"]) for module in found]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
     return [folder / name for name in dict.fromkeys(names) if is_plain_name(name) and (folder / name).is_dir()]
 
