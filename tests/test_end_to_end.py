@@ -71,7 +71,9 @@ def test_what_cannot_go_into_weights_stays_an_adapter(case, tmp_path, headless):
     assert "pema" not in str(merged.adapters_config.get("task").to_dict())
 
 
-def test_a_flexible_head_stays_with_the_adapter(case, tmp_path):
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_flexible_head_stays_with_the_adapter(case, tmp_path, fold):
+    """What LoRA folds into the weights leaves the head alone."""
     model = AutoAdapterModel.from_pretrained(case.folder)
     model.add_classification_head("task", num_labels=3)
     model.add_adapter("task", config=ConfigUnion(PEMAConfig(), LoRAConfig(r=2)))
@@ -79,9 +81,14 @@ def test_a_flexible_head_stays_with_the_adapter(case, tmp_path):
     model.train_adapter("task")
     perturb(model)
     model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
-    merge_checkpoint(case.folder, tmp_path / "run", tmp_path / "merged")
+    merge_checkpoint(case.folder, tmp_path / "run", tmp_path / "merged", fold=fold)
     merged = AutoAdapterModel.from_pretrained(tmp_path / "merged")
-    merged.load_adapter(str(tmp_path / "merged" / "adapters" / "task"), set_active=True, use_safetensors=True)
+    left = str(tmp_path / "merged" / "adapters" / "task")
+    if fold:
+        merged.load_head(left, use_safetensors=True)
+        merged.active_head = "task"
+    else:
+        merged.load_adapter(left, set_active=True, use_safetensors=True)
     close(outputs(merged, MIXED), outputs(model, MIXED))
 
 
