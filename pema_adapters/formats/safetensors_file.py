@@ -111,7 +111,8 @@ def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
         return (raw.view("<u2").astype("<u4") << 16).view("<f4")
     if dtype not in NUMPY_DTYPES:
         raise FormatError(f"cannot read numbers of dtype {dtype}; expected BF16 or one of {', '.join(NUMPY_DTYPES)}")
-    return raw.view(NUMPY_DTYPES[dtype]).astype("<f4", copy=False)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
+        return raw.view(NUMPY_DTYPES[dtype]).astype("<f4", copy=False)
 
 
 def _header_length(path: Path, size: int, first: bytes) -> int:
