@@ -4,6 +4,10 @@ Each message is one line that says what is wrong, where, what was found, what wa
 line prints it and exits with 1; library users may catch `PemaError` or the kind they care about.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 LONGEST = 1500
 
 
@@ -47,3 +51,12 @@ class BaseMismatchError(PemaError, ValueError):
 
 class MergeError(PemaError, RuntimeError):
     """A merge that is refused or that failed; nothing was left half-written."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system says against reading `path` becomes a `FormatError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {str(error.strerror or error).lower()}") from None

@@ -134,6 +134,12 @@ def _model(report: "MergeReport", adapter: Path) -> str:
     """The line that loads the checkpoint: as an adapter model where the head is flexible, else as its own class."""
     if (adapter / "head_config.json").exists():
         return f'model = adapters.AutoAdapterModel.from_pretrained("{report.output}")'
-    config = json.loads(Path(report.output, "config.json").read_bytes())
-    name = (config.get("architectures") or ["AutoModel"])[0]
+    name = _class(Path(report.output, "config.json"))
     return f'model = transformers.{name}.from_pretrained("{report.output}"); adapters.init(model)'
+
+
+def _class(config: Path) -> str:
+    """The Transformers class that config.json names; AutoModel where it names none."""
+    found = json.loads(config.read_bytes()).get("architectures") if config.exists() else None
+    name = found[0] if isinstance(found, list) and found else None
+    return name if isinstance(name, str) and name.isascii() and name.isidentifier() else "AutoModel"

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, as_float32, check_file, read_header
 from pema_adapters.formats.tensors import Stored, map_file
 
@@ -69,11 +69,11 @@ def match(names: Iterable[str], prefix: str) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises `FormatError` where it is missing or something else."""
     check_file(path)
+    with reading(path):
+        text = path.read_bytes()
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except (ValueError, RecursionError, IsADirectoryError) as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(found).__name__}")

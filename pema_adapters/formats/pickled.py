@@ -5,7 +5,9 @@ it was in memory. Where the records are not compressed, tensors can be read by m
 file may come from anybody, so what it claims is checked before a byte of it is copied.
 """
 
+import math
 import mmap
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, reading
+from pema_adapters.formats.pickle_scan import endless
 from pema_adapters.formats.safetensors_file import MAX_HEADER
 from pema_adapters.formats.tensors import Stored, map_file
 
@@ -35,10 +38,7 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     Raises `FormatError`: not a zip of uncompressed records, anything but a dictionary of tensors, a tensor that takes
     more bytes than are stored for it.
     """
-    try:
-        records = _records(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FormatError(f"{path}: expected a pickled file, but {str(error.strerror).lower()}") from None
+    records = _records(path)
     tensors = _load(path)
     for name, tensor in tensors.items():
         _check(path, name, tensor)
@@ -68,7 +68,7 @@ class _MappedFile:
 
 def _records(path: Path) -> dict[int, int]:
     """`{absolute offset: bytes}` of all records of the archive."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         first = file.read(4)
         if first != _LOCAL_HEADER:
             raise FormatError(
@@ -94,12 +94,28 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         name, size = entry.filename.lower(), entry.file_size  # torch's reader does not mind upper case
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
             raise FormatError(f"{path}: record {entry.filename!r} is compressed; expected it as it is; {_WAY_OUT}")
-        if name.endswith("data.pkl") and (size > MAX_HEADER or b"bytearray" in archive.read(entry)):
-            # of all that torch allows a pickle to call, bytearray(10**11) is what fills memory
-            raise FormatError(f"{path}: {entry.filename!r} ({size} bytes) asks for more memory than tensors need")
+        if name.endswith("data.pkl"):
+            _check_table(path, archive, entry)
         if name.endswith("byteorder") and archive.read(entry) != b"little":
             raise FormatError(f"{path}: saved on a big-endian machine; expected little-endian numbers; {_WAY_OUT}")
     return entries
+
+
+def _check_table(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Refuse a pickle whose content would fill memory or take forever, before it is unpickled."""
+    where = f"{path}: {entry.filename!r}"
+    # of all that torch allows a pickle to call, bytearray(10**11) is what fills memory
+    if entry.file_size > MAX_HEADER or b"bytearray" in (table := archive.read(entry)):
+        raise FormatError(f"{where} ({entry.file_size} bytes) asks for more memory than tensors need")
+    try:
+        reason = endless(table)
+    except ValueError as error:
+        raise FormatError(
+            f"{path}: not a file of tensors that torch can read safely ({_first_line(error)}): damaged, or holds "
+            f"something else; {_WAY_OUT}"
+        ) from None
+    if reason:
+        raise FormatError(f"{where} {reason}, as tensors never do: damaged, or made to hang its readers")
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
@@ -117,9 +133,8 @@ def _load(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
+        with warnings.catch_warnings(action="ignore"):  # about its own odd content; what is wrong is an error below
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever an unpickler meets in a damaged file
         raise FormatError(
             f"{path}: not a file of tensors that torch can read safely ({_first_line(error)}): damaged, or holds "
@@ -140,7 +155,7 @@ def _check(path: Path, name: str, tensor: Any) -> None:
     where = f"{path}: tensor {name!r}"
     if _dtype(tensor) is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
         raise FormatError(f"{where}: {tensor.dtype} ({tensor.layout}) has no place in a checkpoint; {_WAY_OUT}")
-    held, wanted = tensor.untyped_storage().nbytes(), tensor.nbytes
+    held, wanted = tensor.untyped_storage().nbytes(), _size(tensor)
     if wanted > held:
         raise FormatError(
             f"{where}: {list(tensor.shape)} takes {wanted} bytes, but only {held} are stored: an expanded tensor or a "
@@ -176,7 +191,7 @@ def _copies(path: Path, tensors: Iterable[Any]) -> dict[Any, np.ndarray]:
     take more memory than the file has bytes is refused: many views of one storage.
     """
     loose = {_region(tensor): tensor for tensor in tensors if not tensor.is_contiguous()}
-    wanted, held = sum(tensor.nbytes for tensor in loose.values()), path.stat().st_size
+    wanted, held = sum(_size(tensor) for tensor in loose.values()), path.stat().st_size
     if wanted > held:
         raise FormatError(
             f"{path}: {len(loose)} transposed or sliced tensors take {wanted} bytes of memory, more than the file's "
@@ -191,6 +206,11 @@ def _bytes(tensor: Any) -> np.ndarray:
     raw: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
     raw.flags.writeable = False
     return raw
+
+
+def _size(tensor: Any) -> int:
+    """Bytes of all its values; torch's own count overflows."""
+    return int(math.prod(tensor.shape) * tensor.itemsize)
 
 
 def _region(tensor: Any) -> Any:

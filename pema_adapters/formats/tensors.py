@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pema_adapters.errors import reading
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, check_file, read_header
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Stored:
 
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file as a read-only, memory-mapped uint8 array."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 

@@ -125,7 +125,10 @@ def _guessed(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, 
     names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _usual(base, weight)
     if len(names) != 1:
         found = ", ".join(names) or "none"
-        raise MergeError(f"{base.folder}: expected one tensor that can be {wanted or 'the embedding'!r}, found {found}")
+        raise MergeError(
+            f"{base.folder}: expected one tensor that can be {wanted or 'the embedding'!r} of the delta "
+            f"{delta.folder}, whose rows are {list(weight.shape)}, found {found}"
+        )
     prefix = delta.prefix or _difference(names[0], wanted)
     return prefix, names[0], match(base.tensors, prefix)
 

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES
 from pema_adapters.formats.tensors import Stored
 from pema_adapters.merging.casting import Rounding, cast
@@ -59,18 +59,15 @@ class Copy:
 
     def read(self, begin: int, end: int) -> bytes:
         """Read them where they lie."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            parts, at = [], self.start + begin
+        parts, at = [], self.start + begin
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
             while at < self.start + end:
-                part = os.pread(fd, self.start + end - at, at)
+                part = os.pread(file.fileno(), self.start + end - at, at)
                 if not part:
                     raise FormatError(f"{self.path}: ends at byte {at}; the file became shorter during the merge")
                 parts.append(part)
                 at += len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        finally:
-            os.close(fd)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def changes(self) -> Changes:
         """None."""

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import singledispatch
 from pathlib import Path
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, reading
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
 from pema_adapters.merging.segments import BLOCK, CHUNK, Bytes, Copy, Rows, Segment
@@ -143,13 +143,18 @@ def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
             at, to = segment.start + done, start + done
             left = _to_block(at, to, segment.length - done)
             count = sink.clone(source, at, to, left) or _by_kernel(source, sink.fd, at, to, left)
-            count = count or sink.write(os.pread(source, min(left, CHUNK), at), to)
+            count = count or sink.write(_read(segment.path, source, min(left, CHUNK), at), to)
             if not count:
                 raise FormatError(f"{segment.path}: ends at byte {at}; it became shorter meanwhile")
             yield done, done + count
             done += count
     finally:
         os.close(source)
+
+
+def _read(path: Path, source: int, count: int, at: int) -> bytes:
+    with reading(path):
+        return os.pread(source, count, at)
 
 
 def _to_block(at: int, to: int, left: int) -> int:
@@ -168,6 +173,6 @@ def _by_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
         os.lseek(target, to, os.SEEK_SET)
         return os.sendfile(target, source, at, count)
     except OSError as error:
-        if error.errno in _CANNOT:
+        if error.errno in _CANNOT or error.errno == errno.EIO:  # of which file, reading and writing will tell
             return 0
         raise
