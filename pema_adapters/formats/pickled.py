@@ -18,7 +18,7 @@ import numpy as np
 
 from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.pickle_scan import endless
-from pema_adapters.formats.safetensors_file import MAX_HEADER
+from pema_adapters.formats.safetensors_file import MAX_HEADER, check_file
 from pema_adapters.formats.tensors import Stored, map_file
 
 _LOCAL_HEADER = b"PK\x03\x04"
@@ -38,6 +38,7 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     Raises `FormatError`: not a zip of uncompressed records, anything but a dictionary of tensors, a tensor that takes
     more bytes than are stored for it.
     """
+    check_file(path)
     records = _records(path)
     tensors = _load(path)
     for name, tensor in tensors.items():

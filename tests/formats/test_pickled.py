@@ -1,5 +1,6 @@
 """Pickles are read where they lie, and what they claim is checked first."""
 
+import os
 import pickle
 import zipfile
 
@@ -181,5 +182,11 @@ def test_tensors_without_a_place_in_a_checkpoint(path, tensor):
 def test_no_file(path, tmp_path):
     with pytest.raises(FormatError, match=r"x\.bin: cannot be read: no such file or directory"):
         read_pickle(path)
-    with pytest.raises(FormatError, match=r": cannot be read: is a directory"):
+    with pytest.raises(FormatError, match=r": expected a file, but is a directory"):
         read_pickle(tmp_path)
+
+
+def test_a_pipe_never_ends(path):
+    os.mkfifo(path)
+    with pytest.raises(FormatError, match=r"x\.bin: expected a file, but it is a device or a pipe"):
+        read_pickle(path)
