@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pema_adapters.errors import PemaError
+    from pema_adapters.hub.push import push_merged_to_hub
     from pema_adapters.merging.merge import merge_checkpoint, undo_merge
     from pema_adapters.merging.report import MergeReport
     from pema_adapters.training.config import PEMAConfig
@@ -29,6 +30,7 @@ _PUBLIC = {
     "MergeReport": "merging.report",
     "load_model": "training.loading",
     "merge_checkpoint": "merging.merge",
+    "push_merged_to_hub": "hub.push",
     "restore_embeddings": "training.surgery",
     "save_delta": "training.saving",
     "shrink_embeddings": "training.surgery",
@@ -37,7 +39,7 @@ _PUBLIC = {
 
 __all__ = [
     "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "merge_checkpoint",
-    "restore_embeddings", "save_delta", "shrink_embeddings", "undo_merge",
+    "push_merged_to_hub", "restore_embeddings", "save_delta", "shrink_embeddings", "undo_merge",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from .hub.fixture import hub  # noqa: F401 - a fixture for every test
 from .models import CONFIGS, HEADS, USED, Case
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._run import run
 
@@ -18,6 +18,7 @@ examples:
   pema-merge --base ./xlm-v-base --delta run/ --adapter task --output merged/ --verify
   pema-merge --base ./xlm-v-base --delta run/ --in-place
   pema-merge --base ./xlm-v-base --undo
+  pema-merge --base facebook/xlm-v-base --delta run/ --push-to-hub me/xlm-v-base-mood --private
 """
 
 
@@ -27,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.delta is None and not options.undo:
         parser.error("the following arguments are required: --delta")
-    if options.in_place and (options.output or options.overwrite):
-        parser.error("--in-place changes the base itself: it goes without --output and --overwrite")
+    if options.in_place and (options.output or options.overwrite or options.push_to_hub):
+        parser.error("--in-place changes the base itself: it goes without --output, --overwrite and --push-to-hub")
+    if not options.push_to_hub and (options.private or options.create_pr or options.commit_message or options.token):
+        parser.error("--private, --create-pr, --commit-message and --token go with --push-to-hub")
     return run("pema-merge", lambda: _undo(options) if options.undo else _merge(options))
 
 
@@ -51,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--in-place", action="store_true", help="change the base's own files, with a journal to restore them from")
     add("--undo", action="store_true", help="restore a base that was merged in place, byte for byte")
+    add("--push-to-hub", metavar="REPO_ID", help="push the result; without --output no merged copy lies on the disk")
+    add("--private", action="store_true", help="make the repository private if it is new")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add("--commit-message", metavar="TEXT", help="of the commit that is pushed")
+    add("--token", help="of the Hub (default: that of hf auth login, or HF_TOKEN)")
     add("--overwrite", action="store_true", help="replace an output that an earlier merge wrote")
     add("--dry-run", action="store_true", help="check and plan everything, write nothing")
     add("--verify", action="store_true", help="read the output again and compare every byte with base and delta")
@@ -61,27 +69,40 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from pema_adapters.merging.merge import merge_checkpoint
-
-    report = merge_checkpoint(
-        options.base,
-        options.delta,
-        options.output,
-        adapter=options.adapter,
-        revision=options.revision,
-        dtype=options.dtype,
-        fold=not options.no_fold,
-        in_place=options.in_place,
-        overwrite=options.overwrite,
-        dry_run=options.dry_run,
-        verify=options.verify,
-        allow_base_mismatch=options.allow_base_mismatch,
-        progress=False if options.quiet else None,
-    )
+    report = _pushed(options) if options.push_to_hub else _merged(options)
     if options.json:
         print(json.dumps(report.to_dict(), indent=2))
     elif not options.quiet:
         print(_summary(report, options))
+
+
+def _merged(options: argparse.Namespace) -> "MergeReport":
+    from pema_adapters.merging.merge import merge_checkpoint
+
+    return merge_checkpoint(options.base, options.delta, options.output, in_place=options.in_place, **_how(options))
+
+
+def _pushed(options: argparse.Namespace) -> "MergeReport":
+    from pema_adapters.hub.push import push_merged_to_hub
+
+    return push_merged_to_hub(
+        options.base,
+        options.delta,
+        options.push_to_hub,
+        options.output,
+        private=options.private or None,
+        create_pr=options.create_pr,
+        commit_message=options.commit_message,
+        token=options.token,
+        **_how(options),
+    )
+
+
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    """What merging and pushing share."""
+    same = ("adapter", "revision", "dtype", "overwrite", "dry_run", "verify", "allow_base_mismatch")
+    taken = {name: getattr(options, name) for name in same}
+    return {**taken, "fold": not options.no_fold, "progress": False if options.quiet else None}
 
 
 def _undo(options: argparse.Namespace) -> None:
@@ -94,9 +115,9 @@ def _undo(options: argparse.Namespace) -> None:
 
 def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
     """The report for people; its first line says what happened, its last ones how to load the result."""
-    done = "would write" if options.dry_run else "changed" if options.in_place else "wrote"
+    where = report.output or options.push_to_hub
     lines = [
-        f"{done} {report.output} ({report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s)",
+        f"{_done(options)} {where} ({report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s)",
         f"  rows:    {report.rows_merged:,} of {report.vocab_size:,} in the embedding matrix",
         f"  tensors: {report.tensors_changed:,} changed, {report.tensors_copied:,} {_kept(options)}",
     ]
@@ -110,6 +131,12 @@ def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
     return "\n".join(lines + _loading(report))
 
 
+def _done(options: argparse.Namespace) -> str:
+    if options.push_to_hub and not options.output:
+        return "would push to" if options.dry_run else "pushed to"
+    return "would write" if options.dry_run else "changed" if options.in_place else "wrote"
+
+
 def _kept(options: argparse.Namespace) -> str:
     if options.in_place:
         return "untouched"
@@ -118,28 +145,13 @@ def _kept(options: argparse.Namespace) -> str:
 
 def _loading(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
-    lines = []
-    for name in report.adapters_left:
-        folder = Path(report.output, "adapters", name)
-        if not folder.is_dir():
-            return []
-        load = "adapter" if (folder / "adapter_config.json").exists() else "head"
-        active = "set_active=True, " if load == "adapter" else ""
-        lines.append(f"  load both, in Python (import adapters, transformers):\n    {_model(report, folder)}")
-        lines.append(f'    model.load_{load}("{folder}", {active}use_safetensors=True)')
-    return lines
+    from pema_adapters.merging.usage import loading_lines
 
-
-def _model(report: "MergeReport", adapter: Path) -> str:
-    """The line that loads the checkpoint: as an adapter model where the head is flexible, else as its own class."""
-    if (adapter / "head_config.json").exists():
-        return f'model = adapters.AutoAdapterModel.from_pretrained("{report.output}")'
-    name = _class(Path(report.output, "config.json"))
-    return f'model = transformers.{name}.from_pretrained("{report.output}"); adapters.init(model)'
-
-
-def _class(config: Path) -> str:
-    """The Transformers class that config.json names; AutoModel where it names none."""
-    found = json.loads(config.read_bytes()).get("architectures") if config.exists() else None
-    name = found[0] if isinstance(found, list) and found else None
-    return name if isinstance(name, str) and name.isascii() and name.isidentifier() else "AutoModel"
+    output = Path(report.output)
+    left = {name: output / "adapters" / name for name in report.adapters_left}
+    if not left or not all(folder.is_dir() for folder in left.values()):
+        return []
+    config = json.loads((output / "config.json").read_bytes()) if (output / "config.json").exists() else {}
+    files = {name: [path.name for path in folder.iterdir()] for name, folder in left.items()}
+    lines = loading_lines(report.output, config, files, lambda name: f'"{left[name]}"')
+    return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]

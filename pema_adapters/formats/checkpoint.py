@@ -269,6 +269,11 @@ def _collect(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
         for name in found.keys() & tensors.keys():
             raise FormatError(f"{path}: tensor {name!r} is stored in {tensors[name].path.name} as well")
         tensors.update(found)
+    for name, tensor in tensors.items():
+        if (modern := canonical(name, "")) != name and modern in tensors:
+            raise FormatError(
+                f"{tensor.path}: tensor {name!r} is stored as {modern!r} as well; expected one of the two"
+            )
     return tensors
 
 

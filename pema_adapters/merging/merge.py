@@ -92,46 +92,87 @@ def undo_merge(base: str | Path) -> None:
 
 def _merge(base: str, delta: str, output: Path | None, options: Options) -> MergeReport:
     start = time.perf_counter()
-    base_folder = _base_folder(base, options)
-    delta_folder = _delta_folder(delta, output, options)
-    found = read_delta(delta_folder, options.adapter)
+    inputs = find_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place)
     if options.choices.in_place:
-        return _in_place(base_folder, found, output, options, start)
+        return _in_place(inputs, output, options, start)
+    merge = prepare(inputs, inputs.delta_folder / DEFAULT if output is None else output, options)
+    if options.dry_run:
+        return measured(merge.report, merge.plan, start)
+    return write_merge(merge, options, start)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """base_name, delta_name: as given, folders or Hub ids. delta_folder: where the delta lies, or one level above."""
+
+    base_name: str
+    delta_name: str
+    base_folder: Path
+    delta_folder: Path
+    delta: Delta
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is checked and planned; nothing is written yet. target: the folder to write, None for none."""
+
+    plan: Plan
+    report: MergeReport
+    target: Path | None
+
+
+def find_inputs(base: str, delta: str, options: Options, is_output_needed: bool) -> Inputs:
+    """Get base and delta, from the Hub where they are no folders. Raises `MergeError`, `FormatError`."""
+    base_folder = _base_folder(base, options)
+    delta_folder = _delta_folder(delta, is_output_needed)
+    return Inputs(base, delta, base_folder, delta_folder, read_delta(delta_folder, options.adapter))
+
+
+def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
+    """Check all that can be checked, and plan. Raises `PemaError`."""
+    base_folder, delta_folder, delta = inputs.base_folder, inputs.delta_folder, inputs.delta
     if state_of(base_folder) == PATCHING:
         raise MergeError(f"{base_folder}: a merge in place was cut off here; put the base back first with --undo")
-    target = (delta_folder / DEFAULT if output is None else output).resolve()
-    deltas = (delta_folder.resolve(), found.folder.resolve())
-    check_target(target, base=base_folder.resolve(), deltas=deltas, overwrite=options.overwrite)
-    plan = plan_merge(Checkpoint.open(base_folder), found, options.choices)
-    report = _report(plan, target, base, found)
-    check_space(target, plan.size)
-    if options.dry_run:
-        return _measured(report, plan, start)
+    target = None if output is None else output.resolve()
+    if target is not None:
+        deltas = (delta_folder.resolve(), delta.folder.resolve())
+        check_target(target, base=base_folder.resolve(), deltas=deltas, overwrite=options.overwrite)
+    plan = plan_merge(Checkpoint.open(base_folder), delta, options.choices)
+    if target is not None:
+        check_space(target, plan.size)
+    return Merge(plan, _report(plan, str(target or ""), inputs), target)
+
+
+def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
+    """Write the output folder; it appears complete or not at all. `start`: of the whole work, by `perf_counter`."""
+    plan, report, target = merge.plan, merge.report, merge.target
+    assert target is not None
     total = plan.size * (1 + options.verify)
     with staged(target, options.overwrite) as stage, bar("merging", total, options.progress) as advance:
         cloned = write_plan(plan, stage, advance)
         if options.verify:
             verify_plan(plan, stage, advance)
-        report = _finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
+        report = finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
         write_plan(replace(plan, files=(json_file(MARKER, report.to_dict()),)), stage, lambda count: None)
     return replace(report, seconds=time.perf_counter() - start)
 
 
-def _in_place(base: Path, delta: Delta, output: Path | None, options: Options, start: float) -> MergeReport:
+def _in_place(inputs: Inputs, output: Path | None, options: Options, start: float) -> MergeReport:
     if output is not None:
         raise MergeError(f"output {output}: a merge in place has no other output than its base; leave out one of them")
     from pema_adapters.merging.in_place import check_in_place, merge_in_place, roll_back_interrupted
 
+    base = inputs.base_folder
     if not options.dry_run:
         roll_back_interrupted(base)
     check_in_place(base)
-    plan = plan_merge(Checkpoint.open(base), delta, options.choices)
-    report = _report(plan, base.resolve(), str(base), delta)
+    plan = plan_merge(Checkpoint.open(base), inputs.delta, options.choices)
+    report = _report(plan, str(base.resolve()), inputs)
     if options.dry_run:
-        return _measured(report, plan, start)
+        return measured(report, plan, start)
     with bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
         written = merge_in_place(plan, base, report.to_dict(), options.verify, advance)
-    return replace(_finished(report, plan, start), bytes_written=written)
+    return replace(finished(report, plan, start), bytes_written=written)
 
 
 def _base_folder(base: str, options: Options) -> Path:
@@ -144,12 +185,12 @@ def _base_folder(base: str, options: Options) -> Path:
     return from_hub(base, options.revision)
 
 
-def _delta_folder(delta: str, output: Path | None, options: Options) -> Path:
+def _delta_folder(delta: str, is_output_needed: bool) -> Path:
     if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
         return Path(delta)
     from pema_adapters.merging.resolve import delta_from_hub
 
-    if output is None and not options.choices.in_place:
+    if is_output_needed:
         raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
     return delta_from_hub(delta)
 
@@ -160,16 +201,17 @@ def _about_clones(cloned: int) -> tuple[str, ...]:
     return (f"the file system cloned {cloned:,} bytes: they share the base's space on the disk until one side changes",)
 
 
-def _measured(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+def measured(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+    """The report of a dry run, with the rounding error that writing would meet."""
     plan.measure()
-    return _finished(report, plan, start)
+    return finished(report, plan, start)
 
 
-def _report(plan: Plan, target: Path, base: str, delta: Delta) -> MergeReport:
+def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:
     return MergeReport(
-        output=str(target),
-        base=base,
-        delta=str(delta.folder),
+        output=output,
+        base=inputs.base_name,
+        delta=str(inputs.delta.folder),
         rows_merged=plan.rows_merged,
         vocab_size=plan.vocab_size,
         tensors_changed=plan.tensors_changed,
@@ -183,5 +225,6 @@ def _report(plan: Plan, target: Path, base: str, delta: Delta) -> MergeReport:
     )
 
 
-def _finished(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+def finished(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+    """The report of a plan that was read to its end."""
     return replace(report, max_rounding_error=plan.rounding.largest, seconds=time.perf_counter() - start)

@@ -1,13 +1,13 @@
 """Base + delta -> plan: what is checked, what is folded, what stays an adapter. Nothing is written here."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta, Head
 from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.methods import method_names
 from pema_adapters.formats.safetensors_file import FLOATS, as_float32
 from pema_adapters.merging.heads import StandardHead, standard_head
 from pema_adapters.merging.layout import Layout
@@ -152,13 +152,5 @@ def _about_values(delta: Delta) -> list[str]:
 def _about_left(delta: Delta) -> list[str]:
     if delta.rest.config is None:
         return []
-    methods = ", ".join(_methods(delta.rest.config))
+    methods = ", ".join(method_names(delta.rest.config.get("config")))
     return [f"the other weights of adapter {delta.name!r} stay an adapter, in adapters/{delta.name}: {methods}"]
-
-
-def _methods(config: dict[str, Any]) -> list[str]:
-    """The architectures of an adapter config; what has none is a bottleneck adapter."""
-    method = config.get("config")
-    configs = method.get("configs") if isinstance(method, dict) else None
-    members = configs if isinstance(configs, list) else [method]
-    return [str(member.get("architecture") or "bottleneck") for member in members if isinstance(member, dict)]

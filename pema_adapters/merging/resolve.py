@@ -39,12 +39,12 @@ class _Repository:
 
 
 def from_hub(name: str, revision: str | None) -> Path:
-    """The snapshot folder of the base `name`, from the cache if it is there whole, else downloaded.
+    """The snapshot folder of the base `name`: its weights, safetensors rather than pickles, and the files beside them.
 
-    Safetensors are preferred to pickles. Raises `MergeError`.
+    The Hub is asked what there is now, for who has loaded a model has not got its tokenizer; what the cache holds is
+    not downloaded again, and counts alone where the Hub cannot be reached. Raises `MergeError`.
     """
-    repository = _Repository("base", name, revision)
-    return _cached_base(repository) or _downloaded(repository, _base_files)
+    return _downloaded(_Repository("base", name, revision), _base_files, _cached_base)
 
 
 def delta_from_hub(name: str, revision: str | None = None) -> Path:
@@ -57,9 +57,13 @@ def delta_from_hub(name: str, revision: str | None = None) -> Path:
 
 def _cached_base(repository: _Repository) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     for file in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
-        found = try_to_load_from_cache(repository.name, file, revision=repository.revision)
+        try:
+            found = try_to_load_from_cache(repository.name, file, revision=repository.revision)
+        except HFValidationError:  # the download will say so
+            return None
         if isinstance(found, str):
             folder = Path(found).parent
             return folder if _is_whole(folder) else None
@@ -86,9 +90,7 @@ def _cached_delta(repository: _Repository) -> Path | None:
     return folder if _delta_files(names, lambda file: folder / file) else None
 
 
-def _downloaded(
-    repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None] = lambda _: None
-) -> Path:
+def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None]) -> Path:
     """The snapshot folder with the chosen files; `otherwise` is asked where the Hub cannot be reached."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HFValidationError
@@ -160,19 +162,33 @@ def _is_unreachable(error: Exception) -> bool:
 def _refused(repository: _Repository, error: Exception) -> MergeError:
     from huggingface_hub import errors
 
-    reason = " ".join(str(error).split())[:200]
+    reason = _reason(error)
+    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+    again = (
+        "the token does not count there: log in (hf auth login), or check HF_TOKEN" if refused else "try again later"
+    )
     offline = f"{reason}), and the cache does not hold it whole; download it once with a network, or give a folder"
     table: tuple[tuple[type[Exception], str], ...] = (
         (errors.GatedRepoError, "it is gated); ask for access on its page there and log in (hf auth login)"),
         (errors.RepositoryNotFoundError, "not found, or private); check the name, or log in (hf auth login)"),
         (errors.RevisionNotFoundError, f"no revision {repository.revision!r}); give a branch, tag or commit of it"),
         (errors.LocalEntryNotFoundError, offline),
-        (errors.HfHubHTTPError, f"{reason}); try again later"),
+        (errors.HfHubHTTPError, f"{reason}); {again}"),
         (errors.HFValidationError, f"{reason}); check the name"),
         (Exception, offline),
     )
     what = next(text for kind, text in table if isinstance(error, kind))
     return MergeError(f"{repository.kind} {repository.name}: no such folder, and cannot be had from the Hub ({what}")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line: of a failed connection the innermost cause, of an answer what the Hub wrote."""
+    inner: object = error
+    while isinstance(inner, Exception):
+        error, inner = inner, getattr(inner, "reason", None) or (inner.args[0] if inner.args else None)
+    text = " ".join((inner if isinstance(inner, str) else str(error)).split()).split(" for url")[0]
+    said = " ".join((getattr(error, "server_message", None) or "").split())
+    return (text if said in text else f"{text}: {said}")[:200]
 
 
 def _holds_none(repository: _Repository) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,11 @@ POINTS = {
     "resize_token_embeddings": ("transformers.modeling_utils", "PreTrainedModel", "resize_token_embeddings"),
     "tie_weights": ("transformers.modeling_utils", "PreTrainedModel", "_tie_or_clone_weights"),
     "save_checkpoint": ("transformers.trainer", "Trainer", "_save_checkpoint"),
+    "save_weights": ("adapters.loading", "WeightsLoaderHelper", "save_weights"),
+    "load_weights": ("adapters.loading", "WeightsLoaderHelper", "load_weights"),
+    "push_adapter": ("adapters.hub_mixin", "PushAdapterToHubMixin", "push_adapter_to_hub"),
+    "push_adapter_setup": ("adapters.hub_mixin", "PushAdapterToHubMixin", "push_adapter_setup_to_hub"),
+    "adapter_card": ("adapters.hub_mixin", "PushAdapterToHubMixin", "_save_adapter_card"),
 }
 """Point: module, class, function."""
 
@@ -38,6 +44,9 @@ writing_trainer_checkpoint: ContextVar[bool] = ContextVar("writing_trainer_check
 
 loading_without_matrix: ContextVar[bool] = ContextVar("loading_without_matrix", default=False)
 """True while `load_model` builds a model whose embedding matrix is never allocated."""
+
+pushing_rows: ContextVar[bool] = ContextVar("pushing_rows", default=False)
+"""True while an adapter with PEMA goes to the Hub: as safetensors, which adapters itself cannot be told."""
 
 
 @contextmanager
@@ -81,6 +90,30 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     wrapped._pema = True  # type: ignore[attr-defined]
     _originals.append((owner, name, raw))
     setattr(owner, name, staticmethod(wrapped) if isinstance(raw, staticmethod) else wrapped)
+
+
+@contextmanager
+def as_safetensors(helper: Any) -> Iterator[None]:
+    """Have a `WeightsLoaderHelper` read and write safetensors in the block."""
+    before, helper.use_safetensors = helper.use_safetensors, True
+    try:
+        yield
+    finally:
+        helper.use_safetensors = before
+
+
+def lies_there_as_safetensors_alone(helper: Any, folder: str | Path) -> bool:
+    """Whether the weights that a `WeightsLoaderHelper` is to read are there in that format and in no other."""
+    there = [Path(folder, name).exists() for name in (helper.weights_name, helper.safe_weights_name)]
+    return there == [False, True]
+
+
+def flat_names(adapter_setup: Any) -> list[str]:
+    """The names of the adapters in a setup: a name, or a composition of several."""
+    from adapters.composition import AdapterCompositionBlock, parse_composition
+
+    found = parse_composition(adapter_setup)
+    return list(found.flatten()) if isinstance(found, AdapterCompositionBlock) else []
 
 
 def expect_no_tensor(model: Any, names: list[str]) -> None:

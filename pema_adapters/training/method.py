@@ -105,6 +105,45 @@ def _tie_weights(original: Callable[..., Any], model: Any, output_embeddings: An
     return original(model, output_embeddings, input_embeddings)
 
 
+def _save_weights(original: Callable[..., Any], helper: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _upstream.pushing_rows.get():
+        return original(helper, *args, **kwargs)
+    with _upstream.as_safetensors(helper):
+        return original(helper, *args, **kwargs)
+
+
+def _load_weights(original: Callable[..., Any], helper: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """adapters reads safetensors only where it is told to, even if there is nothing else."""
+    if not _upstream.lies_there_as_safetensors_alone(helper, save_directory):
+        return original(helper, save_directory, *args, **kwargs)
+    with _upstream.as_safetensors(helper):
+        return original(helper, save_directory, *args, **kwargs)
+
+
+def _push_adapter(original: Callable[..., Any], model: Any, repo_id: str, adapter: Any, *args: Any, **kw: Any) -> Any:
+    if not any(_has_rows(model, name) for name in _upstream.flat_names(adapter)):
+        return original(model, repo_id, adapter, *args, **kw)
+    with _upstream.during(_upstream.pushing_rows):
+        return original(model, repo_id, adapter, *args, **kw)
+
+
+def _adapter_card(
+    original: Callable[..., Any], model: Any, folder: str, adapter_name: str, repo_id: str, *args: Any, **kwargs: Any
+) -> None:
+    """adapters' own card names no base; one of rows without the base that they belong to is of no use."""
+    original(model, folder, adapter_name, repo_id, *args, **kwargs)
+    if _has_rows(model, adapter_name):
+        from pema_adapters.hub.adapter_card import complete
+
+        complete(Path(folder), adapter_name, repo_id)
+
+
+def _has_rows(model: Any, adapter_name: str) -> bool:
+    from pema_adapters.training.config import PEMAConfig
+
+    return model.adapters_config.match(adapter_name, PEMAConfig) is not None
+
+
 _WRAPPERS: dict[str, Callable[..., Any]] = {
     "config_class": _config_class,
     "methods_of_config": _methods_of_config,
@@ -117,4 +156,9 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "resize_token_embeddings": _resize_token_embeddings,
     "tie_weights": _tie_weights,
     "save_checkpoint": _save_checkpoint,
+    "save_weights": _save_weights,
+    "load_weights": _load_weights,
+    "push_adapter": _push_adapter,
+    "push_adapter_setup": _push_adapter,
+    "adapter_card": _adapter_card,
 }

@@ -288,3 +288,9 @@ def test_canonical_names(name, prefix, expected):
 def test_match_prefers_the_prefixed_name():
     assert match(["x", "bert.x", "y"], "bert") == {"x": "bert.x", "y": "y"}
     assert match(["bert.x", "x"], "bert") == {"x": "bert.x"}
+
+
+def test_a_tensor_in_two_spellings(tmp_path):
+    save_file({"LayerNorm.gamma": MATRIX, "LayerNorm.weight": MATRIX}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"'LayerNorm.gamma' is stored as 'LayerNorm.weight' as well; expected one"):
+        Checkpoint.open(tmp_path)

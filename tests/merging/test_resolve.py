@@ -1,111 +1,74 @@
-"""A base or a delta by its Hub id: from the cache, or downloaded. No network: the Hub is a folder."""
+"""A base or a delta by its Hub id: from the cache, or downloaded by the real client from the server in tests/hub."""
 
 import json
-import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-import requests
-from huggingface_hub import errors
+from huggingface_hub import constants, snapshot_download
 
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import FormatError, MergeError
 from pema_adapters.formats.find import MARKER, find_delta
 from pema_adapters.merging.resolve import delta_from_hub, from_hub
-from tests.merging.conftest import oracle, read
+from tests.hub import Account
+from tests.merging.conftest import T, noise, oracle, read
 
-COMMIT = "abc" + 37 * "0"
+TINY = "someone/tiny"
 ADAPTER = ["adapter_config.json", "adapter.safetensors"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def put_into_cache(cache, folder):
-    """The folder as the Hub client keeps `someone/tiny`: refs, blobs, and snapshots of links to blobs."""
-    repo = cache / "models--someone--tiny"
-    for name in ("refs", "blobs", f"snapshots/{COMMIT}"):
-        (repo / name).mkdir(parents=True)
-    (repo / "refs" / "main").write_text(COMMIT)
-    for i, path in enumerate(path for path in sorted(folder.rglob("*")) if path.is_file()):
-        link = repo / "snapshots" / COMMIT / path.relative_to(folder)
-        link.parent.mkdir(exist_ok=True)
-        shutil.copy(path, repo / "blobs" / str(i))
-        link.symlink_to(repo / "blobs" / str(i))
-    return repo / "snapshots" / COMMIT
+SNAPSHOTS = Path("models--someone--tiny", "snapshots")
+pytestmark = pytest.mark.usefixtures("hub")
 
 
 @pytest.fixture
-def cached(make_base, make_adapter, cache):
-    """A base in a Hub cache, and a delta for it."""
-    base = make_base(shards=2)
-    return base, make_adapter(base), put_into_cache(cache, base.folder)
-
-
-@pytest.fixture
-def refuse(monkeypatch):
-    """Make the Hub answer with an error."""
-
-    def make(error):
-        def listing(*args, **kwargs):
-            raise error
-
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listing)
-
-    return make
-
-
-@pytest.fixture
-def offline(refuse):
-    refuse(errors.OfflineModeIsEnabled("no network here"))
-
-
-@pytest.fixture
-def publish(tmp_path, monkeypatch):
-    """Put files on the Hub; returns the names of those that are asked for."""
+def publish(hub):
+    """Put files on the Hub, each with contents of its own: of two that are the same the client asks for one."""
 
     def make(*names, contents=None):
-        asked = []
-
-        def download(name, file, revision=None):
-            asked.append(file)
-            path = tmp_path / "got" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((contents or {}).get(file, b""))
-            return str(path)
-
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: [*names])
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-        return asked
+        return hub.publish(TINY, {name: (contents or {}).get(name, f"this is {name}".encode()) for name in names})
 
     return make
+
+
+@pytest.fixture
+def cached(hub, make_base, make_adapter):
+    """A base in the cache, as the client put it there, and a delta for it; the Hub is away."""
+    base = make_base(shards=2)
+    commit = hub.publish(TINY, base.folder)
+    snapshot_download(TINY)
+    hub.stop()
+    return base, make_adapter(base), commit
 
 
 def index_of(**weight_map):
     return json.dumps({"weight_map": weight_map}).encode()
 
 
-@pytest.mark.parametrize("revision", [None, "main", COMMIT])
-def test_from_the_cache(cached, offline, tmp_path, revision):
-    base, delta, _ = cached
-    report = merge_checkpoint("someone/tiny", delta.folder, tmp_path / "out", revision=revision)
-    assert report.base == "someone/tiny"
+@pytest.mark.parametrize("revision", [None, "main", "commit"])
+def test_from_the_cache(hub, cached, tmp_path, revision):
+    base, delta, commit = cached
+    asked = len(hub.requests)
+    revision = commit if revision == "commit" else revision
+    report = merge_checkpoint(TINY, delta.folder, tmp_path / "out", revision=revision)
+    assert report.base == TINY
     assert read(tmp_path / "out") == oracle(base, delta)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert len(hub.requests) == asked
 
 
-def test_only_what_a_merge_needs_is_downloaded(make_base, make_adapter, tmp_path, publish):
+def test_only_what_a_merge_needs_is_downloaded(hub, make_base, make_adapter, tmp_path):
     base = make_base(shards=2)
     delta = make_adapter(base)
     files = {path.name: path.read_bytes() for path in base.folder.iterdir()}
-    asked = publish(*files, "pytorch_model.bin", "pytorch_model.bin.index.json", "onnx/model.onnx", contents=files)
-    merge_checkpoint("someone/tiny", delta.folder, tmp_path / "out")
-    assert sorted(asked) == sorted(files)
+    others = ("pytorch_model.bin", "pytorch_model.bin.index.json", "onnx/model.onnx", "tf_model.h5")
+    hub.publish(TINY, {**files, **{name: name.encode() for name in others}})
+    hub.publish("someone/task", {**{path.name: path for path in delta.folder.iterdir()}, "optimizer.pt": b"state"})
+    merge_checkpoint(TINY, "someone/task", tmp_path / "out")
+    assert hub.downloaded(TINY) == sorted(files)
+    assert hub.downloaded("someone/task") == sorted(ADAPTER)
     assert read(tmp_path / "out") == oracle(base, delta)
+    merge_checkpoint(TINY, "someone/task", tmp_path / "again")
+    assert hub.downloaded(TINY) == sorted(files)
+    assert hub.downloaded("someone/task") == sorted(ADAPTER)
 
 
 @pytest.mark.parametrize(
@@ -118,83 +81,48 @@ def test_only_what_a_merge_needs_is_downloaded(make_base, make_adapter, tmp_path
         (["pytorch_model.bin.index.json", "b.bin", "c.bin"], ["b.bin", "pytorch_model.bin.index.json"]),
     ],
 )  # fmt: skip
-def test_weights_come_in_one_format(publish, tmp_path, names, expected):
+def test_weights_come_in_one_format(hub, publish, names, expected):
     contents = {
         "model.safetensors.index.json": index_of(x="a.safetensors", y="b.safetensors", z="../secret"),
         "pytorch_model.bin.index.json": index_of(x="b.bin"),
     }
     small = ["config.json", "tokenizer.json", "vocab.txt", "README.md"]
-    asked = publish(*names, *small, "sub/config.json", contents=contents)
-    assert from_hub("someone/tiny", None) == tmp_path / "got"
-    assert sorted(asked) == sorted([*small, *expected])
+    commit = publish(*names, *small, "sub/config.json", contents=contents)
+    assert from_hub(TINY, None) == hub.cache / SNAPSHOTS / commit
+    assert hub.downloaded(TINY) == sorted([*small, *expected])
 
 
 @pytest.mark.parametrize(
     "files",
     [
-        {"model.safetensors": b""},
-        {"pytorch_model.bin": b""},
-        {"pytorch_model.bin.index.json": index_of(a="one.bin"), "one.bin": b""},
-        {"model.safetensors.index.json": index_of(a="one.safetensors"), "one.safetensors": b""},
+        {"model.safetensors": b"1"},
+        {"pytorch_model.bin": b"1"},
+        {"pytorch_model.bin.index.json": index_of(a="one.bin"), "one.bin": b"1"},
+        {"model.safetensors.index.json": index_of(a="one.safetensors"), "one.safetensors": b"1"},
     ],
 )
 @pytest.mark.parametrize("missing", [None, "config.json", "one.bin", "one.safetensors"])
-def test_a_cache_counts_if_it_is_whole(cache, offline, tmp_path, files, missing):
-    (tmp_path / "base").mkdir()
-    for name, content in {"config.json": b"{}", **files}.items():
-        (tmp_path / "base" / name).write_bytes(content)
-    snapshot = put_into_cache(cache, tmp_path / "base")
-    (snapshot / str(missing)).unlink(missing_ok=True)
-    if missing in (None, "one.bin", "one.safetensors") and missing not in files:
-        assert from_hub("someone/tiny", None) == snapshot
-    else:
-        with pytest.raises(MergeError, match=r"no network here.*; download it once with a network, or give a folder"):
-            from_hub("someone/tiny", None)
+def test_a_cache_counts_if_it_is_whole(hub, files, missing):
+    hub.publish(TINY, {"config.json": b"{}", **files})
+    snapshot = Path(snapshot_download(TINY, ignore_patterns=missing))
+    before = hub.downloaded(TINY)
+    if missing not in ("config.json", *files):
+        hub.stop()
+        assert from_hub(TINY, None) == snapshot
+        return
+    assert from_hub(TINY, None) == snapshot
+    assert hub.downloaded(TINY) == sorted([*before, missing])
+    (snapshot / missing).unlink()
+    hub.stop()
+    with pytest.raises(MergeError, match=r"; download it once with a network, or give a folder$"):
+        from_hub(TINY, None)
 
 
-def test_a_repository_without_weights(publish):
+def test_a_repository_without_weights(hub, publish):
     publish("config.json", "tf_model.h5")
     with pytest.raises(MergeError, match=r"base someone/tiny: the Hub repository holds no model\.safetensors and no"):
-        from_hub("someone/tiny", None)
-
-
-def answer(kind):
-    response = requests.Response()
-    response.status_code = 404
-    return kind("404 Client Error.\n\nA lot of text", response=response)
-
-
-@pytest.mark.parametrize(
-    ("error", "what"),
-    [
-        (answer(errors.GatedRepoError), r"\(it is gated\); ask for access on its page there and log in"),
-        (answer(errors.RepositoryNotFoundError), r"\(not found, or private\); check the name, or log in"),
-        (answer(errors.RevisionNotFoundError), r"\(no revision 'v2'\); give a branch, tag or commit of it"),
-        (answer(errors.HfHubHTTPError), r"\(404 Client Error. A lot of text\); try again later"),
-        (
-            errors.OfflineModeIsEnabled("no network here"),
-            r"\(no network here\), and the cache does not hold it whole; ",
-        ),
-        (requests.ConnectionError("name resolution\nfailed"), r"\(name resolution failed\), and the cache does not"),
-        (errors.LocalEntryNotFoundError("not on disk"), r"\(not on disk\), and the cache does not hold it whole"),
-        (errors.HFValidationError("bad name"), r"\(bad name\); check the name"),
-    ],
-)
-def test_what_the_hub_refuses(refuse, error, what):
-    refuse(error)
-    for kind, resolve in (("base", from_hub), ("delta", delta_from_hub)):
-        with pytest.raises(
-            MergeError, match=rf"^{kind} some/thing: no such folder, and cannot be had .*{what}"
-        ) as raised:
-            resolve("some/thing", "v2")
-        assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["../x", "a/b/c", "", "/abs", "a b"])
-def test_what_is_no_hub_id(name):
-    for kind, resolve in (("base", from_hub), ("delta", delta_from_hub)):
-        with pytest.raises(MergeError, match=rf"^{kind} .*: no such folder, and not a Hub id"):
-            resolve(name, None)
+        from_hub(TINY, None)
+    assert hub.downloaded(TINY) == []
 
 
 @pytest.mark.parametrize(
@@ -216,54 +144,82 @@ def test_what_is_no_hub_id(name):
          [f"task/{name}" for name in ADAPTER]),
     ],
 )  # fmt: skip
-def test_of_a_delta_only_the_delta_is_downloaded(publish, tmp_path, names, expected):
+def test_of_a_delta_only_the_delta_is_downloaded(hub, publish, names, expected):
     index = index_of(x="a.safetensors")
-    asked = publish(*names, contents={name: index for name in names if name.endswith(".index.json")})
-    assert delta_from_hub("someone/task") == tmp_path / "got"
-    assert sorted(asked) == sorted(expected)
+    commit = publish(*names, contents={name: index for name in names if name.endswith(".index.json")})
+    folder = delta_from_hub(TINY)
+    assert folder == hub.cache / SNAPSHOTS / commit
+    assert hub.downloaded(TINY) == sorted(expected)
+    assert all((folder / name).exists() for name in expected)
 
 
 @pytest.mark.parametrize(
     "names", [[], ["README.md"], ["adapter_config.json", "adapter_model.safetensors"], ["a/b/adapter_config.json"],
               ["model.safetensors"]]
 )  # fmt: skip
-def test_a_repository_without_delta(publish, names):
+def test_a_repository_without_delta(hub, publish, names):
     publish(*names)
     with pytest.raises(
-        MergeError, match=r"^delta some/thing: the Hub repository holds no delta, neither itself nor one"
+        MergeError, match=r"^delta someone/tiny: the Hub repository holds no delta, neither itself nor one"
     ):
-        delta_from_hub("some/thing")
+        delta_from_hub(TINY)
+    assert hub.downloaded(TINY) == []
 
 
 @pytest.mark.parametrize("where", [".", "task"])
-def test_a_delta_from_the_cache(make_base, make_adapter, cache, offline, tmp_path, where):
-    delta = make_adapter(make_base(), folder=f"run/{where}")
-    snapshot = put_into_cache(cache, tmp_path / "run")
-    for revision in (None, "main", COMMIT):
-        assert delta_from_hub("someone/tiny", revision) == snapshot
+def test_a_delta_from_the_cache(hub, make_base, make_adapter, tmp_path, where):
+    make_adapter(make_base(), folder=f"run/{where}")
+    commit = hub.publish(TINY, tmp_path / "run")
+    snapshot = delta_from_hub(TINY)
+    hub.stop()
+    for revision in (None, "main", commit):
+        assert delta_from_hub(TINY, revision) == snapshot
     assert find_delta(snapshot, None).samefile(snapshot / where)
-    assert delta.folder.is_dir()
-    with pytest.raises(MergeError, match=r"no network here"):
-        delta_from_hub("someone/tiny", "v2")
+    with pytest.raises(MergeError, match=r"Connection refused"):
+        delta_from_hub(TINY, "v2")
     (snapshot / where / "adapter.safetensors").unlink()
-    with pytest.raises(MergeError, match=r"no network here"):
-        delta_from_hub("someone/tiny")
+    with pytest.raises(MergeError, match=r"Connection refused"):
+        delta_from_hub(TINY)
 
 
-def test_a_cached_delta_does_not_hide_what_the_hub_says(make_base, make_adapter, cache, refuse, tmp_path):
-    make_adapter(make_base())
-    put_into_cache(cache, tmp_path / "run")
-    refuse(answer(errors.RepositoryNotFoundError))
+def test_of_a_cached_delta_what_is_new_is_downloaded(hub, publish):
+    publish(*ADAPTER)
+    old = delta_from_hub(TINY)
+    new = publish(*ADAPTER, contents={"adapter.safetensors": b"new"})
+    assert delta_from_hub(TINY) == old.parent / new
+    assert hub.downloaded(TINY) == sorted([*ADAPTER, "adapter.safetensors"])
+
+
+def test_a_cached_delta_does_not_hide_what_the_hub_says(hub, publish):
+    publish(*ADAPTER)
+    delta_from_hub(TINY)
+    hub.repositories[TINY].private = True
     with pytest.raises(MergeError, match=r"not found, or private"):
-        delta_from_hub("someone/tiny")
+        delta_from_hub(TINY)
+
+
+def test_who_was_let_in(hub, monkeypatch):
+    hub.publish("others/gated", {name: name.encode() for name in ADAPTER}, gated=True)
+    hub.tokens["hf_let_in"] = Account("else", granted=("others/gated",))
+    monkeypatch.setenv("HF_TOKEN", "hf_let_in")
+    assert (delta_from_hub("others/gated") / ADAPTER[1]).read_bytes() == ADAPTER[1].encode()
 
 
 def test_a_damaged_index(publish):
     publish("config.json", "model.safetensors.index.json")
     with pytest.raises(FormatError, match=r"model.safetensors.index.json: not valid JSON"):
-        from_hub("someone/tiny", None)
+        from_hub(TINY, None)
 
 
-def test_the_folder_is_the_snapshot_s(publish, tmp_path):
-    publish("task/adapter_config.json", "task/adapter.safetensors")
-    assert Path(delta_from_hub("someone/tiny"), "task", "adapter.safetensors").exists()
+def test_a_download_that_broke_off_goes_on(hub, make_base, make_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # else ten million bytes have to arrive to be kept
+    base = make_base(extra={"lm_head.decoder": T.of(noise(50, 50))})
+    delta = make_adapter(base)
+    hub.publish(TINY, base.folder)
+    hub.fail("GET .*model.safetensors", after_bytes=5500)
+    with pytest.raises(MergeError, match=r"^base someone/tiny: .*5500 bytes read.*; download it once with a network"):
+        merge_checkpoint(TINY, delta.folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_checkpoint(TINY, delta.folder, tmp_path / "out")
+    assert hub.asked("GET /cdn")[-1].headers["range"] == "bytes=5000-"
+    assert read(tmp_path / "out") == oracle(base, delta)

@@ -1,0 +1,6 @@
+"""A Hub on this machine, for the real client: `Hub` is the server, `fixture` points the client to it."""
+
+from .answers import Account, Refusal
+from .server import Hub
+
+__all__ = ["Account", "Hub", "Refusal"]

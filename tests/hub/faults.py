@@ -1,0 +1,93 @@
+"""Faults on demand, and the log of what was asked."""
+
+import re
+import threading
+from dataclasses import dataclass, field
+from urllib.parse import unquote
+
+from .answers import Refusal
+
+LOGGED = ("authorization", "range", "user-agent", "content-type")
+
+
+@dataclass
+class Request:
+    """One line of the log. path: unquoted, without the query; sent, received: bytes of the bodies so far."""
+
+    method: str
+    path: str
+    headers: dict[str, str] = field(default_factory=dict)
+    status: int | None = None
+    """None where the connection was cut before an answer."""
+    sent: int = 0
+    received: int = 0
+    repo: str | None = None
+    file: str | None = None
+    """The file whose contents were asked for, in `repo`."""
+
+    @classmethod
+    def of(cls, method: str, target: str, headers: dict[str, str]) -> "Request":
+        kept = {name.lower(): value for name, value in headers.items() if name.lower() in LOGGED}
+        return cls(method, unquote(target.split("?", maxsplit=1)[0]), kept)
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+
+@dataclass
+class Fault:
+    """What is to go wrong with requests whose "METHOD /path" the pattern is found in.
+
+    With `after_bytes` the connection is cut after so many bytes of the body: of the answer to a GET, of what is
+    received by a PUT or POST. Otherwise `status` is answered.
+    """
+
+    match: str
+    status: int | None = None
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    after_bytes: int | None = None
+    code: str | None = None
+    message: str = "a fault that a test asked for"
+    skip: int = 0
+    """So many matching requests go through first."""
+
+    def __post_init__(self) -> None:
+        if (self.status is None) == (self.after_bytes is None):
+            raise ValueError("a fault has either a status or after_bytes")
+
+    @property
+    def refusal(self) -> Refusal:
+        assert self.status is not None
+        refusal = Refusal(self.status, self.message, self.code)
+        refusal.answer.headers.update(self.headers)
+        return refusal
+
+
+class Faults:
+    """The faults still to come, in the order asked for."""
+
+    def __init__(self) -> None:
+        self._queue: list[Fault] = []
+        self._lock = threading.Lock()
+
+    def add(self, fault: Fault) -> None:
+        with self._lock:
+            self._queue.append(fault)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._queue.clear()
+
+    def take(self, request: Request) -> Fault | None:
+        """The fault for this request, which then is one fewer to come."""
+        with self._lock:
+            fault = next((one for one in self._queue if re.search(one.match, str(request))), None)
+            if fault is None or fault.skip:
+                if fault:
+                    fault.skip -= 1
+                return None
+            fault.times -= 1
+            if not fault.times:
+                self._queue.remove(fault)
+            return fault
