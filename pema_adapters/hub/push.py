@@ -13,6 +13,7 @@ from pema_adapters.hub.merged_card import merged_card
 from pema_adapters.hub.stream import opened
 from pema_adapters.merging.merge import Inputs, Merge, Options, find_inputs, finished, measured, prepare, write_merge
 from pema_adapters.merging.others import ADAPTERS
+from pema_adapters.merging.patience import causes, patiently
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.planning import Choices
 from pema_adapters.merging.progress import Advance, bar
@@ -71,7 +72,7 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
         private: whether a new repository is private; by default what the organisation says.
         create_pr: open a pull request instead of committing to the main branch.
         commit_message: the first line of the commit.
-        token: of the Hub; by default the one that `hf auth login` or HF_TOKEN gives.
+        token: for all that is asked of the Hub; by default the one that `hf auth login` or HF_TOKEN gives.
 
     Returns:
         The report; `output` is the folder, or the page of the repository, and the last note says which commit.
@@ -81,7 +82,7 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
         FormatError, BaseMismatchError: as for `merge_checkpoint`.
     """
     choices = Choices(dtype, fold, allow_base_mismatch)
-    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress)
+    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, token)
     try:
         return _push(
             str(base), str(delta), output, _target(repo_id, private, create_pr, commit_message, token), options
@@ -105,7 +106,7 @@ def _push(base: str, delta: str, output: str | Path | None, target: _Target, opt
     if options.dry_run:
         return measured(merge.report, merge.plan, start)
     with _as_one_line(target.name):
-        url = target.api.create_repo(target.name, private=target.private, exist_ok=True)
+        url = patiently(lambda: target.api.create_repo(target.name, private=target.private, exist_ok=True))
         target = replace(target, name=url.repo_id)
         there = _files_there(target)
         old_card = _old_card(target, there)
@@ -190,17 +191,11 @@ def _as_one_line(name: str) -> Iterator[None]:
     except PemaError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # the client's own errors are among them
-        causes = list(_causes(error))
-        if ours := next((cause for cause in causes if isinstance(cause, PemaError)), None):
+        chain = list(causes(error))
+        if ours := next((cause for cause in chain if isinstance(cause, PemaError)), None):
             raise ours from None
-        answer = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), causes[-1])
+        answer = next((cause for cause in chain if isinstance(cause, errors.HfHubHTTPError)), chain[-1])
         raise MergeError(f"{name}: cannot be pushed to ({_reason(answer)}") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _reason(error: BaseException) -> str:

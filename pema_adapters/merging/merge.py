@@ -30,6 +30,7 @@ class Options:
     dry_run: bool
     verify: bool
     progress: bool | None
+    token: str | bool | None = None
 
 
 def merge_checkpoint(  # noqa: PLR0913 - the public contract
@@ -124,7 +125,7 @@ class Merge:
 def find_inputs(base: str, delta: str, options: Options, is_output_needed: bool) -> Inputs:
     """Get base and delta, from the Hub where they are no folders. Raises `MergeError`, `FormatError`."""
     base_folder = _base_folder(base, options)
-    delta_folder = _delta_folder(delta, is_output_needed)
+    delta_folder = _delta_folder(delta, options, is_output_needed)
     return Inputs(base, delta, base_folder, delta_folder, read_delta(delta_folder, options.adapter))
 
 
@@ -182,17 +183,17 @@ def _base_folder(base: str, options: Options) -> Path:
         raise MergeError(f"base {base}: no such folder; a merge in place takes a folder of your own, not a Hub id")
     from pema_adapters.merging.resolve import from_hub
 
-    return from_hub(base, options.revision)
+    return from_hub(base, options.revision, options.token)
 
 
-def _delta_folder(delta: str, is_output_needed: bool) -> Path:
+def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
         return Path(delta)
     from pema_adapters.merging.resolve import delta_from_hub
 
     if is_output_needed:
         raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
-    return delta_from_hub(delta)
+    return delta_from_hub(delta, token=options.token)
 
 
 def _about_clones(cloned: int) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pema_adapters.errors import FormatError, MergeError
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json, weight_files
 from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.merging.patience import patiently
 
 Fetch = Callable[[str], Path]
 """Gives a file of the repository, downloaded if need be."""
@@ -32,27 +33,28 @@ class _Repository:
     kind: str
     name: str
     revision: str | None
+    token: str | bool | None
 
     def __post_init__(self) -> None:
         if not _HUB_ID.fullmatch(self.name):
             raise MergeError(f"{self.kind} {self.name}: no such folder, and not a Hub id")
 
 
-def from_hub(name: str, revision: str | None) -> Path:
+def from_hub(name: str, revision: str | None, token: str | bool | None = None) -> Path:
     """The snapshot folder of the base `name`: its weights, safetensors rather than pickles, and the files beside them.
 
     The Hub is asked what there is now, for who has loaded a model has not got its tokenizer; what the cache holds is
     not downloaded again, and counts alone where the Hub cannot be reached. Raises `MergeError`.
     """
-    return _downloaded(_Repository("base", name, revision), _base_files, _cached_base)
+    return _downloaded(_Repository("base", name, revision, token), _base_files, _cached_base)
 
 
-def delta_from_hub(name: str, revision: str | None = None) -> Path:
+def delta_from_hub(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The snapshot folder of the delta `name`, which lies there itself or one level below (see `find_delta`).
 
     The Hub is asked what there is now; where it cannot be reached, the cache counts. Raises `MergeError`.
     """
-    return _downloaded(_Repository("delta", name, revision), _delta_files, _cached_delta)
+    return _downloaded(_Repository("delta", name, revision, token), _delta_files, _cached_delta)
 
 
 def _cached_base(repository: _Repository) -> Path | None:
@@ -95,10 +97,10 @@ def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_R
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    name, revision = repository.name, repository.revision
-    fetch = cache(lambda file: Path(hf_hub_download(name, file, revision=revision)))
+    name, revision, token = repository.name, repository.revision, repository.token
+    fetch = cache(lambda file: Path(patiently(lambda: hf_hub_download(name, file, revision=revision, token=token))))
     try:
-        files = choose(HfApi().list_repo_files(name, revision=revision), fetch)
+        files = choose(patiently(lambda: HfApi().list_repo_files(name, revision=revision, token=token)), fetch)
         folders = [fetch(file).parents[file.count("/")] for file in files]
     except (OSError, HFValidationError) as error:  # every error of the client but the latter is an OSError
         folder = otherwise(repository) if _is_unreachable(error) else None
@@ -153,10 +155,12 @@ def _first(folder: str, wanted: tuple[str, ...], names: Collection[str]) -> list
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether the Hub gave no answer at all, rather than one that refuses."""
+    """Whether the Hub gave no answer, or is out of order, rather than one that refuses."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return isinstance(error, LocalEntryNotFoundError) or not isinstance(error, (HfHubHTTPError, HFValidationError))
+    status = getattr(getattr(error, "response", None), "status_code", None) or 0
+    gave_none = not isinstance(error, (HfHubHTTPError, HFValidationError))
+    return isinstance(error, LocalEntryNotFoundError) or gave_none or status == 429 or status >= 500
 
 
 def _refused(repository: _Repository, error: Exception) -> MergeError:

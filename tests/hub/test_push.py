@@ -217,6 +217,13 @@ def test_faults(account, delta, fault, recovers):
     assert "model.safetensors" in account.files(MERGED)
 
 
+def test_too_many_requests(account, delta):
+    account.fail(match=r"POST .*/objects/batch", status=429, headers={"Retry-After": "7"}, times=2)
+    account.fail(match=r"POST .*/commit/", status=429, times=1)
+    push_merged_to_hub(BASE, delta, MERGED)
+    assert account.waits[-3:] == [7.0, 7.0, 30.0] and len(account.commits(MERGED)) == 2
+
+
 def test_what_is_uploaded_is_not_sent_again(account, delta):
     account.fail(match=r"POST .*/commit/", status=500, times=9)
     with pytest.raises(MergeError, match="run again, what is uploaded is not sent again"):
@@ -227,17 +234,29 @@ def test_what_is_uploaded_is_not_sent_again(account, delta):
     assert before == len([request for request in account.requests if request.method == "PUT"]) > 0
 
 
-@pytest.mark.parametrize(("token", "what"), [
-    ("hf_bad", "401|no token, or one that the Hub does not know"),
-    (None, "no token, or one that the Hub does not know"),
-])  # fmt: skip
-def test_tokens(account, delta, monkeypatch, token, what):
+def test_no_token(account, delta, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(
-        MergeError, match=rf"team/merged: cannot be pushed to \((.*{what}.*)\); log in \(hf auth login\), or"
+        MergeError, match=r"team/merged: cannot be pushed to \(no token, or .*\); log in \(hf auth login\), or"
     ):
-        push_merged_to_hub(BASE, delta, MERGED, token=token)
+        push_merged_to_hub(BASE, delta, MERGED)
     assert MERGED not in account.repositories
+
+
+def test_a_wrong_token(account, delta, base):
+    with pytest.raises(MergeError, match=r"base someone/base: .*401.*; the token does not count there: log in"):
+        push_merged_to_hub(BASE, delta, MERGED, token="hf_bad")
+    with pytest.raises(MergeError, match=r"team/merged: cannot be pushed to \(no token, or one .*\); log in"):
+        push_merged_to_hub(base.folder, delta, MERGED, token="hf_bad")
+    assert MERGED not in account.repositories
+
+
+def test_a_token_for_all(account, delta, base, monkeypatch):
+    """The base is private, and the token is not in the environment."""
+    monkeypatch.delenv("HF_TOKEN")
+    account.repositories[BASE].private = True
+    push_merged_to_hub(BASE, delta, MERGED, token="hf_good")
+    assert "model.safetensors" in account.files(MERGED)
 
 
 def test_someone_else_s_repository(account, delta):

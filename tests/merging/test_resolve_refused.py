@@ -45,7 +45,7 @@ def a_poor_token(hub, monkeypatch):
 
 
 def an_answer(status):
-    return lambda hub, monkeypatch: hub.fail("/api/models", status=status, message="a lot of\ttext", times=2)
+    return lambda hub, monkeypatch: hub.fail("/api/models", status=status, message="a lot of\ttext", times=9)
 
 
 def offline(hub, monkeypatch):
