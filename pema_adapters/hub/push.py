@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,8 @@ def _commit(target: _Target, additions: Iterator[Any], stale: list[str]) -> "Com
     from huggingface_hub import CommitOperationDelete
 
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-    return target.api.create_commit(target.name, operations, commit_message=target.message, create_pr=target.create_pr)
+    commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
+    return patiently(lambda: commit(target.name, operations))
 
 
 def _about(made: "CommitInfo") -> str:

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,8 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.merging.plan import PlannedFile
-from pema_adapters.merging.segments import CHUNK, Bytes
+from pema_adapters.merging.segments import CHUNK
+from pema_adapters.merging.todo import Todo, is_safe
 from pema_adapters.merging.write import sync_folder
 
 ARMED = ".pema-undo"
@@ -32,32 +34,11 @@ PATCHING, DONE = "patching", "done"
 
 
 @dataclass(frozen=True)
-class Todo:
-    """What a merge does to its base. `patched`: by name, ranges int64 [n, 2] of (offset, length), none overlapping."""
-
-    patched: dict[str, np.ndarray]
-    replaced: tuple[PlannedFile, ...]
-    created: tuple[PlannedFile, ...]
-
-    @property
-    def new(self) -> tuple[PlannedFile, ...]:
-        """The files that are written whole."""
-        return self.replaced + self.created
-
-    def touches(self, name: str) -> bool:
-        """Whether the file is written."""
-        return name in self.patched or any(file.name == name for file in self.new)
-
-    @property
-    def journal_size(self) -> int:
-        """Bytes that the journal takes until the merge is done, without those of `journal.json`."""
-        ranges = sum(int(found[:, 1].sum()) + 24 * len(found) for found in self.patched.values())
-        return ranges + sum(file.size for file in self.new) + CHUNK
-
-
-@dataclass(frozen=True)
 class Journal:
-    """`journal.json`. `sums`: size and sha256 of every other file that a rollback reads."""
+    """`journal.json`. `sums`: size and sha256 of every other file that a rollback reads.
+
+    patched: sizes, by the names that the base has. renamed: `{that name: the one after the merge}`.
+    """
 
     state: str
     patched: dict[str, int]
@@ -66,6 +47,7 @@ class Journal:
     folders: list[str]
     sums: dict[str, list[Any]]
     report: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -85,31 +67,36 @@ def locked(base: Path) -> Iterator[None]:
 def arm(base: Path, todo: Todo, report: dict[str, Any]) -> Journal:
     """Save what will change and what will take its place, all of it on disk before this returns."""
     folder = base / PARTIAL
-    for part in (folder, folder / "saved", folder / "new"):
+    parts = [folder / part for part, files in (("saved", todo.replaced), ("new", todo.new)) if files]
+    for part in (folder, *parts):
         part.mkdir()
     sums = {"undo.bin": _saved(_originals(base, todo), folder / "undo.bin")}
-    sums["ranges.npy"] = _copied(_numbered(todo), folder / "ranges.npy")
+    sums["ranges.npy"] = copied(_numbered(todo), folder / "ranges.npy")
     for number, file in enumerate(todo.replaced):
         data = (base / file.name).read_bytes()
-        sums[f"saved/{number}"] = _copied(data, folder / "saved" / str(number), like=base / file.name)
+        sums[f"saved/{number}"] = copied(data, folder / "saved" / str(number), like=base / file.name)
     for number, file in enumerate(todo.new):
-        _copied(file, folder / "new" / str(number))
+        copied(file, folder / "new" / str(number))
         if (base / file.name).exists():
             shutil.copymode(base / file.name, folder / "new" / str(number))
-    sizes = {name: (base / name).stat().st_size for name in todo.patched}
-    replaced, created = ([file.name for file in files] for files in (todo.replaced, todo.created))
-    journal = Journal(PATCHING, sizes, replaced, created, _new_folders(base, created), sums, report)
-    _write(folder, journal)
-    for part in (folder / "saved", folder / "new", folder):
+    for part in parts:
         sync_folder(part)
+    journal = _journal(base, todo, sums, report)
+    write_journal(folder, journal)
     folder.replace(base / ARMED)
     sync_folder(base)
     return journal
 
 
+def _journal(base: Path, todo: Todo, sums: dict[str, list[Any]], report: dict[str, Any]) -> Journal:
+    sizes = {name: (base / name).stat().st_size for name in todo.patched}
+    replaced, created = ([file.name for file in files] for files in (todo.replaced, todo.created))
+    return Journal(PATCHING, sizes, replaced, created, _new_folders(base, created), sums, report, todo.renamed)
+
+
 def finish(base: Path, journal: Journal, report: dict[str, Any]) -> None:
     """Say that the merge is complete: from here on only `undo` takes it back."""
-    _write(base / ARMED, replace(journal, state=DONE, report=report))
+    write_journal(base / ARMED, replace(journal, state=DONE, report=report))
 
 
 def state_of(base: Path) -> str | None:
@@ -126,37 +113,13 @@ def read_journal(base: Path) -> Journal:
         if content["version"] != VERSION or content["sha256"] != _sum(found):
             raise ValueError("its checksum or version differs")
         journal = Journal(**found)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
-    names = (*journal.patched, *journal.replaced, *journal.created, *journal.folders)
-    if bad := [name for name in names if not is_safe(base, name)]:
-        raise _damaged(path, f"{bad[0]!r} is a link or lies outside of the base")
-    return journal
-
-
-def is_safe(base: Path, name: str) -> bool:
-    """Whether `name` lies in `base`, on a way without links: a journal may come with a base from anybody."""
-    parts = PurePosixPath(name).parts
-    if not parts or parts[0] == "/" or ".." in parts:
-        return False
-    return not any(base.joinpath(*parts[:depth]).is_symlink() for depth in range(1, 1 + len(parts)))
-
-
-def roll_back(base: Path) -> Journal:
-    """Put the base back as it was and remove the journal. After a crash at any step, just do it again.
-
-    Raises `MergeError` before anything is touched where the journal is damaged or a file is not the one it is about.
-    """
-    journal = read_journal(base)
-    _check(base, journal)
-    if journal.state == DONE:  # an undo that is cut off must be found unfinished
-        _write(base / ARMED, replace(journal, state=PATCHING))
-    _restore_ranges(base, journal)
-    _restore_files(base, journal)
-    discard(base)
-    (base / ARMED).replace(base / PARTIAL)
-    sync_folder(base)
-    discard(base)
+        names = (*journal.patched, *journal.replaced, *journal.created, *journal.folders)
+        names = (*names, *journal.renamed, *journal.renamed.values())
+        bad = [name for name in names if not is_safe(base, name)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise damaged(path, str(error)) from None
+    if bad:
+        raise damaged(path, f"{bad[0]!r} is a link or lies outside of the base")
     return journal
 
 
@@ -166,89 +129,41 @@ def discard(base: Path) -> None:
         shutil.rmtree(base / PARTIAL)
 
 
-def write_all(fd: int, data: Bytes, at: int) -> None:
-    """Write all of `data` at the offset `at`."""
-    done = os.pwrite(fd, data, at)
-    while done < len(data):
-        done += os.pwrite(fd, memoryview(data)[done:], at + done)
-
-
-def _check(base: Path, journal: Journal) -> None:
-    for name, (size, expected) in journal.sums.items():
-        path = base / ARMED / name
-        if not path.is_file() or path.stat().st_size != size or _sum_of_file(path) != expected:
-            raise _damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
-    for name, size in journal.patched.items():
-        path = base / name
-        found = path.stat().st_size if path.is_file() else "no"
-        if found != size:
-            raise MergeError(
-                f"{path}: {found} bytes, expected {size}; it was changed after the merge in place, which can no "
-                f"longer be undone; fetch the base again, or delete {ARMED} in it to keep it as it is"
-            )
-
-
-def _damaged(path: Path, why: str) -> MergeError:
+def damaged(path: Path, why: str) -> MergeError:
+    """The error of a journal that cannot be followed."""
     return MergeError(
         f"{path}: the undo journal is damaged ({why}), and nothing was touched; fetch the base again, or delete "
         f"{ARMED} in it to keep it as it is"
     )
 
 
-def _restore_ranges(base: Path, journal: Journal) -> None:
-    ranges = np.load(base / ARMED / "ranges.npy", allow_pickle=False)
-    with (base / ARMED / "undo.bin").open("rb") as saved:
-        for number, name in enumerate(journal.patched):
-            fd = os.open(base / name, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                for begin, end in _pieces(ranges[ranges[:, 0] == number, 1:]):
-                    write_all(fd, saved.read(end - begin), begin)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-
-def _restore_files(base: Path, journal: Journal) -> None:
-    copy = base / ARMED / "restored"
-    for number, name in enumerate(journal.replaced):
-        saved = base / ARMED / "saved" / str(number)
-        copy.unlink(missing_ok=True)
-        _copied(saved.read_bytes(), copy, like=saved)
-        copy.replace(base / name)
-        sync_folder((base / name).parent)
-    for name in journal.created:
-        (base / name).unlink(missing_ok=True)
-    for name in sorted(journal.folders, key=len, reverse=True):
-        with suppress(OSError):  # not there yet, or somebody put something into it
-            (base / name).rmdir()
-    for folder in {base / parent for name in journal.created for parent in Path(name).parents}:
-        if folder.is_dir():
-            sync_folder(folder)
-
-
-def _write(folder: Path, journal: Journal) -> None:
+def write_journal(folder: Path, journal: Journal) -> None:
     """Replace journal.json in one step."""
     content = {"version": VERSION, "sha256": _sum(vars(journal)), "journal": vars(journal)}
     fresh = folder / "journal.json.new"
     fresh.unlink(missing_ok=True)
-    _copied(_encoded(content), fresh)
+    copied(_encoded(content), fresh)
     fresh.replace(folder / "journal.json")
     sync_folder(folder)
 
 
-def _copied(data: "bytes | PlannedFile", path: Path, like: Path | None = None) -> list[Any]:
+def copied(data: "bytes | PlannedFile", path: Path, like: Path | None = None) -> list[Any]:
     """Have `data` on disk as `path`, with mode and times of `like`. Returns its size and sha256."""
-    pieces = ((0, data),) if isinstance(data, bytes) else data.chunks()
-    return _saved((piece for _, piece in pieces), path, like)
+    parts = ((0, data),) if isinstance(data, bytes) else data.chunks()
+    return _saved((part for _, part in parts), path, like)
 
 
-def _saved(pieces: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
+def _saved(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
+    """The same, of parts. Each is hashed while it is written and the next one is made."""
     digest, size = hashlib.sha256(), 0
-    with path.open("xb", buffering=CHUNK) as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
+    with path.open("xb", buffering=CHUNK) as file, ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(digest.update, b"")
+        for part in parts:
+            hashed.result()
+            hashed = beside.submit(digest.update, part)
+            file.write(part)
+            size += len(part)
+        hashed.result()
         file.flush()
         if like is not None:
             shutil.copystat(like, path)
@@ -257,16 +172,22 @@ def _saved(pieces: Iterable[bytes], path: Path, like: Path | None = None) -> lis
 
 
 def _originals(base: Path, todo: Todo) -> Iterator[bytes]:
+    """What all ranges hold, a few MB at a time."""
     for name, ranges in todo.patched.items():
         with (base / name).open("rb", buffering=0) as file:
-            for begin, end in _pieces(ranges):
-                data = os.pread(file.fileno(), end - begin, begin)
-                if len(data) != end - begin:
+            parts, size = [], 0
+            for begin, end in pieces(ranges):
+                parts.append(os.pread(file.fileno(), end - begin, begin))
+                if len(parts[-1]) != end - begin:
                     raise MergeError(f"{base / name}: ends before byte {end}; it became shorter meanwhile")
-                yield data
+                size += end - begin
+                if size >= CHUNK:
+                    yield b"".join(parts)
+                    parts, size = [], 0
+            yield b"".join(parts)
 
 
-def _pieces(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
+def pieces(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
     """`(begin, end)` of all bytes of the ranges, a chunk at most at a time."""
     for offset, length in ranges.tolist():
         for begin in range(offset, offset + length, CHUNK):
@@ -292,7 +213,8 @@ def _sum(content: Any) -> str:
     return hashlib.sha256(_encoded(content)).hexdigest()
 
 
-def _sum_of_file(path: Path) -> str:
+def sum_of_file(path: Path) -> str:
+    """The sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while data := file.read(CHUNK):

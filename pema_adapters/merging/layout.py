@@ -1,36 +1,26 @@
 """Base + delta -> plan: which tensor of which output file comes from where. Nothing is written here."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import FORMAT, OUTPUT_BIASES, OUTPUT_MATRICES, Checkpoint, Tensor
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS, encode_header, read_header
+from pema_adapters.formats.checkpoint import OUTPUT_BIASES, OUTPUT_MATRICES, Checkpoint, Tensor
+from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS
 from pema_adapters.formats.tensors import Stored
+from pema_adapters.merging.apart import Files, apart, behind
 from pema_adapters.merging.casting import Rounding
+from pema_adapters.merging.entries import Entry, header_for
 from pema_adapters.merging.fold import Folded, folded_bias, update_of
 from pema_adapters.merging.names import Names, copies_of
 from pema_adapters.merging.plan import PlannedFile
-from pema_adapters.merging.segments import BLOCK, Cast, Copy, Literal, Rows, Segment, joined
+from pema_adapters.merging.segments import Cast, Copy, Literal, Rows, Segment, joined
 from pema_adapters.merging.vocab_size import vocab_size
 from pema_adapters.merging.weight_space import Adapted
 
-ADDED = "model-added.safetensors"
-"""The shard of tensors that a base merged in place lacked."""
 CONV1D = (".c_attn", ".c_fc", ".c_proj")
 """Linear layers that GPT-2 stores as [in, out]."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the output, and the segments that its bytes come from."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    segments: tuple[Segment, ...]
 
 
 class Layout:
@@ -39,7 +29,7 @@ class Layout:
     `entries` holds, per base file, what each of its tensors becomes. `vocab_size` is V of the output, `size` the bytes
     of all tensors, `changed` counts the base's tensors that the delta touches, `added` those that only the delta has,
     `folded` the weights with an update of `layers` folded in. `dtype`: of all floating-point tensors of the output,
-    None for the base's own. `apart`: new tensors of a sharded base get a shard of their own, so that no other moves.
+    None for the base's own. `apart`: new tensors get a file of their own, so that no other moves.
     """
 
     def __init__(  # noqa: PLR0913 - what is merged, and how
@@ -60,34 +50,35 @@ class Layout:
         self.folded = sum(name.endswith(".weight") for name in folded)
         changed = self._rows() | self._replaced() | folded
         self.changed = len(changed)
-        self.entries = {path: self._of_file(path, changed) for path in base.files}
         new = self._new()
         self.added = len(new)
-        if new:
-            last = base.folder / ADDED if apart and base.index is not None else base.files[-1]
-            self.entries.setdefault(last, []).extend(new)
+        self._files = self._sorted({path: self._of_file(path, changed) for path in base.files}, new, apart)
+        self.entries = self._files.entries
         self.size = sum(part.length for made in self.entries.values() for entry in made for part in entry.segments)
         self.grown_bytes = self.size - sum(tensor.nbytes for tensor in base.tensors.values())
         self._note(changed)
+        self.notes += self._files.notes
         self._check_unique()
 
     def files(self) -> list[PlannedFile]:
         """The output's weight files."""
         return [self._file(path, entries) for path, entries in self.entries.items()]
 
-    def _file(self, path: Path, entries: list[Entry]) -> PlannedFile:
-        after = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-        head: Segment | None = None if self.base.is_pickled else _same_header(path, after)
-        head = head or Literal(self._header(path, after))
-        parts = [part for entry in entries for part in entry.segments]
-        return PlannedFile(self.base.output_name(path), joined([head, *parts]))
+    def output_name(self, path: Path) -> str:
+        """What the output calls a file of `entries`."""
+        return self._files.names.get(path) or self.base.output_name(path)
 
-    def _header(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
-        """A new header, as long as it takes for the data to keep its place within a block: so blocks can be cloned."""
-        metadata = self.base.metadata.get(path, FORMAT)
-        header = encode_header(tensors, metadata)
-        first = min((t.start or 0 for t in self.base.tensors.values() if t.path == path), default=0)
-        return encode_header(tensors, metadata, (first - len(header)) % BLOCK if first and first % 8 == 0 else 0)
+    def _sorted(self, entries: dict[Path, list[Entry]], new: list[Entry], is_apart: bool) -> Files:
+        if not new:
+            return Files(entries)
+        if not is_apart or self.base.is_pickled:
+            return behind(self.base, entries, new)
+        return apart(self.base, entries, new, self.names.prefix if self.names.add_prefix else "")
+
+    def _file(self, path: Path, entries: list[Entry]) -> PlannedFile:
+        head = header_for(self.base, path, entries, self._files.starts.get(path))
+        parts = [part for entry in entries for part in entry.segments]
+        return PlannedFile(self.output_name(path), joined([head, *parts]))
 
     def _of_file(self, path: Path, changed: dict[str, Entry]) -> list[Entry]:
         found = (tensor for tensor in self.base.tensors.values() if tensor.path == path)
@@ -246,15 +237,6 @@ class Layout:
         self.notes += [
             f"the delta's {source} weights were cast to the base's {target}" for source, target in sorted(casts)
         ]
-
-
-def _same_header(path: Path, after: list[tuple[str, str, tuple[int, ...]]]) -> Copy | None:
-    """The header of a base's file, where that of the output says the same."""
-    if not path.exists():
-        return None
-    header = read_header(path)
-    before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
-    return Copy(path, 0, header.data_start) if after == before else None
 
 
 def _raw(tensor: Tensor) -> Copy | Literal:

@@ -45,11 +45,12 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
 
 
 def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
-    """The index of the shards, where the base has one: new tensors, new names, new total size."""
+    """The index of the shards, where there are any: new tensors, new names, new total size."""
+    weight_map = {e.name: layout.output_name(path) for path, entries in layout.entries.items() for e in entries}
+    weight_map = dict(sorted(weight_map.items()))
     if base.index is None or base.index_name is None:
-        return None
-    files = {path: base.output_name(path) for path in layout.entries}
-    weight_map = {entry.name: files[path] for path, entries in layout.entries.items() for entry in entries}
+        made = {"metadata": {"total_size": layout.size}, "weight_map": weight_map}
+        return json_file(INDEX, made) if len(layout.entries) > 1 else None
     if weight_map == base.index["weight_map"] and layout.grown_bytes == 0:
         path = base.folder / base.index_name
         return PlannedFile(INDEX, (Copy(path, 0, path.stat().st_size),))
@@ -57,7 +58,7 @@ def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
     metadata = dict(found) if isinstance(found, dict) else {}
     if isinstance(metadata.get("total_size"), int):
         metadata["total_size"] = layout.size if base.is_pickled else metadata["total_size"] + layout.grown_bytes
-    return json_file(INDEX, {**base.index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    return json_file(INDEX, {**base.index, "metadata": metadata, "weight_map": weight_map})
 
 
 def _with_settings(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -291,6 +291,6 @@ def test_match_prefers_the_prefixed_name():
 
 
 def test_a_tensor_in_two_spellings(tmp_path):
-    save_file({"LayerNorm.gamma": MATRIX, "LayerNorm.weight": MATRIX}, tmp_path / "model.safetensors")
+    save_file({"LayerNorm.gamma": MATRIX, "LayerNorm.weight": MATRIX + 1}, tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match=r"'LayerNorm.gamma' is stored as 'LayerNorm.weight' as well; expected one"):
         Checkpoint.open(tmp_path)

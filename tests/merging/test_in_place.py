@@ -12,11 +12,12 @@ import pytest
 
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import MergeError
-from pema_adapters.merging import in_place, journal
+from pema_adapters.merging import journal, todo
 from pema_adapters.merging.casting import Rounding
 from pema_adapters.merging.in_place import check_in_place, merge_in_place, roll_back_interrupted, undo
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import Cast, Copy, Literal, Rows
+from pema_adapters.merging.todo import todo_of
 from pema_adapters.merging.write import write_plan
 
 A, B = "model-1.safetensors", "model-2.safetensors"
@@ -128,17 +129,17 @@ def test_a_real_merge(make_base, make_adapter, tmp_path, shards):
 
 
 def test_what_is_as_planned_is_not_touched(base):
-    todo = in_place._sort(plan_for(base), base)
-    assert todo.patched[A].tolist() == [[20, 8], [20 + 24, 16], [20 + 72, 8], [20 + 240, 8]]
-    assert todo.patched[B].tolist() == [[8, 46]]
-    assert [file.name for file in todo.replaced + todo.created] == [CONFIG, NEW]
+    found = todo_of(plan_for(base), base)
+    assert found.patched[A].tolist() == [[20, 8], [20 + 24, 16], [20 + 72, 8], [20 + 240, 8]]
+    assert found.patched[B].tolist() == [[8, 46]]
+    assert [file.name for file in found.replaced + found.created] == [CONFIG, NEW]
     plan = plan_of(PlannedFile(B, (Literal((base / B).read_bytes()),)), PlannedFile(CONFIG, (Literal(b"{}"),)))
     before = (base / B).stat().st_mtime_ns
     assert run(base, plan) == 0
     assert (base / B).stat().st_mtime_ns == before
 
 
-STEPS = [(os, name) for name in ("pwrite", "fsync", "utime", "unlink", "rmdir")]
+STEPS = [(os, name) for name in ("pwrite", "fsync", "fdatasync", "utime", "unlink", "rmdir")]
 STEPS += [(Path, name) for name in ("replace", "unlink", "mkdir", "rmdir")]
 
 
@@ -264,12 +265,12 @@ def test_tensors_that_would_move(base):
         parts = (Literal(bytes(281 - segment.length)), segment)
         refused(base, plan_of(PlannedFile(A, parts)), moved.format("or change their dtype"))
     new = plan_of(PlannedFile("model.safetensors", (Literal(b"header"), Copy(base / A, 0, 281))))
-    refused(base, new, r"model.safetensors: cannot be merged .* \(they are in model-1.safetensors\)")
+    refused(base, new, r"model-1.safetensors: cannot be merged .* \(to model.safetensors\)")
 
 
 def test_refusals(base, tmp_path, monkeypatch):
     for where, name, value, match in (
-        (in_place, "MOST_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
+        (todo, "MOST_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
         (os, "access", lambda path, mode: path != base, "base: not writable, so it cannot be merged in place"),
         (os, "access", lambda path, mode: path == base, "model-1.safetensors: not writable, so it cannot"),
         (shutil, "disk_usage", lambda path: SimpleNamespace(free=9), "base: 9 bytes free, but the merge takes"),
@@ -335,7 +336,7 @@ def test_a_journal_from_somebody_else_does_not_lead_elsewhere(base, tmp_path, na
     (tmp_path / "other").write_text("")
     (base / "link").symlink_to(tmp_path)
     (base / journal.ARMED).mkdir()
-    journal._write(base / journal.ARMED, journal.Journal(journal.PATCHING, {}, [], [name], [], {}))
+    journal.write_journal(base / journal.ARMED, journal.Journal(journal.PATCHING, {}, [], [name], [], {}))
     with pytest.raises(MergeError, match=r"other' is a link or lies outside of the base\), and nothing was touched"):
         roll_back_interrupted(base)
     assert (tmp_path / "other").exists()

@@ -1,0 +1,51 @@
+"""The tensors of an output file, and the header that tells where they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pema_adapters.formats.checkpoint import FORMAT, Checkpoint
+from pema_adapters.formats.safetensors_file import encode_header, read_header
+from pema_adapters.merging.segments import BLOCK, Copy, Literal, Segment
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the output, and the segments that its bytes come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
+def header_for(base: Checkpoint, path: Path, entries: Sequence[Entry], start: int | None) -> Segment:
+    """The header of what the base's file `path` becomes: that file's own, where it says the same.
+
+    start: where the tensors have to begin; if None, or too early, they keep their place within a block, so that blocks
+    can be cloned.
+    """
+    same = None if base.is_pickled else _same_header(path, entries)
+    if same is not None:
+        return same
+    header = encoded(base, path, entries)
+    if start is not None and start >= len(header):
+        return Literal(encoded(base, path, entries, start - len(header)))
+    first = min((t.start or 0 for t in base.tensors.values() if t.path == path), default=0)
+    return Literal(encoded(base, path, entries, (first - len(header)) % BLOCK if first and first % 8 == 0 else 0))
+
+
+def encoded(base: Checkpoint, path: Path, entries: Sequence[Entry], padding: int = 0) -> bytes:
+    """A new header, with the metadata that the file has in the base."""
+    tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    return encode_header(tensors, base.metadata.get(path, FORMAT), padding)
+
+
+def _same_header(path: Path, entries: Sequence[Entry]) -> Copy | None:
+    """The header of a base's file, where that of the output says the same."""
+    if not path.exists():
+        return None
+    header = read_header(path)
+    before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
+    after = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    return Copy(path, 0, header.data_start) if after == before else None
