@@ -20,6 +20,7 @@ from pema_adapters.formats.find import (
     find_delta,
     first_file,
     has_method,
+    has_trained_rows,
     is_adapter,
     is_method,
 )
@@ -90,6 +91,11 @@ class Delta:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def untied(self) -> str:
+        """The name of the output matrix that is not tied to E any more, though the base's is; "" for none."""
+        return self.fingerprint.untied if self.fingerprint is not None else ""
+
+    @property
     def static_head(self) -> Head | None:
         """The adapter's head, where it is one of an ordinary Transformers class."""
         return self.head if self.head is not None and self.head.is_static else None
@@ -146,7 +152,7 @@ def _read_adapter(folder: Path) -> Delta:
 
 def _without_rows(folder: Path, path: Path, config: dict[str, Any], tensors: dict[str, Stored]) -> Delta:
     """An adapter without PEMA: other methods, and perhaps a head."""
-    if has_method(config.get("config")):
+    if has_trained_rows(config.get("config")):
         raise FormatError(f"{path}: expected the PEMA rows that {ADAPTER_CONFIG} names, found none; save it again")
     name = config.get("name")
     if not isinstance(name, str):
@@ -175,8 +181,12 @@ def _read_head(folder: Path, prefix: str) -> Head | None:
     if not (folder / HEAD_CONFIG).is_file():
         raise FormatError(f"{path}: a head without {HEAD_CONFIG} that says which")
     found = read_tensors(path)
-    tensors = {name: found[name] for name in found if not (prefix and name.startswith(prefix + "."))}
+    tensors = {name: found[name] for name in found if not _is_of_base(name, prefix)}
     return Head(read_json(folder / HEAD_CONFIG), tensors) if tensors else None
+
+
+def _is_of_base(name: str, prefix: str) -> bool:
+    return name.startswith(prefix + ".") if prefix else _ROWS.fullmatch(name) is not None
 
 
 def _rest_config(folder: Path, config: dict[str, Any], has_tensors: bool) -> dict[str, Any] | None:

@@ -128,6 +128,14 @@ def has_method(config: Any) -> bool:
     return any(is_method(member) for member in members) if isinstance(members, list) else is_method(config)
 
 
+def has_trained_rows(config: Any) -> bool:
+    """The same, for PEMA that trains its rows: others are the base's, and not in the artifact."""
+    members = config.get("configs") if isinstance(config, dict) else None
+    listed = members if isinstance(members, list) else [config]
+    frozen = [isinstance(member, dict) and member.get("trainable") is False for member in listed]
+    return any(is_method(member) and not left for member, left in zip(listed, frozen, strict=True))
+
+
 def is_method(config: Any) -> bool:
     """Whether one member of a union is PEMA."""
     return bool((config.get("architecture") if isinstance(config, dict) else config) == METHOD)

@@ -37,7 +37,8 @@ class Fingerprint:
 
     Numbers are digested as little-endian float32: a base saved again in a wider dtype is still the same.
     `embedding` and the keys of `tensors` are canonical names. Ids >= `base_vocab_size` are rows added by
-    `resize_token_embeddings`; they have no base row and are not in the digest.
+    `resize_token_embeddings`; they have no base row and are not in the digest. `untied` is the name of the output
+    matrix that the trained model does not tie to its input embedding any more, though the base does; "" for none.
     """
 
     embedding: str
@@ -46,6 +47,7 @@ class Fingerprint:
     base_vocab_size: int
     rows: str
     tensors: dict[str, tuple[tuple[int, ...], str]]
+    untied: str = ""
 
     @classmethod
     def take(  # noqa: PLR0913 - the parts of a fingerprint
@@ -130,7 +132,7 @@ class Fingerprint:
 
 
 def _validated(fingerprint: Fingerprint) -> Fingerprint:
-    texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows, *fingerprint.tensors]
+    texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows, fingerprint.untied, *fingerprint.tensors]
     sizes = [fingerprint.vocab_size, fingerprint.base_vocab_size]
     for shape, digest in fingerprint.tensors.values():
         texts.append(digest)

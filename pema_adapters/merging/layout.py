@@ -50,7 +50,7 @@ class Layout:
         self.folded = sum(name.endswith(".weight") for name in folded)
         changed = self._rows() | self._replaced() | folded
         self.changed = len(changed)
-        new = self._new()
+        new = self._new() + self._untied()
         self.added = len(new)
         self._files = self._sorted({path: self._of_file(path, changed) for path in base.files}, new, apart)
         self.entries = self._files.entries
@@ -90,7 +90,7 @@ class Layout:
         if self.delta.weight is None:
             return {}
         embedding = self.base.tensors[self.names.embedding]
-        matrices = [embedding.name, *copies_of(self.base, self.names)]
+        matrices = [embedding.name, *copies_of(self.base, self.names, bool(self.delta.untied))]
         if len(matrices) > 1:
             self.notes.append(f"the matrix is stored {len(matrices)} times; rows written into all: {_list(matrices)}")
         made = {name: self._spliced(self.base.tensors[name], self.delta.weight) for name in matrices}
@@ -199,6 +199,22 @@ class Layout:
         missing = [tensor for tensor in self.delta.ordinary.values() if self.names.in_base(tensor.name) is None]
         names = {tensor.name: self.names.new(tensor.name) for tensor in missing}
         return [self._added(t, names[t.name]) for t in missing if names[t.name] not in self.base.shared]
+
+    def _untied(self) -> list[Entry]:
+        """The output matrix that the delta unties: the base's E, unless the base stores it already."""
+        name = self.delta.untied
+        if not name:
+            return []
+        matrix = self.base.tensors[self.names.embedding]
+        if self.vocab_size > matrix.shape[0]:
+            raise MergeError(
+                f"{self.delta.folder}: the vocabulary grew to {self.vocab_size} tokens, but the delta has no rows of "
+                f"{name!r} for the new ones; train with output_embeddings='tied'"
+            )
+        self.notes.append(f"{name} keeps the base's matrix and is no longer tied to the embedding")
+        if name in self.base.tensors:
+            return []
+        return [Entry(name, self._dtype_of(matrix), matrix.shape, (self._kept(matrix),))]
 
     def _added(self, tensor: Stored, name: str) -> Entry:
         dtype = self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype

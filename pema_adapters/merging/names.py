@@ -84,14 +84,14 @@ def _first_part(base: Checkpoint, name: str) -> str:
     return first.removesuffix(".") if inside else ""
 
 
-def copies_of(base: Checkpoint, names: Names) -> list[str]:
+def copies_of(base: Checkpoint, names: Names, is_untied: bool = False) -> list[str]:
     """Names of further stored copies of E: same shape, same bytes, and tied to it by the model's configuration.
 
     Copies of the input embedding (encoder.embed_tokens, ...) are always tied, output embeddings unless
-    `tie_word_embeddings` is false.
+    `tie_word_embeddings` is false, or the delta unties them.
     """
     matrix = base.tensors[names.embedding]
-    tied = base.config.get("tie_word_embeddings", True) is not False
+    tied = base.config.get("tie_word_embeddings", True) is not False and not is_untied
     return [
         tensor.name
         for tensor in base.tensors.values()

@@ -37,6 +37,8 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
         made = _with_head(made, delta.static_head, delta.folder / HEAD_CONFIG)
     if layout.names.embedding and layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:
         made["vocab_size"] = layout.vocab_size
+    if delta.untied:
+        made["tie_word_embeddings"] = False
     if layout.dtype is not None:
         made["torch_dtype" if "torch_dtype" in made else "dtype"] = DTYPES_BY_CODE[layout.dtype]
     path = base.folder / CONFIG

@@ -19,23 +19,33 @@ METHOD = "pema"
 
 POINTS = {
     "config_class": ("adapters.configuration.adapter_config", "AdapterConfig", "_get_config_class"),
+    "config_to_dict": ("adapters.configuration.adapter_config", "AdapterConfig", "to_dict"),
     "methods_of_config": ("adapters.interface", "AdapterMethod", "get_from_config"),
+    "add_adapter": ("adapters.model_mixin", "ModelWithHeadsAdaptersMixin", "add_adapter"),
     "add_adapter_weights": ("adapters.model_mixin", "ModelAdaptersMixin", "_add_adapter_weights"),
     "get_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "get_adapter"),
     "supports_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "supports_adapter"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
-    "post_init": ("transformers.modeling_utils", "PreTrainedModel", "post_init"),
+    "load_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model"),
     "save_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"),
     "resize_token_embeddings": ("transformers.modeling_utils", "PreTrainedModel", "resize_token_embeddings"),
     "tie_weights": ("transformers.modeling_utils", "PreTrainedModel", "_tie_or_clone_weights"),
     "save_checkpoint": ("transformers.trainer", "Trainer", "_save_checkpoint"),
     "save_weights": ("adapters.loading", "WeightsLoaderHelper", "save_weights"),
     "load_weights": ("adapters.loading", "WeightsLoaderHelper", "load_weights"),
+    "weights_to_save": ("adapters.loading", "WeightsLoaderHelper", "state_dict"),
+    "adapter_filter": ("adapters.loading", "AdapterLoader", "filter_func"),
+    "adapter_renaming": ("adapters.loading", "AdapterLoader", "rename_func"),
+    "head_filter": ("adapters.loading", "PredictionHeadLoader", "filter_func"),
+    "wrap_merged_projection": ("adapters.methods.lora", "LoRAMergedLinear", "wrap"),
     "push_adapter": ("adapters.hub_mixin", "PushAdapterToHubMixin", "push_adapter_to_hub"),
     "push_adapter_setup": ("adapters.hub_mixin", "PushAdapterToHubMixin", "push_adapter_setup_to_hub"),
     "adapter_card": ("adapters.hub_mixin", "PushAdapterToHubMixin", "_save_adapter_card"),
 }
 """Point: module, class, function."""
+
+ADDED = ("prompt_tuning.", "prefix_tuning.", "shared_parameters.", "invertible_adapters.", METHOD + ".")
+"""Children of the base model that adapters adds."""
 
 MODULES = tuple(dict.fromkeys(module for module, _, _ in POINTS.values()))
 
@@ -77,9 +87,10 @@ def unpatch() -> None:
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by `wrapper(original, *args)`; a static method stays one."""
+    """Replace `owner.name` by `wrapper(original, *args)`; a static or class method stays one."""
     raw = owner.__dict__[name]
-    original = raw.__func__ if isinstance(raw, staticmethod) else raw
+    kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
+    original = raw.__func__ if kind else raw
     if getattr(original, "_pema", False):
         return
 
@@ -89,7 +100,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     wrapped._pema = True  # type: ignore[attr-defined]
     _originals.append((owner, name, raw))
-    setattr(owner, name, staticmethod(wrapped) if isinstance(raw, staticmethod) else wrapped)
+    setattr(owner, name, kind(wrapped) if kind else wrapped)
 
 
 @contextmanager
@@ -156,11 +167,10 @@ def adapter_tensor_names(model: Any) -> set[str]:
     from adapters.loading import AdapterLoader
 
     filters = [AdapterLoader(model).filter_func(name) for name in model.adapters_config.adapters]
-    always = ("prompt_tuning.", "prefix_tuning.", "shared_parameters.", "invertible_adapters.", METHOD + ".")
     return {
         name
         for name in model.base_model.state_dict()
-        if name.startswith(always) or any(matches("." + name) for matches in filters)
+        if name.startswith(ADDED) or any(matches("." + name) for matches in filters)
     }
 
 

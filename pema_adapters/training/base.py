@@ -41,13 +41,14 @@ class Base:
         """Base rows [n, d] of `token_ids` [n], on the CPU."""
         return self.matrix.rows(token_ids)
 
-    def fingerprint_for(self, token_ids: Tensor, *, with_drawn: bool) -> Tensor:
+    def fingerprint_for(self, token_ids: Tensor, *, with_drawn: bool, untied: str = "") -> Tensor:
         """The fingerprint of this base as an artifact with rows for `token_ids` [K] carries it: uint8 [n].
 
         An adapter does not carry what was drawn, so only a base that has it will do (`with_drawn`). A full delta does.
+        untied: the output matrix that is no longer tied to this one.
         """
         tensors = {**self.fingerprint.tensors, **(self.drawn if with_drawn else {})}
-        return refit(replace(self.fingerprint, tensors=tensors), token_ids, self.rows)
+        return refit(replace(self.fingerprint, tensors=tensors, untied=untied), token_ids, self.rows)
 
     def __deepcopy__(self, memo: object) -> Base:
         return self

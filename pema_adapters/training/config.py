@@ -7,6 +7,13 @@ from typing import Literal
 
 from adapters.configuration.adapter_config import AdapterConfig
 
+_EXPECTED: dict[str, tuple[str | bool | None, ...]] = {
+    "unseen": ("base", "error"),
+    "output_embeddings": ("tied", "full", None),
+    "trainable": (True, False),
+    "dtype": ("float32", "bfloat16", "float16", None),
+}
+
 
 @dataclass(eq=False)
 class PEMAConfig(AdapterConfig):  # type: ignore[misc]
@@ -19,15 +26,28 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
     Args:
         unseen: what a token outside the partial vocabulary gets when the adapter is active: its row of the base matrix
             ("base"), or an `UnseenTokenError` ("error").
+        output_embeddings: for a language model whose head shares the matrix with the input (tied). "tied": the head
+            uses the trained rows, too, and the base's for all other tokens, so that the loss is over the whole
+            vocabulary and a merged model is tied as the base was. "full": the head keeps the base's matrix, which
+            unties the two, and the merge writes two matrices. None: what keeps the model's meaning, "tied". Where
+            nothing is tied, the head is an ordinary layer and this has no effect.
+        trainable: False to keep the rows as they are, for the sake of the memory alone; the artifact has no rows then.
+        dtype: of the trained rows, "float32" for a model in half precision, say; None: the model's. What the embedding
+            gives is in the model's dtype.
 
     Raises:
-        ValueError: another value of `unseen`.
+        ValueError: another value.
     """
 
     unseen: Literal["base", "error"] = "base"
+    output_embeddings: Literal["tied", "full"] | None = None
+    trainable: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     architecture: str | None = "pema"
 
     def __post_init__(self) -> None:
-        if self.unseen not in ("base", "error"):
-            raise ValueError(f'PEMAConfig: unseen is {self.unseen!r}, expected "base" or "error"')
+        for name, expected in _EXPECTED.items():
+            if getattr(self, name) not in expected:
+                options = " or ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in expected)
+                raise ValueError(f"PEMAConfig: {name} is {getattr(self, name)!r}, expected {options}")

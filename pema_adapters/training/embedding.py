@@ -90,6 +90,14 @@ class PartialEmbedding(RowTable, nn.Embedding):
         with torch.no_grad():
             return self._own(token_ids.to(self.weight.device))
 
+    def tied_rows(self) -> Iterator[RowTable]:
+        """The tables whose rows a head that shares the matrix is to use as well, later ones over earlier ones."""
+        owner = self.owner
+        active = owner._overlay[0].active_rows() if owner._overlay else None
+        for table in (owner, active):
+            if table is not None and table.token_ids is not None and len(table.token_ids) and table.ties_output:
+                yield table
+
     @contextmanager
     def counting_absent_rows(self) -> Iterator[None]:
         """Let `parameters()` include the rows that are not in memory, as a meta tensor, for the time of the block."""
@@ -109,6 +117,10 @@ class PartialEmbedding(RowTable, nn.Embedding):
         rows = self._overlay[0].active_rows() if self._overlay else None
         if rows is None or not len(rows):
             return self._own(input_ids)
+        return self._over(input_ids, rows).to(self.weight.dtype)
+
+    def _over(self, input_ids: Tensor, rows: PartialRows) -> Tensor:
+        """An adapter's rows over what is there without it."""
         if self.is_shrunk or rows.unseen == "error":
             return self._partial(input_ids, rows, self._own, rows.unseen)
         positions = rows.positions(input_ids)
@@ -217,7 +229,7 @@ def revert(embedding: PartialEmbedding) -> None:
     original = next(c for c in classes if not issubclass(c, PartialEmbedding))
     for name in ("token_ids", "fingerprint"):
         embedding._buffers.pop(name)
-    for name in ("base", "_overlay", "_watch", "_owner", "_index", "_padding", "was_loaded"):
+    for name in ("base", "_overlay", "_watch", "_owner", "_index", "_padding", "was_loaded", "ties_output"):
         embedding.__dict__.pop(name, None)
     embedding.__class__ = original  # type: ignore[assignment]
 

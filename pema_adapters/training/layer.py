@@ -54,9 +54,10 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         if config is None:
             return False
         weight = self.embedding.weight
-        rows = PartialRows(
-            self.embedding.num_embeddings, weight.shape[1], weight.device, weight.dtype, config["unseen"]
-        )
+        dtype = weight.dtype if config.dtype is None else getattr(torch, config.dtype)
+        size = self.embedding.num_embeddings, weight.shape[1]
+        rows = PartialRows(*size, weight.device, dtype, config.unseen, config.trainable)
+        rows.ties_output = config.trainable and config.output_embeddings != "full"
         rows.train(self.training)
         self.adapters[adapter_name] = rows
         return True
@@ -78,7 +79,7 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         if not names:
             return None
         rows = self.rows_of(names[0])
-        if self.training and not len(rows):
+        if self.training and rows.trainable and not len(rows):
             raise SurgeryError(no_vocabulary(names[0]))
         if rows.was_loaded:
             self._compare_base(names[0], rows)
@@ -99,9 +100,13 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
     def enable_adapters(self, adapter_setup: Any, unfreeze_adapters: bool, unfreeze_fusion: bool) -> None:
         """Unfreeze the rows of the adapters to train. Raises: SurgeryError where one has no vocabulary yet."""
         for name in sorted(adapter_setup.flatten()):
-            if unfreeze_adapters and name in self.adapters and name not in self.with_rows():
+            is_empty = name in self.adapters and name not in self.with_rows()
+            if unfreeze_adapters and is_empty and self.rows_of(name).trainable:
                 raise SurgeryError(no_vocabulary(name))
         super().enable_adapters(adapter_setup, unfreeze_adapters, unfreeze_fusion)
+        for name in self.adapters:
+            if not self.rows_of(name).trainable:
+                self.rows_of(name).weight.requires_grad_(False)
 
     def average_adapter(
         self, adapter_name: str, input_adapters: dict[str, float], combine_strategy: str, **kwargs: Any

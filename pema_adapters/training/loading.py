@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from pema_adapters.training import _upstream
 from pema_adapters.training.base import base_as_loaded
 from pema_adapters.training.embedding import PartialEmbedding, convert_all, parts_of
 from pema_adapters.training.layer import input_embedding
+from pema_adapters.training.output import has_tied_head
 from pema_adapters.training.surgery import shrink_embeddings
 
 
@@ -19,7 +20,8 @@ def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary:
     """`model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)` with only the rows of `vocabulary`.
 
     Of a safetensors checkpoint, nothing but these rows is read of the matrix [V, d], and the matrix is never allocated.
-    Of any other, the model is loaded whole and shrunk. The embedding is trainable as K rows, under its usual name;
+    Of any other, the model is loaded whole and shrunk; so is a language model whose output is tied to the embedding:
+    the output needs the matrix, if only to read. The embedding is trainable as K rows, under its usual name;
     `save_delta` saves what training changed. Random weights of a new head are those that from_pretrained draws.
 
     Args:
@@ -36,32 +38,31 @@ def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary:
     """
     with _upstream.during(_upstream.loading_without_matrix):
         loaded = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
-    if not _give_base(_model(loaded)):
+    if isinstance(input_embedding(_model(loaded)), PartialEmbedding) and not _give_base(_model(loaded)):
         loaded = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
     shrink_embeddings(_model(loaded), None, vocabulary)
     return loaded
 
 
 def leave_out_matrix(model: Any) -> None:
-    """Take the weight out of a model's embedding while it is built (on the meta device), so that none is loaded."""
+    """Take the weight out of a model's embedding, while the model is on the meta device, so that none is loaded."""
     try:
         embedding = input_embedding(model)
     except SurgeryError:
         return
-    if "weight" in embedding._parameters:
-        owner = convert_all(model, embedding)
-        for part in parts_of(model, owner).values():
-            del part._parameters["weight"]
-            _upstream.mark_as_initialized(part)
+    if has_tied_head(model, embedding):  # which needs all of the matrix
+        return
+    owner = convert_all(model, embedding)
+    for part in parts_of(model, owner).values():
+        del part._parameters["weight"]
+        _upstream.mark_as_initialized(part)
     parts = [name for name, part in model.named_modules() if isinstance(part, PartialEmbedding)]
     _upstream.expect_no_tensor(model, [name.split(".")[-1] + ".weight" for name in parts])
 
 
 def _give_base(model: Any) -> bool:
     """Give the embedding its base, no rows, and a place for some. Returns whether the checkpoint can be read from."""
-    embedding = input_embedding(model)
-    if not isinstance(embedding, PartialEmbedding):
-        return False
+    embedding = cast(PartialEmbedding, input_embedding(model))
     parts = parts_of(model.base_model, embedding.owner)
     name = next(name for name, part in parts.items() if part is embedding)
     shape = (embedding.num_embeddings, embedding.embedding_dim)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pema_adapters.training import _upstream
+from pema_adapters.training import _upstream, mends
 
 
 def register(module: ModuleType) -> None:
@@ -45,7 +45,23 @@ def _add_adapter_weights(original: Callable[..., Any], model: Any, adapter_name:
 
     if model.adapters_config.match(adapter_name, PEMAConfig) is not None:
         attach(model.base_model)
+        _convert_heads(model)
     return original(model, adapter_name)
+
+
+def _add_adapter(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The weights are the base model's affair, a head that shares its matrix is not."""
+    result = original(model, *args, **kwargs)
+    _convert_heads(model)
+    return result
+
+
+def _convert_heads(model: Any) -> None:
+    layer = _upstream.pema_layer(model)
+    if layer is not None:
+        from pema_adapters.training.output import convert_heads
+
+        convert_heads(model, layer.embedding)
 
 
 def _get_adapter(original: Callable[..., Any], model: Any, name: str) -> Any:
@@ -66,20 +82,20 @@ def _adapter_summary(original: Callable[..., Any], model: Any, *args: Any, **kwa
         return original(model, *args, **kwargs)
 
 
-def _post_init(original: Callable[..., Any], model: Any) -> Any:
-    result = original(model)
+def _load_pretrained(original: Callable[..., Any], model_class: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     if _upstream.loading_without_matrix.get():
         from pema_adapters.training.loading import leave_out_matrix
 
         leave_out_matrix(model)
-    return result
+    return original(model_class, model, *args, **kwargs)
 
 
 def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    from pema_adapters.training.saving import full_state_dict
+    from pema_adapters.training.saving import full_state_dict, own_rows_once
 
     if _upstream.writing_trainer_checkpoint.get():
-        return original(model, save_directory, *args, **kwargs)
+        state = own_rows_once(model, kwargs.pop("state_dict", None))
+        return original(model, save_directory, *args, state_dict=state, **kwargs)
     with full_state_dict(model, Path(save_directory), kwargs.pop("state_dict", None)) as state_dict:
         return original(model, save_directory, *args, state_dict=state_dict, **kwargs)
 
@@ -99,10 +115,14 @@ def _resize_token_embeddings(
 
 
 def _tie_weights(original: Callable[..., Any], model: Any, output_embeddings: Any, input_embeddings: Any) -> Any:
-    from pema_adapters.training.surgery import refuse_tie
+    from pema_adapters.training.surgery import is_tied_already, refuse_tie
 
+    if is_tied_already(input_embeddings, output_embeddings):
+        return None
     refuse_tie(model, input_embeddings, output_embeddings)
-    return original(model, output_embeddings, input_embeddings)
+    result = original(model, output_embeddings, input_embeddings)
+    _convert_heads(model)
+    return result
 
 
 def _save_weights(original: Callable[..., Any], helper: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,13 +165,15 @@ def _has_rows(model: Any, adapter_name: str) -> bool:
 
 
 _WRAPPERS: dict[str, Callable[..., Any]] = {
+    **mends.WRAPPERS,
     "config_class": _config_class,
     "methods_of_config": _methods_of_config,
+    "add_adapter": _add_adapter,
     "add_adapter_weights": _add_adapter_weights,
     "get_adapter": _get_adapter,
     "supports_adapter": _supports_adapter,
     "adapter_summary": _adapter_summary,
-    "post_init": _post_init,
+    "load_pretrained": _load_pretrained,
     "save_pretrained": _save_pretrained,
     "resize_token_embeddings": _resize_token_embeddings,
     "tie_weights": _tie_weights,

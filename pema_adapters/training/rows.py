@@ -14,7 +14,8 @@ class RowTable(nn.Module):
     """K rows of a matrix [V, d]: what `PartialRows` and a `PartialEmbedding` with own rows share.
 
     Attributes: `weight` [K, d]; `token_ids` int32 [K], strictly increasing; `fingerprint` uint8 [n], the description of
-    the base that `formats.fingerprint` reads; `vocab_size` V.
+    the base that `formats.fingerprint` reads; `vocab_size` V; `ties_output`: whether a language-model head that shares
+    the matrix uses these rows, too.
     """
 
     weight: Tensor
@@ -23,6 +24,7 @@ class RowTable(nn.Module):
     vocab_size: int
     loads_piecewise = False
     was_loaded = False  # from a file, and not yet compared with the model's base
+    ties_output = True
     _index: Tensor | None
     _padding: tuple[int, int | None] | None
 
@@ -30,7 +32,7 @@ class RowTable(nn.Module):
         """Hold `rows` [K, d] for `token_ids` [K]; the Parameter keeps its identity, a gradient is dropped."""
         device = self.weight.device
         self.weight.grad = None
-        self.weight.data = rows.to(device)
+        self.weight.data = rows.to(device, self.weight.dtype)
         self.token_ids = token_ids.to(device, torch.int32)
         self.fingerprint = fingerprint.to(device)
         self._forget_index()
@@ -100,19 +102,22 @@ class RowTable(nn.Module):
 
 
 class PartialRows(RowTable):
-    """The rows that one adapter trains; none until it has a vocabulary.
+    """The rows that one adapter trains, or holds; none until it has a vocabulary.
 
-    Args: `vocab_size` V, `dim` d, and the `device` and `dtype` of the matrix.
+    Args: `vocab_size` V, `dim` d, the `device` of the matrix and the `dtype` of the rows; `unseen` and `trainable` as
+    in `PEMAConfig`. Rows that do not train are the base's, and in no state.
     """
 
     token_ids: Tensor
     fingerprint: Tensor
     loads_piecewise = True  # from_pretrained hands over one tensor at a time
 
-    def __init__(self, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, unseen: str) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917 - what a table is, and what its config says
+        self, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, unseen: str, trainable: bool = True
+    ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.unseen = unseen
+        self.unseen, self.trainable = unseen, trainable
         self.weight = nn.Parameter(torch.empty(0, dim, device=device, dtype=dtype))
         self.register_buffer("token_ids", torch.empty(0, device=device, dtype=torch.int32))
         self.register_buffer("fingerprint", torch.empty(0, device=device, dtype=torch.uint8))
@@ -123,6 +128,14 @@ class PartialRows(RowTable):
 
     def __bool__(self) -> bool:
         return True
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.trainable:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.trainable:
+            super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         """K of V, d."""

@@ -14,6 +14,7 @@ from pema_adapters.training import _upstream
 from pema_adapters.training.base import Base
 from pema_adapters.training.base_rows import MappedMatrix
 from pema_adapters.training.embedding import PartialEmbedding
+from pema_adapters.training.output import heads_of
 
 OWN = ("token_ids", "fingerprint")
 
@@ -70,8 +71,22 @@ def full_state_dict(
             state[prefix + "weight"] = matrix.tensor
         for name in OWN:
             state.pop(prefix + name, None)
+    for name, head in heads_of(model, owner).items():
+        state[name + ".weight"] = matrix.tensor if owner.ties_output or owner.token_ids is None else head.weight
     with _out_of_the_way(_base(owner).matrix.lies_in(folder)):
         yield state
+
+
+def own_rows_once(model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The state of a model with token ids and fingerprint under one name, where one embedding has several (T5's)."""
+    owner = shrunk_embedding(model)
+    if owner is None or owner.token_ids is None:
+        return state_dict
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    for prefix in _prefixes(model, owner)[1:]:
+        for name in OWN:
+            state.pop(prefix + name, None)
+    return state
 
 
 def shrunk_embedding(model: Any) -> PartialEmbedding | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from adapters import ConfigUnion
@@ -16,14 +17,23 @@ from pema_adapters.training.base import Base, find_base
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all, parts_of, revert, sites
 from pema_adapters.training.layer import input_embedding
+from pema_adapters.training.output import PartialOutput, convert_heads, heads_of, revert_heads
 from pema_adapters.training.rows import RowTable
 from pema_adapters.vocabulary import PartialVocabulary
+
+logger = logging.getLogger(__name__)
 
 INSERTED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 """Config entries with ids that a model or a collator inserts by itself."""
 
 
-def shrink_embeddings(model: Any, adapter_name: str | None, vocabulary: Any) -> PartialVocabulary:
+def shrink_embeddings(
+    model: Any,
+    adapter_name: str | None,
+    vocabulary: Any,
+    *,
+    output_embeddings: Literal["tied", "full"] | None = None,
+) -> PartialVocabulary:
     """Keep only the rows of `vocabulary` in memory, as the trainable rows [K, d] of adapter `adapter_name`.
 
     The model computes the same function as before; original token ids go in. The full matrix [V, d] is let go: other
@@ -33,27 +43,33 @@ def shrink_embeddings(model: Any, adapter_name: str | None, vocabulary: Any) -> 
         model: a Transformers model with adapters (`adapters.init` or AutoAdapterModel); changed in place.
         adapter_name: an adapter with a `PEMAConfig`; None for full fine-tuning without adapters.
         vocabulary: a `PartialVocabulary`, or tokenized data to scan for one (see `PartialVocabulary.from_dataset`).
+        output_embeddings: full fine-tuning of a language model; an adapter's `PEMAConfig` says it for adapters.
 
     Returns:
         The vocabulary in use: with the ids that the model inserts itself (pad, bos, eos, decoder start), and rows that
         `resize_token_embeddings` added to the checkpoint's.
 
     Raises:
-        SurgeryError: no such adapter, no PEMA in it, no token embedding, or an output head tied to the embedding.
+        SurgeryError: no such adapter, no PEMA in it, no token embedding, or one that cannot be shared with the output.
         VocabularyError: a vocabulary of another size than the model's V, or data that cannot be scanned.
     """
     embedding = input_embedding(model)
     holder = None if adapter_name is None else _rows_of(model, adapter_name)
-    _refuse_tied_heads(model, embedding)
     used = _complete(model, embedding.num_embeddings, vocabulary)
     base = _base_of(model, embedding)
     owner = convert_all(model, embedding)
     target: RowTable = owner if holder is None else holder
+    if holder is None:
+        owner.ties_output = output_embeddings != "full"
+    heads = convert_heads(model, owner)
+    untied = _untied(model, heads) if heads and not _ties(model, adapter_name, target) else ""
     used = used | _already_in(target, owner, base, used.vocab_size)
     token_ids = torch.from_numpy(used.token_ids.copy())
     rows = _current_rows(target, owner, token_ids)
-    fingerprint = base.fingerprint_for(token_ids, with_drawn=holder is not None)
+    fingerprint = base.fingerprint_for(token_ids, with_drawn=holder is not None, untied=untied)
     if not owner.is_shrunk:
+        for head in heads.values():
+            head.hold_base()
         owner.shrink(base)
     target.set_rows(token_ids, rows, fingerprint)
     if holder is not None:
@@ -81,7 +97,10 @@ def restore_embeddings(model: Any) -> None:
     if name is not None:
         active = layer.adapters[name]
         matrix[active.token_ids.long()] = active.weight.detach()
+    is_untied = model.config.tie_word_embeddings is False
     owner.restore(matrix)
+    for head in heads_of(model, owner).values():
+        head.untie() if is_untied else head.tie()
     if name is not None:
         _drop_pema_part(model, name)
     if layer is None or not len(layer.adapters):
@@ -131,21 +150,43 @@ def _rows_of(model: Any, adapter_name: str) -> RowTable:
     return _upstream.pema_layer(model).adapters[adapter_name]  # type: ignore[no-any-return]
 
 
-def _refuse_tied_heads(model: nn.Module, embedding: nn.Embedding) -> None:
-    """A head that shares the matrix needs all V rows: it cannot stay the same function on K."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            continue
-        if any(parameter is embedding.weight for parameter in module._parameters.values()):
-            raise SurgeryError(_tied(name, module, embedding))
+def is_tied_already(embedding: nn.Module, head: nn.Module) -> bool:
+    """Whether `head` shares the matrix of a partial `embedding` in the way that is possible."""
+    if not isinstance(embedding, PartialEmbedding) or not embedding.is_shrunk:
+        return False
+    if isinstance(head, PartialEmbedding):
+        return head.owner is embedding.owner
+    return isinstance(head, PartialOutput) and head.embedding is embedding.owner
+
+
+def _ties(model: Any, adapter_name: str | None, target: RowTable) -> bool:
+    """Whether the trained rows serve the output, too; rows that do not train leave the tie as it is."""
+    if adapter_name is None:
+        return target.ties_output
+    return bool(model.adapters_config.match(adapter_name, PEMAConfig).output_embeddings != "full")
+
+
+def _untied(model: Any, heads: Iterable[str]) -> str:
+    """Input and output are two matrices from now on, and the config says so. Returns the name of the output matrix."""
+    if model.config.is_encoder_decoder:
+        raise SurgeryError(
+            f"{type(model).__name__} ties the embeddings of its encoder and decoder along with its output, so "
+            'output_embeddings="full" would change what it computes once it is saved: use "tied"'
+        )
+    head = next(iter(heads))
+    logger.warning(
+        "%s keeps the base's matrix and is no longer tied to the input embedding, whose rows train alone: "
+        "config.tie_word_embeddings is now False", head,
+    )  # fmt: skip
+    model.config.tie_word_embeddings = False
+    return f"{head}.weight"
 
 
 def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
     return (
         f"the head {name!r} ({type(head).__name__}) is tied to the input embedding and needs all "
-        f"{embedding.num_embeddings} rows: shrinking would change the model's output; use a model class without such "
-        "a head (...ForSequenceClassification, ...ForTokenClassification), or call restore_embeddings(model) before "
-        "adding one"
+        f"{embedding.num_embeddings} rows, which are not in memory: add it before shrink_embeddings, or call "
+        "restore_embeddings(model) first"
     )
 
 
@@ -246,5 +287,6 @@ def _detach(model: Any, owner: PartialEmbedding) -> None:
     """Leave no trace: plain embeddings, and no layer."""
     if _upstream.pema_layer(model) is not None:
         delattr(model.base_model, _upstream.METHOD)
+    revert_heads(model, owner)
     for part in parts_of(model, owner).values():
         revert(part)
