@@ -44,11 +44,13 @@ lint: $(VENV)/.dev  ## Check style and types
 demo: $(VENV)/.demo  ## Fine-tune a real model with PEMA, merge it, and prove the result equal (4 minutes)
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
-bench: $(VENV)/.bench  ## Measure scan, training step, artifact and merge beside their peers
+bench: $(VENV)/.bench  ## Measure scan, training step, artifact, merge and push beside their peers
 	$(BIN)/python tools/bench_scan.py
 	$(BIN)/python tools/bench_step.py
 	$(BIN)/python tools/bench_artifact.py
 	$(BIN)/python tools/bench_merge.py
+	$(BIN)/python tools/bench_merge_memory.py --sizes 0.3 1 3
+	$(BIN)/python tools/bench_push.py
 
 clean:  ## Remove what the commands made
 	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
