@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--time", type=float, metavar="SECONDS", help="stop after so long")
     add("--family", help="only mutations of this family (as in the table)")
     add("--only", type=int, nargs="+", metavar="NUMBER", help="only these cases, with their outcome in full")
-    add("--limit", type=float, default=10, metavar="SECONDS", help="for one case, after which it hangs (default 10)")
+    add("--limit", type=float, default=20, metavar="SECONDS", help="for one case, after which it hangs (default 20)")
     add("--keep", type=Path, default=KEEP, metavar="FOLDER", help="where inputs of escapes are saved")
     add("--dir", type=Path, help="work in a fresh folder below this one (default: in memory, where that is possible)")
     add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")

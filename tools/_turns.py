@@ -1,0 +1,126 @@
+"""Contestants in processes of their own that take turns, so that they meet the same weather.
+
+`_bench.paired` compares in one process, `_bench.in_child` measures the memory of one process. Here each contestant is
+a fresh process that waits for its turn. Memory is watched in some turns, and time taken in others: who polls RssAnon
+takes time from who is measured.
+
+    def contestant(name) -> dict[str, Callable[[], Any]]: ...        # at the top level of the bench; runs in the child
+    with Process(contestant, "full") as one, Process(contestant, "partial") as other:
+        one.watch("step")           # bytes of RssAnon at the peak of one step
+        times = take_turns({"full": one, "partial": other}, "step", rounds=5)
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from _bench import POLL_SECONDS, anonymous_bytes
+
+SHORT = 100
+"""Characters of an error that fit a table."""
+START = "start"
+
+
+class ContestantError(Exception):
+    """What went wrong in a contestant's process, in one short line."""
+
+
+class Process:
+    """A fresh process with the commands that `work(*args)` gives.
+
+    Attributes: `floor`, RssAnon in bytes when all modules were imported and nothing was made.
+
+    Raises: ContestantError if `work` or a command does.
+    """
+
+    def __init__(self, work: Callable[..., Mapping[str, Callable[[], Any]]], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child_main, args=(theirs, work, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self.floor: int = self.ask(START)[1]
+        except ContestantError:
+            self.close()
+            raise
+
+    def ask(self, command: str) -> tuple[float, Any]:
+        """Seconds that the command took, and what it returned."""
+        self._tell(command)
+        return self._answer()
+
+    def watch(self, command: str) -> int:
+        """The highest RssAnon seen while the command was at work, in bytes."""
+        peak = anonymous_bytes(self._process.pid)
+        self._tell(command)
+        while not self._pipe.poll(POLL_SECONDS):
+            peak = max(peak, anonymous_bytes(self._process.pid))
+        self._answer()
+        return max(peak, anonymous_bytes(self._process.pid))
+
+    def _tell(self, command: str) -> None:
+        with suppress(ConnectionError):  # of a process that ended; `_answer` will say so
+            self._pipe.send(command)
+
+    def _answer(self) -> tuple[float, Any]:
+        try:
+            error, seconds, result = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise ContestantError(f"its process ended with code {self._process.exitcode}") from None
+        if error:
+            raise ContestantError(error)
+        return seconds, result
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+def take_turns(contestants: Mapping[Any, Process], command: str, *, rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each contestant in each round; who begins changes every round."""
+    times: dict[Any, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(contestants[name].ask(command)[0])
+    return times
+
+
+def _child_main(pipe: Connection, work: Callable[..., Mapping[str, Callable[[], Any]]], args: Any) -> None:
+    floor = anonymous_bytes()
+
+    def start() -> int:
+        commands.update(work(*args))
+        return floor
+
+    commands: dict[str, Callable[[], Any]] = {START: start}
+    with suppress(EOFError, ConnectionError):  # the other end is done with this process
+        while True:
+            pipe.send(_work_off(commands[pipe.recv()]))
+
+
+def _work_off(command: Callable[[], Any]) -> tuple[str | None, float, Any]:
+    began = time.perf_counter()
+    try:
+        result = command()
+    except Exception as error:
+        return short(error), 0.0, None
+    return None, time.perf_counter() - began, result
+
+
+def short(error: Exception) -> str:
+    """The kind of an error and the beginning of its first line."""
+    line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    return line if len(line) <= SHORT else line[: SHORT - 3] + "..."
