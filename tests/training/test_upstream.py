@@ -33,6 +33,11 @@ SIGNATURES = {
         "output_embeddings",
         "input_embeddings",
     ],
+    ("adapters.loading", "WeightsLoaderHelper.state_dict"): ["self", "filter_func"],
+    ("adapters.loading", "AdapterLoader.filter_func"): ["self", "adapter_name"],
+    ("adapters.loading", "AdapterLoader.rename_func"): ["self", "old_name", "new_name"],
+    ("adapters.loading", "PredictionHeadLoader.filter_func"): ["self", "head_name"],
+    ("adapters.configuration.adapter_config", "AdapterConfig.to_dict"): ["self"],
     ("transformers.trainer", "Trainer._save_checkpoint"): ["self", "model", "trial"],
 }
 
@@ -55,6 +60,11 @@ def test_save_pretrained_takes_a_state_dict_and_resize_a_number():
     assert list(save)[:2] == ["self", "save_directory"] and save["state_dict"].default is None, VERSIONS
     resize = inspect.signature(inspect.unwrap(transformers.PreTrainedModel.resize_token_embeddings)).parameters
     assert list(resize)[:2] == ["self", "new_num_tokens"], VERSIONS
+
+
+def test_merged_projections_are_wrapped_module_first():
+    wrap = inspect.signature(inspect.unwrap(find("adapters.methods.lora", "LoRAMergedLinear.wrap").__func__)).parameters
+    assert list(wrap)[:2] == ["cls", "module"], VERSIONS
 
 
 def test_the_base_model_s_children_are_managed_by_the_library():

@@ -1,0 +1,127 @@
+"""PEMA beside the methods of adapters on its model types: a part of the matrix that tools/compatibility.py makes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+
+from _compat_cell import NONE, OK, OURS, THEIRS, Benches, Cell, Result, run
+from _compat_models import ALONE, FAMILIES, LM_HEADS, METHODS, UNUSED, V
+from _compat_table import BEGIN, END, markdown, write_readme
+from compatibility import Worker, cells
+
+from pema_adapters.training.base_rows import BaseRows
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning"
+)  # what models say among themselves
+
+MODELS = [
+    "albert", "bart", "clip text", "deberta-v2", "distilbert", "gemma2", "gpt2", "mistral", "modernbert", "roberta",
+    "t5", "whisper", "xmod",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def benches():
+    threads, made = torch.get_num_threads(), Benches()
+    torch.set_num_threads(1)  # of such small models more would wait for each other
+    yield made
+    torch.set_num_threads(threads)
+    made.close()
+
+
+@pytest.mark.parametrize("method", ["compacter", "lora"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_model(benches, model, method):
+    result = run(Cell(model, method, "classification"), benches)
+    assert result.status == OK, result.reason
+    assert result.changed == (model == "xmod")  # adapters.init takes the language adapters away
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(benches, method):
+    result = run(Cell("bert", method, "classification"), benches)
+    assert result.status == OK, result.reason
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "t5"])
+def test_language_models(benches, model):
+    (head,) = FAMILIES[model].heads
+    assert head in LM_HEADS
+    result = run(Cell(model, "compacter", head), benches)
+    assert result.status == OK, result.reason
+
+
+def test_what_adapters_cannot_do_is_told_from_what_does_not_apply(benches):
+    theirs = run(Cell("t5", "prompt_tuning", "classification"), benches)
+    assert (theirs.status, theirs.reason) == (
+        THEIRS,
+        "ValueError: Adapter config or type is not supported by this model.",
+    )
+    assert run(Cell("vit", ALONE, "classification"), benches).status == NONE
+
+
+def test_a_matrix_that_is_alive_is_our_failure(benches):
+    held = torch.zeros(V, 3)
+    result = run(Cell("bert", "lora", "classification"), benches)
+    assert (result.status, result.reason) == (OURS, "1 tensors [V, d] are alive, expected 0"), held.shape
+
+
+def test_rows_that_a_base_gives_wrongly_are_our_failure(benches, monkeypatch):
+    rows, wrong = BaseRows.rows, torch.randn(128)
+    monkeypatch.setattr(BaseRows, "rows", lambda base, ids: rows(base, ids) + (ids == UNUSED[0])[:, None] * wrong)
+    result = run(Cell("bert", "lora", "classification"), benches)
+    assert result.status == OURS and result.reason.endswith("(tokens outside the vocabulary)")
+
+
+def test_a_process_that_dies_is_a_cell_that_fails():
+    worker = Worker()
+    worker._process.kill()
+    assert worker.run(Cell("bert", "lora", "classification")) is None
+    worker.stop()
+
+
+def test_language_model_heads_are_tried_where_there_are_any():
+    groups = cells(["bert", "vit"], ["lora"], ["classification", "masked", "causal"])
+    assert [cell for group in groups for cell in group] == [
+        Cell("vit", ALONE, "classification"), Cell("bert", "lora", "classification"), Cell("bert", "lora", "masked"),
+    ]  # fmt: skip
+
+
+RESULTS = [
+    Result(Cell("t5", "vera", "seq2seq"), OURS, "why"),
+    *(Result(Cell(model, method, "classification"), OK) for model in ("gpt2", "bert") for method in ("lora", "ia3")),
+    Result(Cell("bert", "vera", "classification"), OK),
+    Result(Cell("gpt2", "vera", "classification"), THEIRS, "no"),
+    Result(Cell("vit", ALONE, "classification"), NONE, "no text"),
+]
+TABLE = """\
+| classification | lora, ia3 | vera |
+| --- | --- | --- |
+| bert | ✓ | ✓ |
+| gpt2 | ✓ | – [1] |
+
+| seq2seq | vera |
+| --- | --- |
+| t5 | ✗ [2] |
+
+[1] adapters without PEMA: no\x20\x20
+[2] why\x20\x20
+vit: no text\x20\x20
+
+8 cells: 5 work, 1 fail in adapters without PEMA, too, 1 fail with PEMA only, 1 do not apply."""
+
+
+def test_the_table_and_its_place_in_the_readme(tmp_path):
+    assert markdown(RESULTS) == TABLE
+    readme = tmp_path / "README.md"
+    readme.write_text(f"a\n{BEGIN}\nold\n{END}\nb\n", encoding="utf-8")
+    write_readme(readme, RESULTS)
+    assert readme.read_text(encoding="utf-8") == f"a\n{BEGIN}\n{TABLE}\n{END}\nb\n"
+    readme.write_text("nothing", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no block"):
+        write_readme(readme, RESULTS)

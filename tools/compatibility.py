@@ -1,0 +1,174 @@
+"""PEMA beside every method of adapters, on every model type of it: what works, shown by doing it.
+
+    python tools/compatibility.py [--models bert,t5] [--methods lora,compacter] [--heads classification,masked]
+                                  [--json FILE] [--readme]
+
+Every cell is a tiny random model that trains, saves, loads and merges (see _compat_cell.py). A cell that fails is tried
+without PEMA, too: "adapters" means that adapters cannot do it by itself. `--readme` rewrites the table in README.md.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from _compat_cell import OURS, Benches, Cell, Result, run
+from _compat_models import ALONE, FAMILIES, LM_HEADS, METHODS, WITHOUT_TEXT
+from _compat_table import markdown, write_readme
+
+PROCESSES, SECONDS_A_CELL = 2, 180
+HEAD_KINDS = ("classification", *LM_HEADS)
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def cells(models: Sequence[str], methods: Sequence[str], heads: Sequence[str]) -> list[list[Cell]]:
+    """The cells to try, in groups that share a checkpoint."""
+    groups = [[Cell(model, ALONE, heads[0])] for model in models if model in WITHOUT_TEXT]
+    for model in (each for each in models if each in FAMILIES):
+        kinds = [head for head in heads if head in FAMILIES[model].head_kinds()]
+        groups += [[Cell(model, method, head) for method in methods] for head in kinds]
+    return groups
+
+
+def run_all(groups: Sequence[Sequence[Cell]], processes: int = PROCESSES) -> Iterator[Result]:
+    """Results as they come. A process that dies or hangs is one failed cell; another takes its place."""
+    todo: queue.SimpleQueue[Sequence[Cell]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
+    for group in groups:
+        todo.put(group)
+    threads = [threading.Thread(target=_feed, args=(todo, done), daemon=True) for _ in range(processes)]
+    for thread in threads:
+        thread.start()
+    running = len(threads)
+    while running:
+        result = done.get()
+        if result is None:
+            running -= 1
+        else:
+            yield result
+
+
+def _feed(todo: "queue.SimpleQueue[Sequence[Cell]]", done: "queue.SimpleQueue[Result | None]") -> None:
+    worker = Worker()
+    try:
+        while True:
+            for cell in todo.get_nowait():
+                result = worker.run(cell)
+                if result is None:
+                    worker.stop()
+                    worker, result = Worker(), Result(cell, OURS, "the process died, or took too long")
+                done.put(result)
+    except queue.Empty:
+        worker.stop()
+    finally:
+        done.put(None)
+
+
+class Worker:
+    """A process that runs one cell after another."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def run(self, cell: Cell) -> Result | None:
+        """The result; None where the process died or did not answer in time."""
+        try:
+            self._pipe.send(cell)
+            return self._pipe.recv() if self._pipe.poll(SECONDS_A_CELL) else None
+        except (EOFError, OSError):
+            return None
+
+    def stop(self) -> None:
+        """Let it clean up; else end it."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(5)
+        self._process.kill()
+        self._process.join()
+
+
+def _work(pipe: Connection) -> None:
+    """In the process: cells come in, results go out, None ends it."""
+    _quiet()
+    benches = Benches()
+    try:
+        while (cell := pipe.recv()) is not None:
+            pipe.send(run(cell, benches))
+    finally:
+        benches.close()
+
+
+def _quiet() -> None:
+    """One thread each, and no words but ours."""
+    import logging
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for the life of the process
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    groups = cells(options.models, options.methods, options.heads)
+    total, results = sum(map(len, groups)), []
+    with contextlib.suppress(KeyboardInterrupt):  # what there is by then is shown
+        for result in run_all(groups, options.processes):
+            results.append(result)
+            _show_progress(result, len(results), total)
+    print(markdown(results))
+    if options.json:
+        options.json.write_text(json.dumps([_as_json(each) for each in results], indent=1) + "\n")
+    if options.readme:
+        write_readme(README, results)
+    return 1 if any(each.status == OURS for each in results) else 0
+
+
+def _show_progress(result: Result, count: int, total: int) -> None:
+    cell = result.cell
+    end = "\r" if sys.stderr.isatty() and result.status != OURS else "\n"
+    line = f"{count}/{total} {cell.model}, {cell.method}, {cell.head}: {result.status} {result.reason}"
+    print(line[:160].ljust(100), end=end, file=sys.stderr, flush=True)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return {**vars(result.cell), "status": result.status, "reason": result.reason, "seconds": round(result.seconds, 2)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, known in (("models", (*FAMILIES, *WITHOUT_TEXT)), ("methods", METHODS), ("heads", HEAD_KINDS)):
+        parser.add_argument(f"--{name}", type=_some_of(known), default=known, metavar="A,B", help="all, if not given")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--readme", action="store_true")
+    return parser
+
+
+def _some_of(known: Sequence[str]) -> Any:
+    def parse(text: str) -> tuple[str, ...]:
+        wrong = [name for name in text.split(",") if name not in known]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: expected some of {', '.join(known)}")
+        return tuple(text.split(","))
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())
