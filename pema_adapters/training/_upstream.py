@@ -23,6 +23,7 @@ POINTS = {
     "methods_of_config": ("adapters.interface", "AdapterMethod", "get_from_config"),
     "add_adapter": ("adapters.model_mixin", "ModelWithHeadsAdaptersMixin", "add_adapter"),
     "add_adapter_weights": ("adapters.model_mixin", "ModelAdaptersMixin", "_add_adapter_weights"),
+    "set_active_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "set_active_adapters"),
     "get_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "get_adapter"),
     "supports_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "supports_adapter"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
@@ -125,6 +126,20 @@ def flat_names(adapter_setup: Any) -> list[str]:
 
     found = parse_composition(adapter_setup)
     return list(found.flatten()) if isinstance(found, AdapterCompositionBlock) else []
+
+
+def branches(adapter_setup: Any) -> Iterator[tuple[str, list[str]]]:
+    """Every block of a setup that sends inputs through some of its adapters only: its kind, and all their names."""
+    from adapters.composition import AdapterCompositionBlock, BatchSplit, MultiTask, Parallel, Split, parse_composition
+
+    def walk(block: Any) -> Iterator[tuple[str, list[str]]]:
+        if isinstance(block, AdapterCompositionBlock):
+            if isinstance(block, (BatchSplit, MultiTask, Parallel, Split)) and len(block.children) > 1:
+                yield type(block).__name__, sorted(block.flatten())
+            for child in block.children:
+                yield from walk(child)
+
+    return walk(parse_composition(adapter_setup))
 
 
 def expect_no_tensor(model: Any, names: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class LiveModel:
         self.prefix = str(model.base_model_prefix or "")
         self.embedding = embedding
         added = _upstream.adapter_tensor_names(model)
-        state = model.base_model.state_dict()
+        state = _without_quantization(model.base_model)
         self._tensors: dict[str, Tensor] = {
             name: tensor
             for name, tensor in state.items()
@@ -164,6 +165,13 @@ class LiveModel:
     def tensor(self, name: str) -> Tensor:
         """The tensor in memory."""
         return self._tensors[name]
+
+
+def _without_quantization(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, without what quantised layers save beside their weights (scales, formats)."""
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    known = {name for name, _ in tensors}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in known}
 
 
 def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> Base | None:

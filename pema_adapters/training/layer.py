@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -70,12 +71,7 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         setup = self.get_active_setup()  # type: ignore[operator]
         if setup is None:
             return None
-        names = sorted(name for name in setup.flatten() if name in self.adapters)
-        if len(names) > 1:
-            raise SurgeryError(
-                f"adapters {', '.join(names)} are active together and each has embedding rows of its own: "
-                "activate one of them, or average them with average_adapter"
-            )
+        names = self.only_one(setup.flatten())
         if not names:
             return None
         rows = self.rows_of(names[0])
@@ -84,6 +80,26 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         if rows.was_loaded:
             self._compare_base(names[0], rows)
         return rows
+
+    def only_one(self, adapter_names: Iterable[str]) -> list[str]:
+        """Those of the adapters that have rows, one or none. Raises: SurgeryError if several have."""
+        names = sorted(name for name in set(adapter_names) if name in self.adapters)
+        if len(names) > 1:
+            raise SurgeryError(
+                f"adapters {', '.join(names)} are active together and each has embedding rows of its own: "
+                "activate one of them, or average them with average_adapter"
+            )
+        return names
+
+    def refuse_branch(self, kind: str, adapter_names: list[str]) -> None:
+        """Raise SurgeryError where an adapter with rows is one of several that share the inputs of one batch."""
+        owner = next(iter(self.only_one(adapter_names)), None)
+        if owner is not None:
+            others = ", ".join(name for name in adapter_names if name != owner)
+            raise SurgeryError(
+                f"{kind}: adapter {owner!r} has embedding rows, which {others} would get as well, for all of a batch "
+                f"goes through one embedding: activate {owner!r} by itself or in a Stack"
+            )
 
     def _compare_base(self, adapter_name: str, rows: PartialRows) -> None:
         """Say so, once, where loaded rows were trained on another base; in half precision that cannot be told."""

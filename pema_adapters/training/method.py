@@ -64,6 +64,18 @@ def _convert_heads(model: Any) -> None:
         convert_heads(model, layer.embedding)
 
 
+def _set_active_adapters(
+    original: Callable[..., Any], model: Any, adapter_setup: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """A token has one embedding: of adapters that are active together, one may have rows."""
+    layer = _upstream.pema_layer(model)
+    if layer is not None:
+        layer.only_one(_upstream.flat_names(adapter_setup))
+        for kind, names in _upstream.branches(adapter_setup):
+            layer.refuse_branch(kind, names)
+    return original(model, adapter_setup, *args, **kwargs)
+
+
 def _get_adapter(original: Callable[..., Any], model: Any, name: str) -> Any:
     """adapters looks for prompt tuning alone among the children of the base model."""
     found, layer = original(model, name), _upstream.pema_layer(model)
@@ -170,6 +182,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "methods_of_config": _methods_of_config,
     "add_adapter": _add_adapter,
     "add_adapter_weights": _add_adapter_weights,
+    "set_active_adapters": _set_active_adapters,
     "get_adapter": _get_adapter,
     "supports_adapter": _supports_adapter,
     "adapter_summary": _adapter_summary,

@@ -26,6 +26,14 @@ SIGNATURES = {
     ("adapters.interface", "AdapterMethod.get_from_config"): ["config"],
     ("adapters.model_mixin", "ModelAdaptersMixin._add_adapter_weights"): ["self", "adapter_name"],
     ("adapters.model_mixin", "ModelAdaptersMixin.get_adapter"): ["self", "name"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.set_active_adapters"): ["self", "adapter_setup", "skip_layers"],
+    ("adapters.model_mixin", "ModelWithHeadsAdaptersMixin.add_adapter"): [
+        "self",
+        "adapter_name",
+        "config",
+        "overwrite_ok",
+        "set_active",
+    ],
     ("adapters.model_mixin", "ModelAdaptersMixin.supports_adapter"): ["self", "type_or_config"],
     ("adapters.model_mixin", "ModelAdaptersMixin.adapter_summary"): ["self", "as_dict"],
     ("transformers.modeling_utils", "PreTrainedModel._tie_or_clone_weights"): [
@@ -111,3 +119,11 @@ def test_no_other_module_touches_private_names():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "_upstream.py":
             assert list(private_imports(path)) == [], path
+
+
+def test_weights_are_loaded_into_a_model_that_is_whole():
+    """`load_model` takes the matrix out between the two."""
+    load = inspect.signature(inspect.unwrap(transformers.PreTrainedModel.__dict__["_load_pretrained_model"].__func__))
+    assert list(load.parameters)[:2] == ["cls", "model"], VERSIONS
+    source = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
+    assert source.index("model.tie_weights()") < source.index("cls._load_pretrained_model("), VERSIONS
