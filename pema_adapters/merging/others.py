@@ -42,14 +42,18 @@ def _is_carried(path: Path) -> bool:
 
 
 def _modules(folder: Path) -> list[Path]:
-    if not (folder / MODULES).is_file():
+    return [folder / name for name in module_paths(folder / MODULES) if (folder / name).is_dir()]
+
+
+def module_paths(path: Path) -> list[str]:
+    """The folders that modules.json names; [] where it is something else."""
+    if not path.is_file():
         return []
     try:
-        found = json.loads((folder / MODULES).read_bytes())
-        names = [str(module["path"]) for module in found]
+        names = [str(module["path"]) for module in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
-    return [folder / name for name in dict.fromkeys(names) if is_plain_name(name) and (folder / name).is_dir()]
+    return [name for name in dict.fromkeys(names) if is_plain_name(name)]
 
 
 def _copied(path: Path, folder: Path) -> PlannedFile:

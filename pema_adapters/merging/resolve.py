@@ -14,6 +14,7 @@ from pema_adapters.errors import FormatError, MergeError
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json, weight_files
 from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.merging.others import MODULES, module_paths
 from pema_adapters.merging.patience import patiently
 
 Fetch = Callable[[str], Path]
@@ -23,7 +24,7 @@ Choose = Callable[[Collection[str], Fetch], list[str]]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
-_INTERFACE = "adapter_interface.json"
+_INTERFACE, _CARD = "adapter_interface.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,14 @@ def _base_files(names: Collection[str], fetch: Fetch) -> list[str]:
     """Weights, and the small files beside them."""
     weights = _weights("", names, fetch)
     small = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, some) for some in _SMALL)]
-    return [*(name for name in small if not name.endswith(".index.json")), *weights] if weights else []
+    kept = [*(name for name in small if not name.endswith(".index.json")), *_of_modules(names, fetch)]
+    return [*kept, *weights] if weights else []
+
+
+def _of_modules(names: Collection[str], fetch: Fetch) -> list[str]:
+    """The files of the modules of a Sentence Transformers model, which lie in folders of their own."""
+    folders = tuple(f"{path}/" for path in module_paths(fetch(MODULES))) if MODULES in names else ()
+    return [name for name in names if name.startswith(folders)] if folders else []
 
 
 def _delta_files(names: Collection[str], fetch: Fetch) -> list[str]:
@@ -132,7 +140,7 @@ def _delta_in(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
         return []
     if folder + ADAPTER_CONFIG in names:
         weights, head = (_first(folder, some, names) for some in (ADAPTER_WEIGHTS, HEAD_WEIGHTS))
-        beside = [name for part in (HEAD_CONFIG, _INTERFACE) if (name := folder + part) in names]
+        beside = [name for part in (HEAD_CONFIG, _INTERFACE, _CARD) if (name := folder + part) in names]
         return [folder + ADAPTER_CONFIG, *weights, *head, *beside] if weights else []
     weights = _weights(folder, names, fetch) if folder + CONFIG in names else []
     return [folder + CONFIG, *weights] if weights else []

@@ -56,12 +56,14 @@ def delta(base, tmp_path):
 
 def test_round_trip(account, base, tmp_path):
     model = trained(BASE, ConfigUnion(PEMAConfig(), LoRAConfig(r=2)))
-    model.push_adapter_to_hub(ADAPTER, "task")
+    model.push_adapter_to_hub(ADAPTER, "task", datasets_tag="glue", adapter_card_kwargs={"metrics": ["accuracy"]})
     pushed = account.files(ADAPTER)
     assert {"adapter.safetensors", "adapter_config.json", "README.md"} <= set(pushed)
     assert not any(name.endswith(".bin") for name in pushed)
     report = push_merged_to_hub(BASE, ADAPTER, MERGED)
     assert report.output == f"{account.url}/{MERGED}"
+    card = ModelCard(account.files(MERGED)["README.md"].decode()).data
+    assert (card.datasets, card.metrics) == (["glue"], ["accuracy"])
     assert "pushed: " in report.notes[-1]
     merged = AutoModelForSequenceClassification.from_pretrained(MERGED)
     for one, other in zip(outputs(merged, MIXED), outputs(model, MIXED), strict=True):

@@ -134,7 +134,7 @@ def test_a_repository_without_weights(hub, publish):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ([*ADAPTER, "pytorch_adapter.bin", "README.md", "optimizer.pt"], ADAPTER),
+        ([*ADAPTER, "pytorch_adapter.bin", "README.md", "optimizer.pt"], ["README.md", *ADAPTER]),
         (["adapter_config.json", "pytorch_adapter.bin"], ["adapter_config.json", "pytorch_adapter.bin"]),
         ([*ADAPTER, "head_config.json", "pytorch_model_head.bin", "model_head.safetensors", "adapter_interface.json"],
          [*ADAPTER, "head_config.json", "model_head.safetensors", "adapter_interface.json"]),
@@ -253,3 +253,18 @@ def test_a_hub_out_of_order_and_a_cache_that_holds_it(hub, make_base):
     folder = from_hub(TINY, None)
     hub.fail("/api/models/", status=503, times=99)
     assert from_hub(TINY, None) == folder
+
+
+def test_the_modules_of_a_sentence_transformer_come_along(hub, make_base, make_adapter, tmp_path):
+    base = make_base()
+    delta = make_adapter(base)
+    pooling = base.folder / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text('{"mean": true}')
+    (base.folder / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "../x"}]')
+    (base.folder / "onnx").mkdir()
+    (base.folder / "onnx/config.json").write_text("{}")
+    hub.publish(TINY, base.folder)
+    merge_checkpoint(TINY, delta.folder, tmp_path / "out")
+    assert (tmp_path / "out/1_Pooling/config.json").read_text() == '{"mean": true}'
+    assert not any(name.startswith("onnx") for name in hub.downloaded(TINY))
