@@ -1,17 +1,19 @@
 """Data sets by name: files and folders on this machine, or a data set of the Hub."""
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError
 
-BUILDERS: Mapping[str, tuple[str, Mapping[str, str]]] = {  # suffix -> builder of datasets, its options
+_AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
+BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder of datasets, its options
     ".txt": ("text", {}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", _AS_IT_IS),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_AS_IT_IS}),  # a quotation mark is a letter there
     ".parquet": ("parquet", {}),
 }
 
@@ -59,7 +61,7 @@ def _load(name: str) -> Any:
     return datasets.load_dataset(repository, configuration or None)
 
 
-def _builder(path: Path) -> tuple[str, Mapping[str, str]]:
+def _builder(path: Path) -> tuple[str, Mapping[str, Any]]:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     if not suffixes or suffixes[-1] not in BUILDERS:
         found = path.suffix or "no suffix"
