@@ -1,6 +1,10 @@
 """Data files are read as they are written."""
 
+import pytest
+
 from pema_adapters.reading.files import load_data
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves files open
 
 
 def rows(path):
