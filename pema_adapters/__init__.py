@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pema_adapters.errors import PemaError
     from pema_adapters.hub.push import push_merged_to_hub
+    from pema_adapters.memory import MemoryReport, memory_report
     from pema_adapters.merging.merge import merge_checkpoint, undo_merge
     from pema_adapters.merging.report import MergeReport
     from pema_adapters.training.config import PEMAConfig
@@ -27,8 +28,10 @@ _PUBLIC = {
     "PEMAConfig": "training.config",
     "PartialVocabulary": "vocabulary",
     "PemaError": "errors",
+    "MemoryReport": "memory",
     "MergeReport": "merging.report",
     "load_model": "training.loading",
+    "memory_report": "memory",
     "merge_checkpoint": "merging.merge",
     "push_merged_to_hub": "hub.push",
     "restore_embeddings": "training.surgery",
@@ -38,8 +41,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "merge_checkpoint",
-    "push_merged_to_hub", "restore_embeddings", "save_delta", "shrink_embeddings", "undo_merge",
+    "MemoryReport", "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "memory_report",
+    "merge_checkpoint", "push_merged_to_hub", "restore_embeddings", "save_delta", "shrink_embeddings", "undo_merge",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import add
 from typing import Any, NoReturn
@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
 from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
+from pema_adapters.reading.bitmap import Bitmap, GrowingBitmap
 from pema_adapters.reading.kinds import is_a, is_iterable, length, progress_bar, same_random_state, walk
 from pema_adapters.reading.text import Encoder
-from pema_adapters.reading.values import Integers, NotIdsError, integers
+from pema_adapters.reading.values import NotIdsError, integers
 
-BLOCK = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
 BATCH = 1_000  # rows asked for at a time, where a transform or a stream makes them
 
 Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. ("data[1]", "split 'train'")
@@ -29,11 +29,16 @@ Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found: the ids of K rows, increasing; the number of tokens read; the columns they came from."""
+    """What was found: the ids of K rows, increasing; the number of tokens read; the columns they came from.
+
+    growth: of text, the vocabulary's growth, as in the paper's figure 2: pairs (tokens read, distinct ids among them),
+    about ten for each power of ten, the last one (tokens, K).
+    """
 
     token_ids: npt.NDArray[np.intp]
     tokens: int
     columns: tuple[str, ...]
+    growth: tuple[tuple[int, int], ...] = ()
 
 
 def scan(
@@ -72,54 +77,13 @@ def scan_text(data: Any, encoder: Encoder, *, vocab_size: int, progress: bool | 
     splits = data if isinstance(data, Mapping) else {"text": data}
     encoded = {str(name): encoder.encoded(split, str(name)) for name, split in splits.items()}
     encoder.check()
-    scanner = _Scanner(Bitmap(checked_vocab_size(vocab_size)), tuple(encoder.used) or DEFAULT_COLUMNS)
+    bitmap = GrowingBitmap(checked_vocab_size(vocab_size))
+    scanner = _Scanner(bitmap, tuple(encoder.used) or DEFAULT_COLUMNS)
     with progress_bar(length(data), progress) as bar:
         scanner.advance = bar.update
         for name, split in encoded.items():
             scanner.any(split, (name,))
-    return scanner.result(optional=DEFAULT_COLUMNS)
-
-
-class Bitmap:
-    """Which of V ids were seen, and how many tokens went in."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
-        self.tokens = 0
-        self._index = np.empty(BLOCK, dtype=np.intp)
-
-    def mark(self, ids: Integers, skip_negative: bool) -> int | None:
-        """Mark 1-D ids of any integer type; at the first block with an id outside [0, V), return that id.
-
-        Marking comes before checking: it waits less for memory, and the check then finds the block in the cache.
-        """
-        for start in range(0, len(ids), BLOCK):
-            block = ids[start : start + BLOCK]
-            if skip_negative and not self._fits(block):
-                block = block[block >= 0]
-            try:
-                self.seen[self._as_index(block)] = True
-            except IndexError:
-                return self._first_wrong(block)
-            if not self._fits(block):  # NumPy counts negative ids from the end
-                return self._first_wrong(block)
-            self.tokens += len(block)
-        return None
-
-    def _first_wrong(self, block: Integers) -> int:
-        return int(block[(block < 0) | (block >= len(self.seen))][0])
-
-    def _as_index(self, block: Integers) -> npt.NDArray[np.intp]:
-        """The block in NumPy's own index type: cast within the cache, faster than leaving the cast to NumPy."""
-        index = self._index[: len(block)]
-        if block.dtype == index.dtype:
-            return block.view(index.dtype)
-        index[...] = block
-        return index
-
-    def _fits(self, block: Integers) -> bool:
-        """One pass for both bounds: read as unsigned, a negative number is larger than any V."""
-        return not block.size or int(block.view(f"u{block.itemsize}").max()) < len(self.seen)
+    return replace(scanner.result(optional=DEFAULT_COLUMNS), growth=bitmap.growth())
 
 
 @dataclass

@@ -136,7 +136,7 @@ class PartialVocabulary:
         from safetensors.numpy import save
 
         metadata = {"format": FORMAT, "vocab_size": str(self.vocab_size)}
-        _replace_file(Path(path), save({"token_ids": self._token_ids}, metadata=metadata))
+        replace_file(Path(path), save({"token_ids": self._token_ids}, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PartialVocabulary":
@@ -209,7 +209,7 @@ def _checked_content(path: Path, ids: npt.NDArray[Any], vocab_size: str) -> tupl
     return ids, int(vocab_size)
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write beside `path`, sync, rename: a reader sees the old file or the new one, whatever happens."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     # mkstemp would leave mode 0600: os.open lets the umask decide, as for any other file

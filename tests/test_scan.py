@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
-from pema_adapters import scan as scan_module
 from pema_adapters.errors import VocabularyError
-from pema_adapters.reading import arrow
-from pema_adapters.scan import Bitmap, scan
+from pema_adapters.reading import arrow, bitmap
+from pema_adapters.reading.bitmap import Bitmap, GrowingBitmap
+from pema_adapters.scan import scan
 from pema_adapters.vocabulary import PartialVocabulary
 
 V = 1_000
@@ -194,12 +194,12 @@ INTS = Features({"input_ids": List(Value("int32"))})
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
 def test_blocks_against_numpy(dtype, monkeypatch):
-    monkeypatch.setattr(scan_module, "BLOCK", 7)
+    monkeypatch.setattr(bitmap, "BLOCK", 7)
     ids = np.random.default_rng(0).integers(0, 100, 50).astype(dtype)
-    bitmap = Bitmap(100)
-    assert bitmap.mark(ids, skip_negative=False) is None
-    assert np.flatnonzero(bitmap.seen).tolist() == np.unique(ids).tolist()
-    assert bitmap.tokens == 50
+    for marked in (Bitmap(100), GrowingBitmap(100)):
+        assert marked.mark(ids, skip_negative=False) is None
+        assert np.flatnonzero(marked.seen).tolist() == np.unique(ids).tolist()
+        assert marked.tokens == 50
 
 
 def test_slices_of_columns_with_nulls(monkeypatch):

@@ -1,34 +1,57 @@
-"""`pema-scan`: how much of a model's vocabulary a data set uses, before any training."""
+"""`pema-scan`: how much of a model's vocabulary a data set uses, and what PEMA would save, before any training."""
 
 import argparse
 import json
+import logging
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._run import run
+
+if TYPE_CHECKING:
+    from pema_adapters.cli._scan_figures import Scanned
 
 EPILOG = """\
 examples:
   pema-scan --tokenizer FacebookAI/xlm-roberta-base --data train.jsonl dev.jsonl --model FacebookAI/xlm-roberta-base
   pema-scan --tokenizer facebook/xlm-v-base --data nyu-mll/glue:rte --text-column sentence1 --text-column sentence2
+  pema-scan --tokenizer openai-community/gpt2 --tokenizer google-bert/bert-base-cased --data train.txt --plot growth.png
+  pema-scan --tokenizer ./base --model ./base --data train.txt --save train.vocabulary --unused 20
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pema-scan`. Returns the exit code: 0 done, 1 refused or failed; argparse exits with 2 on wrong usage."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.model and len(options.model) != len(options.tokenizer):
+        parser.error(
+            f"found {len(options.tokenizer)} --tokenizer and {len(options.model)} --model: give each tokenizer its "
+            "model, in the same order, or no models"
+        )
+    if options.save and len(options.tokenizer) > 1:
+        parser.error("--save writes the vocabulary of one --tokenizer")
     return run("pema-scan", lambda: _scan(options))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pema-scan",
-        description="Count the rows of a model's embedding matrix that a data set uses.",
+        description="Count the rows of a model's embedding matrix that a data set uses, and what training only these "
+        "saves in memory.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, metavar="T", help="folder or Hub id of the tokenizer")
+    add(
+        "--tokenizer",
+        required=True,
+        action="append",
+        metavar="T",
+        help="folder or Hub id of the tokenizer; repeat to compare several",
+    )
     add(
         "--data",
         required=True,
@@ -45,9 +68,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="C",
         help="a column to tokenize; repeat for more, each is tokenized by itself (default: all columns of strings)",
     )
-    add("--model", metavar="BASE", help="folder or Hub id of the model: gives V, and the parameters saved")
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="BASE",
+        help="folder or Hub id of the model: gives V, and the memory saved; no weights are read "
+        "(with several tokenizers: one for each, in the same order)",
+    )
     add("--max-length", type=_positive, metavar="N", help="truncate to N tokens (default: no truncation)")
-    add("--json", action="store_true", help="print the figures as JSON")
+    add("--save", metavar="FILE", help="write the vocabulary, for PartialVocabulary.load")
+    add(
+        "--unused",
+        nargs="?",
+        type=_positive,
+        const=0,
+        metavar="N",
+        help="count the tokens that are never used, and show the first N",
+    )
+    add("--plot", metavar="FILE.png", help="draw how the vocabulary grows with the tokens read (needs matplotlib)")
+    add("--json", action="store_true", help="print the figures as JSON (with several tokenizers: a list)")
     return parser
 
 
@@ -58,71 +98,59 @@ def _positive(text: str) -> int:
 
 
 def _scan(options: argparse.Namespace) -> None:
-    from pema_adapters.reading.files import load_data
-    from pema_adapters.reading.pretrained import embedding_shape, load_tokenizer, tokenizer_rows
-    from pema_adapters.reading.text import Encoder
-    from pema_adapters.scan import scan_text
-    from pema_adapters.vocabulary import PartialVocabulary
+    """Whatever can be refused is, before the first scan; whatever can fail is done before the first output."""
+    from pema_adapters.cli._scan_figures import figures_of, scanned, subjects
 
     _only_our_errors()
-    shape = embedding_shape(options.model) if options.model else None
-    tokenizer = load_tokenizer(options.tokenizer)
-    vocab_size = shape[0] if shape else tokenizer_rows(tokenizer)
-    encoder = Encoder(tokenizer, tuple(options.text_column), options.max_length)
-    found = scan_text(load_data(options.data), encoder, vocab_size=vocab_size)
-    figures = _figures(options, found, PartialVocabulary(found.token_ids, vocab_size), shape)
-    print(json.dumps(figures, indent=2) if options.json else _table(figures))
+    figure_format = _checked_outputs(options)
+    found = [scanned(subject, options) for subject in subjects(options)]
+    text = _text([figures_of(one, options) for one in found], options.json)
+    _write(found, figure_format, options)
+    _print(text)
+
+
+def _checked_outputs(options: argparse.Namespace) -> str:
+    """The format of the figure, if there is to be one; refused where a file could not be written."""
+    from pema_adapters.errors import FormatError
+    from pema_adapters.growth import format_of
+
+    if options.save and not Path(options.save).parent.is_dir():
+        raise FormatError(f"{options.save}: no such folder: {Path(options.save).parent}")
+    return format_of(options.plot) if options.plot else ""
+
+
+def _write(found: Sequence["Scanned"], figure_format: str, options: argparse.Namespace) -> None:
+    from pema_adapters.growth import drawn
+    from pema_adapters.vocabulary import replace_file
+
+    figure = drawn(figure_format, [one.curve for one in found]) if options.plot else b""
+    if options.save:
+        found[0].vocabulary.save(options.save)
+    if options.plot:
+        replace_file(Path(options.plot), figure)
+
+
+def _text(figures: Sequence[dict[str, Any]], as_json: bool) -> str:
+    from pema_adapters.cli._scan_table import text_of
+
+    return json.dumps(figures[0] if len(figures) == 1 else figures, indent=2) if as_json else text_of(figures)
 
 
 def _only_our_errors() -> None:
-    """What goes wrong is one line of ours: keep the libraries' logs about it off stderr."""
+    """What goes wrong is one line of ours: keep the libraries' logs off stderr; and their bars, where nobody looks."""
     import datasets
     import transformers
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.CRITICAL
+    )  # adapters loads it, and it warns on machines without GPU
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
-def _figures(options: argparse.Namespace, found: Any, vocabulary: Any, shape: tuple[int, int] | None) -> dict[str, Any]:
-    """What the table and `--json` show; K and V as in the paper."""
-    rows = len(vocabulary)
-    figures: dict[str, Any] = {
-        "tokenizer": options.tokenizer,
-        "data": options.data,
-        "columns": list(found.columns),
-        "vocab_size": vocabulary.vocab_size,
-        "tokens": found.tokens,
-        "partial_vocab_size": rows,
-        "reduction": vocabulary.reduction,
-    }
-    if shape:
-        figures["model"], figures["embedding_dim"] = options.model, shape[1]
-        figures["embedding_parameters"] = shape[0] * shape[1]
-        figures["partial_embedding_parameters"] = rows * shape[1]
-    return figures
-
-
-LABELS = {
-    "tokenizer": "tokenizer",
-    "data": "data",
-    "columns": "columns",
-    "model": "model",
-    "vocab_size": "rows of the embedding (V)",
-    "tokens": "tokens seen",
-    "partial_vocab_size": "distinct tokens (K)",
-    "reduction": "reduction",
-    "embedding_dim": "embedding width (d)",
-    "embedding_parameters": "embedding parameters",
-    "partial_embedding_parameters": "  with PEMA",
-}
-
-
-def _table(figures: dict[str, Any]) -> str:
-    width = max(map(len, LABELS.values()))
-    return "\n".join(f"{LABELS[key].ljust(width)}  {_cell(key, figures[key])}" for key in LABELS if key in figures)
-
-
-def _cell(key: str, value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(value)
-    return f"{value:.1%}" if key == "reduction" else f"{value:,}" if isinstance(value, int) else str(value)
+def _print(text: str) -> None:
+    """Tokens are of all scripts; a terminal that cannot show one gets its escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))

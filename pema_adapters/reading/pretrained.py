@@ -25,15 +25,20 @@ def tokenizer_rows(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
+def load_config(name: str) -> Any:
+    """The config of a model in a folder or on the Hub."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, name, "model config")
+
+
 def embedding_shape(name: str) -> tuple[int, int]:
     """V and d of a model, from its config.
 
     Raises:
         FormatError: no config there, or one without these figures.
     """
-    from transformers import AutoConfig
-
-    config = _from_pretrained(AutoConfig, name, "model config").get_text_config()
+    config = load_config(name).get_text_config()
     sizes = [getattr(config, width, None) for width in WIDTHS]
     rows, width = getattr(config, "vocab_size", None), next((size for size in sizes if size), None)
     if not rows or not width:

@@ -55,7 +55,7 @@ def shrink_embeddings(
     """
     embedding = input_embedding(model)
     holder = None if adapter_name is None else _rows_of(model, adapter_name)
-    used = _complete(model, embedding.num_embeddings, vocabulary)
+    used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     base = _base_of(model, embedding)
     owner = convert_all(model, embedding)
     target: RowTable = owner if holder is None else holder
@@ -190,7 +190,8 @@ def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
     )
 
 
-def _complete(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
+def complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
+    """A vocabulary, or data to scan for one, with the ids that the model inserts itself. Raises VocabularyError."""
     if not isinstance(vocabulary, PartialVocabulary):
         labels = () if model.get_output_embeddings() is None else ("labels",)
         vocabulary = PartialVocabulary.from_dataset(

@@ -1,4 +1,4 @@
-"""pema-scan on files of every kind, against counting by hand."""
+"""pema-scan on files of every kind, against counting by hand. What else it prints and writes: test_scan_outputs.py."""
 
 import gzip
 import json
@@ -30,6 +30,7 @@ TABLE = "text,label\na b,1\nzz,0\nc a,0\n"
 def logging_as_it_was():
     levels = datasets.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
     yield
+    datasets.enable_progress_bars()
     datasets.utils.logging.set_verbosity(levels[0])
     transformers.logging.set_verbosity(levels[1])
 
@@ -110,6 +111,9 @@ def test_table(folder, capsys):
         "embedding width (d)        64\n"
         "embedding parameters       76,800\n"
         "  with PEMA                320\n"
+        "\n"
+        "note: the embedding alone is counted, not the model: base: no AutoModel can be built of this config: "
+        "The hidden size (64) is not a multiple of the number of attention heads (12)\n"
     )
 
 
