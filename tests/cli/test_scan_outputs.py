@@ -259,9 +259,11 @@ def test_silent_without_a_terminal(folder, capsys):
 @pytest.mark.parametrize("where", ["cli._scan_figures.scan_text", "cli._scan_figures.memory_report", "growth.drawn"])
 def test_interrupted(where, folder, capsys, monkeypatch):
     """Ctrl-C amid the scan, the report, or the output: one line, and no files."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setattr(f"pema_adapters.{where}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     arguments = ["--data", "x.txt", "--tokenizer", "large", "--model", "large", "--plot", "x.png", "--save", "x.voc"]
     assert main(arguments) == 1
+    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", "pema-scan: interrupted; nothing was left behind\n")
     assert [path.name for path in folder.glob("x.*")] == ["x.txt"]
 
@@ -270,7 +272,8 @@ def test_interrupted_in_a_stream(folder):
     """The generators that are left half-way have nothing to say either."""
     (folder / "x.txt").write_text(TEXT * 5_000)
     before = (
-        "import signal; from pema_adapters.reading.text import Encoder as E; encode, seen = E._encode, []\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pema_adapters.reading.text import Encoder as E; encode, seen = E._encode, []\n"
         "E._encode = lambda *a: (seen.append(1), signal.raise_signal(signal.SIGINT) if len(seen) > 3 else 0, encode(*a))[2]"
     )
     done = run_in_child(folder, before=before)
