@@ -34,12 +34,20 @@ def _tags(delta: Delta, report: MergeReport) -> list[str]:
 
 
 def _section(repo_id: str, inputs: Inputs, merge: Merge, options: Options) -> str:
-    lines = ["## Merged with pema_adapters", "", *_facts(inputs, merge.report), "", "Load it:", "", "```python"]
+    lines = [
+        "## Merged with pema_adapters",
+        "",
+        *_facts(inputs, merge.report, options.choices.dtype),
+        "",
+        "Load it:",
+        "",
+        "```python",
+    ]
     lines += [*_loading(repo_id, merge), "```", "", "Made with:", "", "```", _command(inputs, options), "```", ""]
     return "\n".join([*lines, *origin(inputs.delta)])
 
 
-def _facts(inputs: Inputs, report: MergeReport) -> list[str]:
+def _facts(inputs: Inputs, report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
     base = hub_id(inputs.base_name, delta.config)
     what = (
@@ -51,11 +59,8 @@ def _facts(inputs: Inputs, report: MergeReport) -> list[str]:
         facts.append(f"- {report.rows_merged:,} of {report.vocab_size:,} embedding rows were trained and written back.")
     if report.tensors_folded:
         facts.append(f"- The adapter's updates of {report.tensors_folded:,} weights were folded in.")
-    facts.append(
-        f"- {report.tensors_changed:,} tensors changed; {report.tensors_copied:,} are the base's, byte for byte."
-    )
-    if report.max_rounding_error:
-        facts.append(f"- Largest rounding error of a value: {report.max_rounding_error:.3g}.")
+    how = "byte for byte" if dtype == "auto" else f"in {dtype}"
+    facts.append(f"- {report.tensors_changed:,} tensors changed; {report.tensors_copied:,} are the base's, {how}.")
     return facts + [f"- `adapters/{name}` stays an adapter: load it as well." for name in report.adapters_left]
 
 

@@ -131,6 +131,12 @@ def test_the_card(account, delta, tmp_path):
     card.validate()
 
 
+def test_the_card_of_a_cast(account, delta):
+    push_merged_to_hub(BASE, delta, MERGED, dtype="bfloat16")
+    card = account.files(MERGED)["README.md"].decode()
+    assert " are the base's, in bfloat16." in card and "--dtype bfloat16" in card and "byte for byte" not in card
+
+
 def test_a_card_that_is_there_survives(account, delta):
     mine = "---\nlicense: apache-2.0\ntags:\n- mine\nmodel-index:\n- name: x\n---\n\n# Mine\n\nWords.\n"
     account.publish(MERGED, {"README.md": mine.encode()})
