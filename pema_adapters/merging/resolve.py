@@ -22,7 +22,7 @@ Fetch = Callable[[str], Path]
 Choose = Callable[[Collection[str], Fetch], list[str]]
 """Of the names of all files of a repository those that a merge needs; an index has to be fetched for that."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
 _INTERFACE, _CARD = "adapter_interface.json", "README.md"
 
@@ -37,7 +37,7 @@ class _Repository:
     token: str | bool | None
 
     def __post_init__(self) -> None:
-        if not _HUB_ID.fullmatch(self.name):
+        if not HUB_ID.fullmatch(self.name):
             raise MergeError(f"{self.kind} {self.name}: no such folder, and not a Hub id")
 
 

@@ -40,10 +40,9 @@ def _supports_adapter(original: Callable[..., Any], model: Any, type_or_config: 
 
 
 def _add_adapter_weights(original: Callable[..., Any], model: Any, adapter_name: str) -> Any:
-    from pema_adapters.training.config import PEMAConfig
     from pema_adapters.training.layer import attach
 
-    if model.adapters_config.match(adapter_name, PEMAConfig) is not None:
+    if _has_rows(model, adapter_name):
         attach(model.base_model)
         _convert_heads(model)
     return original(model, adapter_name)

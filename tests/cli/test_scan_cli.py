@@ -8,7 +8,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import transformers
 from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,21 +17,14 @@ from pema_adapters.errors import VocabularyError
 from pema_adapters.reading.text import Encoder
 from pema_adapters.scan import scan_text
 
+pytestmark = pytest.mark.usefixtures("settings_as_they_were")
+
 WORDS = ["[PAD]", "[UNK]", "a", "b", "c", "d", "e", "f", "g", "h"]
 V = len(WORDS)
 ROWS = [{"premise": "a b", "hypothesis": "c", "label": 0}, {"premise": "a zz", "hypothesis": None, "label": 1}]
 IDS = {1, 2, 3, 4}  # [UNK] a b c
 LINES = "\n".join(map(json.dumps, ROWS))
 TABLE = "text,label\na b,1\nzz,0\nc a,0\n"
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was():
-    levels = datasets.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
-    yield
-    datasets.enable_progress_bars()
-    datasets.utils.logging.set_verbosity(levels[0])
-    transformers.logging.set_verbosity(levels[1])
 
 
 @pytest.fixture

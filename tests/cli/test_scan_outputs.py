@@ -11,7 +11,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
@@ -23,16 +22,8 @@ from pema_adapters.memory import OPTIMIZERS
 TRAINED_ON = ["the cat sat on the mat", "a naïve café, a 猫 and the cat"] * 3
 TEXT = "the cat sat\non the cat\n"
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is the extra `plot`")
+pytestmark = pytest.mark.usefixtures("settings_as_they_were")
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def settings_as_they_were():
-    levels = datasets.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
-    yield
-    datasets.enable_progress_bars()
-    datasets.utils.logging.set_verbosity(levels[0])
-    transformers.logging.set_verbosity(levels[1])
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from adapters import ConfigUnion, LoRAConfig
 from transformers import AutoModelForSequenceClassification, BertConfig, BitsAndBytesConfig
 
 from pema_adapters import PartialVocabulary, PEMAConfig, merge_checkpoint, shrink_embeddings
-from tests.models import MIXED, SEEN, USED, V, live_tensors_of_shape, matrix_of, outputs
+from tests.models import MIXED, USED, V, live_tensors_of_shape, matrix_of, outputs
+from tests.training.test_frozen_rows import step
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -51,12 +52,7 @@ def test_training_and_merging(base, tmp_path, caplog):
     shrink_embeddings(model, "task", PartialVocabulary(USED, V))
     assert "drawn at random" not in caplog.text
     model.train_adapter("task")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    for _ in range(2):
-        model(**SEEN, labels=torch.tensor([0, 1])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    step(model)
     model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
     merge_checkpoint(base, tmp_path / "run", tmp_path / "merged", verify=True)
     merged = load(tmp_path / "merged")
