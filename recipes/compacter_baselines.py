@@ -189,8 +189,8 @@ def can_freeze_rows() -> bool:
     return "trainable" in {field.name for field in fields(PEMAConfig)}
 
 
-def prepare(model: Any, name: str, column: str, vocabulary: PartialVocabulary) -> None:
-    """Set `model`, fresh from its checkpoint, up to train a task.
+def prepare(model: Any, name: str, column: str, vocabulary: PartialVocabulary) -> PartialVocabulary:
+    """Set `model`, fresh from its checkpoint, up to train a task. Returns the vocabulary whose rows are in memory.
 
     Args:
         model: a Transformers model with a head; changed in place.
@@ -203,13 +203,15 @@ def prepare(model: Any, name: str, column: str, vocabulary: PartialVocabulary) -
     if parts:
         adapters.init(model)
         model.add_adapter(TASK, config=parts[0] if len(parts) == 1 else ConfigUnion(*parts))
+    used = PartialVocabulary(range(vocabulary.vocab_size), vocabulary.vocab_size)
     if column != PAPER:
-        pema_adapters.shrink_embeddings(model, TASK if parts else None, vocabulary)
+        used = pema_adapters.shrink_embeddings(model, TASK if parts else None, vocabulary)
     if parts:
         model.train_adapter(TASK)
     _set_trained(model, method, trains_matrix=not parts and (column == TRAINED or method.trains is everything))
     method.start(model, vocabulary)
     model.train()
+    return used
 
 
 def _parts(method: Method, column: str, config: Any) -> list[AdapterConfig]:

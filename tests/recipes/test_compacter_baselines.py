@@ -3,20 +3,16 @@ paper's section 4 say, and what is saved is all of it.
 """
 
 import logging
-import sys
-from pathlib import Path
 
 import adapters
+import compacter_baselines as baselines
 import pytest
 import torch
 from adapters import PromptTuningConfig
+from compacter_baselines import COLUMNS, FROZEN, METHODS, PAPER, TRAINED
 from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
 
 from pema_adapters import PartialVocabulary, load_model
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-import compacter_baselines as baselines
-from compacter_baselines import COLUMNS, FROZEN, METHODS, PAPER, TRAINED
 
 V, D, F, L = 120, 48, 64, 2
 """Rows of the matrix, hidden size, inner size, layers of a tiny BERT."""

@@ -1,0 +1,221 @@
+"""One training run of one method on one task, in a process of its own: see `run`."""
+
+import ctypes
+import gc
+import logging
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compacter_baselines as baselines
+import torch
+from _tasks import Task
+from datasets import Dataset, disable_progress_bars
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from pema_adapters import PartialVocabulary
+
+PEMA = {"off": baselines.PAPER, "on": baselines.TRAINED, "frozen": baselines.FROZEN}
+"""What `--pema` says, in the words of recipes/compacter_baselines.py."""
+UNTIMED = 3
+"""First steps, in which memory is still being fetched."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that decides the result of a run. A limit of 0 train rows is none; sequence length in tokens."""
+
+    method: str
+    pema: str
+    seed: int
+    learning_rate: float
+    train_rows: int
+    base: str
+    batch_size: int
+    epochs: float
+    max_length: int
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    bf16: bool
+    group_by_length: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run works: its data, its checkpoints (each so many steps; 0: none), and on how many threads (0: all)."""
+
+    data_dir: Path | None
+    checkpoints: Path
+    save_steps: int
+    threads: int
+    bar: bool
+
+
+def run(task: Task, setting: Setting, place: Place) -> dict[str, Any]:
+    """Train and score. Returns scores by split, K and V, trained parameters, bytes at the peak, seconds a step.
+
+    Memory is what training takes: the device's peak, or else the peak of anonymous memory beyond what the process held
+    before there was a model. From the last checkpoint of this run, if there is one, training goes on.
+    """
+    quiet(place)
+    splits, vocabulary = prepared_data(task, setting, place)
+    before = anonymous_bytes()
+    set_seed(setting.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(setting.base, num_labels=task.labels)
+    used = baselines.prepare(model, setting.method, PEMA[setting.pema], vocabulary)
+    hold(model)
+    trainer = trainer_of(model, task, splits, setting, place)
+    steps = Steps()
+    trainer.add_callback(steps)
+    with peak_memory() as peak:
+        trained = trainer.train(resume_from_checkpoint=last_checkpoint(place))
+    body, head = baselines.trained_parameters(model)
+    return {
+        "scores": {name: scored(trainer, task, split) for name, split in splits.items() if is_scored(task, name)},
+        "rows": len(used),
+        "vocab_size": vocabulary.vocab_size,
+        "trained_parameters": body,
+        "trained_head": head,
+        "peak_bytes": peak() if torch.cuda.is_available() else peak() - before,
+        "seconds_per_step": statistics.median(steps.seconds[UNTIMED:] or steps.seconds or [0.0]),
+        "steps": trainer.state.global_step,
+        "train_rows": len(splits["train"]),
+        "training_loss": trained.training_loss,
+    }
+
+
+def prepared_data(task: Task, setting: Setting, place: Place) -> tuple[dict[str, Dataset], PartialVocabulary]:
+    """Tokenized splits, and the ids that all of them use, the paper's convention."""
+    tokenizer = AutoTokenizer.from_pretrained(setting.base)
+    splits = dict(task.load(place.data_dir))
+    if setting.train_rows:
+        train = splits["train"].shuffle(seed=0)  # a subset that is the same in all runs
+        splits["train"] = train.select(range(min(setting.train_rows, len(train))))
+    options = {"truncation": True, "max_length": setting.max_length}
+
+    def encode(rows: dict[str, Any]) -> Any:
+        return tokenizer(*[rows[column] for column in texts], **options)
+
+    tokenized = {}
+    for name, split in splits.items():
+        texts = task.texts(split.column_names)
+        tokenized[name] = split.map(
+            encode, batched=True, remove_columns=[c for c in split.column_names if c != "label"]
+        )
+    vocab_size = AutoConfig.from_pretrained(setting.base).vocab_size
+    return tokenized, PartialVocabulary.from_dataset(list(tokenized.values()), vocab_size=vocab_size, progress=False)
+
+
+def trainer_of(model: Any, task: Task, splits: dict[str, Dataset], setting: Setting, place: Place) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(place.checkpoints), seed=setting.seed, report_to=[], disable_tqdm=not place.bar,
+        per_device_train_batch_size=setting.batch_size, per_device_eval_batch_size=2 * setting.batch_size,
+        num_train_epochs=setting.epochs, learning_rate=setting.learning_rate, warmup_ratio=setting.warmup_ratio,
+        weight_decay=setting.weight_decay, max_grad_norm=setting.max_grad_norm, bf16=setting.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        group_by_length=setting.group_by_length,
+        save_strategy="steps" if place.save_steps else "no", save_steps=place.save_steps or 500, save_total_limit=1,
+        save_safetensors=False,  # some methods have one tensor in two places, which safetensors refuses
+        logging_strategy="no", dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
+    )  # fmt: skip
+    collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(setting.base))
+    trainer = Trainer(model=model, args=arguments, train_dataset=splits["train"], data_collator=collator)
+    trainer.compute_metrics = lambda found: task.scores(found.predictions, found.label_ids)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def is_scored(task: Task, split: str) -> bool:
+    return split.startswith(task.scored)
+
+
+def scored(trainer: Trainer, task: Task, split: Dataset) -> dict[str, float]:
+    found = trainer.evaluate(split)
+    return {name: found[f"eval_{name}"] for name in task.metrics}
+
+
+def last_checkpoint(place: Place) -> str | None:
+    return get_last_checkpoint(str(place.checkpoints)) if place.save_steps and place.checkpoints.is_dir() else None
+
+
+class Steps(TrainerCallback):
+    """Seconds of each step, forward to optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def hold(model: torch.nn.Module) -> None:
+    """Copy into memory what from_pretrained only mapped, so that a matrix that nobody trains counts, too."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def peak_memory() -> Iterator[Any]:
+    """The highest memory during the block, in bytes: the device's, or this process's anonymous memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+        return
+    seen, done = [anonymous_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            seen[0] = max(seen[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: seen[0]
+    finally:
+        done.set()
+        watcher.join()
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process: pages of mapped files do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+def quiet(place: Place) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if place.threads:
+        torch.set_num_threads(place.threads)
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("adapters").setLevel(logging.ERROR)
+    if not place.bar:
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()

@@ -1,0 +1,23 @@
+"""Fine-tune a multilingual model on XNLI, a language at a time, with and without PEMA, as in the paper (its Table 8).
+
+    python recipes/xnli.py --base FacebookAI/xlm-roberta-base --tasks sw,ur
+    python recipes/xnli.py --base BASE --data-dir xnli --methods "Full fine-tuning,LoRA" --train-rows 20000
+
+Every language is trained and scored by itself (on the test split, and validation). What is done is kept in --output,
+and the same command goes on from there.
+"""
+
+import sys
+
+from _experiments import main
+from _tasks import Benchmark, Task
+
+LANGUAGES = ["ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh"]
+XNLI = Benchmark(
+    "XNLI",
+    {name: Task(name, ("facebook/xnli", name), labels=3, scored=("test", "validation")) for name in LANGUAGES},
+    epochs=2,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(XNLI, __doc__))
