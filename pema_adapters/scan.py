@@ -1,13 +1,15 @@
 """Reading token ids out of any kind of data: one bit for each of the V rows, one pass, flat memory.
 
     scan(tokenized, vocab_size=250_002).token_ids
-    scan_text(load_dataset("nyu-mll/glue", "rte"), Encoder(tokenizer), vocab_size=250_002).tokens
 
-`datasets.Dataset`s are read in their Arrow buffers, without a copy; all else is read row by row.
+`datasets.Dataset`s are read in their Arrow buffers, without a copy; all else is read row by row. Text: text_scan.py.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from operator import add
 from typing import Any, NoReturn
@@ -16,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
-from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
-from pema_adapters.reading.bitmap import Bitmap, GrowingBitmap
+from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_num_proc, checked_vocab_size
+from pema_adapters.reading.bitmap import Bitmap
 from pema_adapters.reading.kinds import is_a, is_iterable, length, progress_bar, same_random_state, walk
-from pema_adapters.reading.text import Encoder
+from pema_adapters.reading.steps import Steps
 from pema_adapters.reading.values import NotIdsError, integers
 
 BATCH = 1_000  # rows asked for at a time, where a transform or a stream makes them
 
+Wrong = tuple[Any, int] | None  # the first piece that does not fit, and its id
 Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. ("data[1]", "split 'train'")
 
 
@@ -33,70 +36,54 @@ class Scan:
 
     growth: of text, the vocabulary's growth, as in the paper's figure 2: pairs (tokens read, distinct ids among them),
     about ten for each power of ten, the last one (tokens, K).
+    notes: what whoever asked for it should know of how it was done.
     """
 
     token_ids: npt.NDArray[np.intp]
     tokens: int
     columns: tuple[str, ...]
     growth: tuple[tuple[int, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def scan(
+def scan(  # noqa: PLR0913 - the settings of one call, by name
     data: Any,
     *,
     vocab_size: int,
     columns: Collection[str] = DEFAULT_COLUMNS,
     optional: Collection[str] = (),
     progress: bool | None = None,
+    num_proc: int = 1,
 ) -> Scan:
     """Scan tokenized data; arguments and errors are those of `PartialVocabulary.from_dataset`.
 
     Rows that a data set picks more than once (through its indices mapping) are read and counted once.
     """
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
-    scanner = _Scanner(Bitmap(checked_vocab_size(vocab_size)), columns)
+    bitmap = Bitmap(checked_vocab_size(vocab_size))
     with progress_bar(length(data), progress) as bar, same_random_state(data):
-        scanner.advance = bar.update
+        scanner = Scanner(bitmap, columns, Steps(bitmap, bar), checked_num_proc(num_proc))
         scanner.any(data, ())
+        scanner.steps.end()
+    for note in scanner.notes:
+        warnings.warn(note, stacklevel=3)  # at the caller of PartialVocabulary.from_dataset
     return scanner.result(optional)
 
 
-def scan_text(data: Any, encoder: Encoder, *, vocab_size: int, progress: bool | None = None) -> Scan:
-    """Tokenize text, a batch at a time, and scan the ids; nothing is stored.
-
-    Args:
-        data: a `datasets.Dataset` or `IterableDataset` with columns of text, or a dict of them. Where the columns
-            are not named, splits that hold `input_ids` already are scanned as they are.
-        encoder: the tokenizer, the columns of text, and where to truncate.
-        vocab_size: V, the rows of the embedding.
-        progress: as for `scan`.
-
-    Raises:
-        VocabularyError: no such text columns (the message lists what is there), or an id outside [0, V).
-    """
-    splits = data if isinstance(data, Mapping) else {"text": data}
-    encoded = {str(name): encoder.encoded(split, str(name)) for name, split in splits.items()}
-    encoder.check()
-    bitmap = GrowingBitmap(checked_vocab_size(vocab_size))
-    scanner = _Scanner(bitmap, tuple(encoder.used) or DEFAULT_COLUMNS)
-    with progress_bar(length(data), progress) as bar:
-        scanner.advance = bar.update
-        for name, split in encoded.items():
-            scanner.any(split, (name,))
-    return replace(scanner.result(optional=DEFAULT_COLUMNS), growth=bitmap.growth())
-
-
 @dataclass
-class _Scanner:
+class Scanner:
     """Walks any data down to integers and marks them; remembers which columns there were."""
 
     bitmap: Bitmap
     columns: tuple[str, ...]
-    advance: Callable[[int], Any] = bool  # told how many rows were read
+    steps: Steps
+    num_proc: int = 1
+    notes: dict[str, None] = field(default_factory=dict)
     found: set[str] = field(default_factory=set)
     present: dict[str, None] = field(default_factory=dict)  # every column there was, in order
 
     def any(self, data: Any, where: Where) -> None:
+        """Data of any kind."""
         if is_a(data, "datasets", "Dataset"):
             self.dataset(data, where or ((f"split {str(data.split)!r}",) if data.split else ()))
         elif isinstance(data, Mapping) and self.is_splits(data):
@@ -105,6 +92,7 @@ class _Scanner:
         elif isinstance(data, Mapping):
             self.row(data, where, partial(_row_of_batch, 0))
         elif is_a(data, "datasets", "IterableDataset") and data.features is not None:
+            self.alone("a stream")
             for number, table in enumerate(data.with_format("arrow").iter(BATCH)):
                 self.table(table, where, partial(add, number * BATCH))
         else:
@@ -113,9 +101,10 @@ class _Scanner:
     def dataset(self, data: Any, where: Where) -> None:
         """A `datasets.Dataset`: below every format but a transform lies the same table."""
         if data.format["type"] == "custom":
+            self.alone("a data set with a transform")
             for start in range(0, len(data), BATCH):
                 self.row(data[start : start + BATCH], where, partial(_row_of_batch, start))
-                self.advance(BATCH)
+                self.steps.done(min(BATCH, len(data) - start))
             return
         from pema_adapters.reading import arrow
 
@@ -131,29 +120,54 @@ class _Scanner:
             column = table.column(table.column_names.index(name))
             if not arrow.is_integers(column.type):
                 self.refuse_type((*where, f"column {name!r}"), f"type {column.type}")
-            for piece in arrow.pieces(column, picked):
-                if (wrong := self.wrong_id(piece.array, name)) is not None:
+            pieces = (piece for piece in arrow.pieces(column, picked) if not self.steps.skips())
+            for part, found in self.marked(pieces, name):
+                if found is not None:
+                    piece, wrong = found
                     row = arrow.first_row(piece.array, lambda part: self.wrong_id(part, name) is not None)  # noqa: B023
                     self.refuse_id((*where, f"column {name!r}", f"row {number_of(piece.row_of(row))}"), wrong)
-                self.advance(0 if order else len(piece.array))
+                self.steps.done(0 if order else sum(len(piece.array) for piece in part), len(part))
+
+    def marked(self, pieces: Iterable[Any], column: str) -> Iterator[tuple[list[Any], Wrong]]:
+        """Mark pieces of an Arrow column, and give them back in order, some at a time, with what does not fit."""
+        from pema_adapters.reading import arrow
+
+        if self.num_proc == 1:
+            for piece in pieces:
+                yield [piece], _mark_pieces(self.bitmap, [piece], column)
+            return
+        with ThreadPoolExecutor(self.num_proc) as pool:  # NumPy works without Python's lock
+            waiting: deque[_Begun] = deque()
+            for part in arrow.parts(pieces):
+                if len(waiting) == 2 * self.num_proc:
+                    yield self.joined(waiting.popleft())
+                tokens = sum(arrow.count(piece.array) for piece in part)
+                bitmap = self.bitmap.begun(sum(begun.tokens for begun in waiting))
+                waiting.append(_Begun(part, bitmap, tokens, pool.submit(_mark_pieces, bitmap, part, column)))
+            while waiting:
+                yield self.joined(waiting.popleft())
+
+    def joined(self, begun: "_Begun") -> tuple[list[Any], Wrong]:
+        """Take over what a thread has marked."""
+        wrong = begun.wrong.result()
+        self.bitmap.join(begun.bitmap)
+        return begun.part, wrong
 
     def wrong_id(self, array: Any, column: str) -> int | None:
         """Mark the integers of an Arrow array; return the first id that does not fit, if any."""
-        from pema_adapters.reading import arrow
-
-        for ids in arrow.integers(array):
-            if (wrong := self.bitmap.mark(ids, _is_labels(column))) is not None:
-                return wrong
-        return None
+        return _mark_array(self.bitmap, array, column)
 
     def items(self, data: Any, where: Where) -> None:
         """Any iterable of rows, batches, or further data sets."""
         for number, item in enumerate(walk(data, ", ".join(where) or "data")):
+            if self.steps.skips():
+                continue
             if isinstance(item, Mapping) and not self.is_splits(item):
+                self.alone(type(data).__name__)
                 self.row(item, where, partial(_item, number))
             else:
                 self.any(item, (*where[:-1], f"{where[-1] if where else 'data'}[{number}]"))
-            self.advance(1)
+            self.steps.done(1)
 
     def row(self, row: Mapping[str, Any], where: Where, place: Callable[[int | None], str]) -> None:
         """One row or batch; `place` names it, or given a position, the row in the batch."""
@@ -174,13 +188,20 @@ class _Scanner:
         return bool(data) and all(self.holds_rows(part) for part in data.values())
 
     def holds_rows(self, part: Any) -> bool:
+        """Whether a part of a mapping is a split, or itself a dict of splits."""
         if isinstance(part, Mapping):
             return any(column in part for column in self.columns) or self.is_splits(part)
         if isinstance(part, (list, tuple)):
             return bool(part) and self.holds_rows(part[0])
         return not isinstance(part, (str, bytes)) and not hasattr(part, "__array__") and is_iterable(part)
 
+    def alone(self, what: str) -> None:
+        """Data that nobody can be sent to the middle of."""
+        if self.num_proc > 1:
+            self.notes[f"{what} is read by one process, not {self.num_proc}: it has no parts to share"] = None
+
     def columns_in(self, names: Collection[str]) -> list[str]:
+        """The columns to read, of those that are there."""
         if not self.present.keys() >= set(names):
             self.present.update(dict.fromkeys(names))
             self.found.update(column for column in self.columns if column in self.present)
@@ -193,9 +214,10 @@ class _Scanner:
         if missing or not self.found:
             self.refuse_columns(missing or self.columns)
         used = tuple(name for name in self.columns if name in self.found)
-        return Scan(np.flatnonzero(self.bitmap.seen), self.bitmap.tokens, used)
+        return Scan(np.flatnonzero(self.bitmap.seen), self.bitmap.tokens, used, notes=tuple(self.notes))
 
     def refuse_columns(self, missing: Collection[str]) -> NoReturn:
+        """No such columns."""
         there = ", ".join(map(repr, self.present)) or "no rows at all (a generator that was used up already?)"
         raise VocabularyError(
             f"no column {', '.join(map(repr, missing))} anywhere in the data; found: {there}; tokenize first, "
@@ -204,6 +226,7 @@ class _Scanner:
         )
 
     def refuse_id(self, where: Where, wrong: int) -> NoReturn:
+        """An id outside of [0, V)."""
         size = len(self.bitmap.seen)
         raise VocabularyError(
             f"{', '.join(where)}: token id {wrong} is outside the embedding, whose V = {size:,} rows are 0 "
@@ -211,6 +234,7 @@ class _Scanner:
         )
 
     def refuse_type(self, where: Where, found: str) -> NoReturn:
+        """Values that are no ids."""
         raise VocabularyError(
             f"{', '.join(where)}: found {found}, expected token ids, which are integers or lists of "
             "them; tokenize text first, cast numbers with dataset.cast_column, or name other columns, columns=(...)"
@@ -225,6 +249,33 @@ _TOO_LARGE = (
     "was the text tokenized with another model's tokenizer, or were tokens added without "
     "model.resize_token_embeddings(len(tokenizer))?"
 )
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Pieces that a thread marks: in a bitmap of their own, so many tokens, and what does not fit."""
+
+    part: list[Any]
+    bitmap: Bitmap
+    tokens: int
+    wrong: "Future[Wrong]"
+
+
+def _mark_pieces(bitmap: Bitmap, pieces: list[Any], column: str) -> Wrong:
+    """Mark pieces of an Arrow column; return the first that does not fit, and its first id that does not."""
+    for piece in pieces:
+        if (wrong := _mark_array(bitmap, piece.array, column)) is not None:
+            return piece, wrong
+    return None
+
+
+def _mark_array(bitmap: Bitmap, array: Any, column: str) -> int | None:
+    from pema_adapters.reading import arrow
+
+    for ids in arrow.integers(array):
+        if (wrong := bitmap.mark(ids, _is_labels(column))) is not None:
+            return wrong
+    return None
 
 
 def _is_labels(column: str) -> bool:

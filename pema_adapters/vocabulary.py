@@ -43,7 +43,7 @@ class PartialVocabulary:
         self._token_ids = _sorted_ids(token_ids, self._vocab_size)
 
     @classmethod
-    def from_dataset(
+    def from_dataset(  # noqa: PLR0913 - the settings of one call, by name
         cls,
         data: Any,
         *,
@@ -51,6 +51,7 @@ class PartialVocabulary:
         columns: Collection[str] = DEFAULT_COLUMNS,
         optional: Collection[str] = (),
         progress: bool | None = None,
+        num_proc: int = 1,
     ) -> "PartialVocabulary":
         """All token ids that `data` hold.
 
@@ -63,6 +64,8 @@ class PartialVocabulary:
                 named one must exist in some split. Negative ids in columns that end in "labels" are skipped.
             optional: of `columns`, those that need not exist.
             progress: True or False to show or hide the progress bar; None: on a terminal, when it takes long.
+            num_proc: so many read a `datasets.Dataset` at the same time: threads, as NumPy works without Python's
+                lock. All else has no parts to share, and is read by one, with a warning that says so.
 
         Raises:
             VocabularyError: no such column, a column that holds no integers, or an id outside [0, V); the
@@ -71,7 +74,7 @@ class PartialVocabulary:
         from pema_adapters.scan import scan
 
         options: dict[str, Any] = {"columns": columns, "optional": optional, "progress": progress}
-        return cls(scan(data, vocab_size=vocab_size, **options).token_ids, vocab_size)
+        return cls(scan(data, vocab_size=vocab_size, num_proc=num_proc, **options).token_ids, vocab_size)
 
     @property
     def token_ids(self) -> TokenIds:

@@ -1,7 +1,6 @@
-"""Every kind of data gives the same vocabulary: the unique ids of its flattened columns."""
+"""Every kind of data gives the same vocabulary: the unique ids of its flattened columns. Errors: test_scan_refusals.py."""
 
 import itertools
-import re
 
 import numpy as np
 import pyarrow as pa
@@ -171,6 +170,23 @@ def test_every_kind_of_data(kind):
     assert ids_of(data()) == unique(values)
 
 
+@pytest.mark.filterwarnings("ignore:.* is read by one process")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data_by_several(kind, monkeypatch):
+    """In parts as small as they come."""
+    monkeypatch.setattr(arrow, "PART", 1)
+    monkeypatch.setattr(arrow, "PIECE", 8)
+    data, values = KINDS[kind]
+    assert ids_of(data(), num_proc=3) == unique(values)
+
+
+def test_data_without_parts_are_read_by_one():
+    for data in (rows_of(RAGGED), dataset.to_iterable_dataset(), dataset.with_transform(lambda batch: batch)):
+        with pytest.warns(UserWarning, match="is read by one process, not 2: it has no parts to share"):
+            ids_of(data, num_proc=2)
+    ids_of(dataset, num_proc=2)  # and no warning
+
+
 @given(st.lists(st.lists(st.integers(0, V - 1))), st.lists(st.lists(st.integers(0, V - 1))))
 def test_rows_and_columns_against_the_oracle(inputs, targets):
     rows = [{"input_ids": a, "decoder_input_ids": b} for a, b in itertools.zip_longest(inputs, targets, fillvalue=[])]
@@ -178,6 +194,18 @@ def test_rows_and_columns_against_the_oracle(inputs, targets):
     in_arrow = Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
     assert ids_of(in_arrow) == unique([inputs, targets])
     assert ids_of(rows or in_arrow) == unique([inputs, targets])
+
+
+@given(st.lists(st.lists(st.none() | st.integers(0, V - 1)) | st.none(), min_size=1), st.integers(1, 4))
+def test_parts_against_the_whole(rows, num_proc):
+    """The same ids and the same number of tokens, nulls or not."""
+    data = typed(rows, List(Value("int32")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrow, "PART", 40)
+        patch.setattr(arrow, "PIECE", 20)
+        found = scan(data, vocab_size=V, num_proc=num_proc)
+    assert found.token_ids.tolist() == unique(rows)
+    assert found.tokens == sum(token_id is not None for row in rows if row for token_id in row)
 
 
 @given(st.data())
@@ -246,127 +274,3 @@ def test_used_up_generator():
     assert ids_of(rows) == unique(RAGGED)
     with pytest.raises(VocabularyError, match="no rows at all"):
         ids_of(rows)
-
-
-# ---- what is refused, and where it was
-
-WRONG = [[1], [2, 3], [4, 1000, -7]]
-REFUSED = {
-    "Dataset": (lambda: Dataset.from_dict({"input_ids": WRONG}), "column 'input_ids', row 2: token id 1000 is"),
-    "split": (
-        lambda: DatasetDict(test=Dataset.from_dict({"input_ids": WRONG})),
-        "split 'test', column 'input_ids', row 2: token id 1000 is outside the embedding, whose V = 1,000 rows are "
-        "0 to 999; was the text tokenized with another model's tokenizer, or were tokens added without "
-        "model.resize_token_embeddings(len(tokenizer))?",
-    ),
-    "shuffled": (lambda: Dataset.from_dict({"input_ids": WRONG}).select([0, 2, 1]), "row 1: token id 1000 is"),
-    "picked": (lambda: Dataset.from_dict({"input_ids": WRONG}).select([2, 2]), "row 0: token id 1000 is"),
-    "second chunk": (
-        lambda: concatenate_datasets([Dataset.from_dict({"input_ids": part}) for part in (WRONG[:2], WRONG)]),
-        "row 4: token id 1000 is",
-    ),
-    "stream": (
-        lambda: Dataset.from_dict({"input_ids": [[1]] * 1001 + WRONG}).to_iterable_dataset(),
-        "row 1003: token id 1000 is",
-    ),
-    "transform": (
-        lambda: Dataset.from_dict({"n": [[1]] * 1000 + WRONG}).with_transform(lambda b: {"input_ids": b["n"]}),
-        "row 1002: token id 1000 is",
-    ),
-    "list of splits": (
-        lambda: [rows_of([[1]]), {"a": rows_of(WRONG)}],
-        "data[1], split 'a', column 'input_ids', row 2: token id 1000 is",
-    ),
-    "rows": (lambda: rows_of(WRONG), "column 'input_ids', row 2: token id 1000 is"),
-    "batches": (
-        lambda: [{"input_ids": np.array([[1, 2]])}, {"input_ids": torch.tensor([[1, 2], [3, 1000]])}],
-        "column 'input_ids', item 1, row 1 of it: token id 1000 is",
-    ),
-    "one batch": (lambda: {"input_ids": WRONG}, "column 'input_ids', row 2: token id 1000 is"),
-    "negative": (lambda: rows_of([[1], [-100]]), "row 1: token id -100 is outside"),
-    "labels too large": (lambda: [{"input_ids": [1], "labels": [-100, 1000]}], "'labels', row 0: token id 1000 is"),
-    "huge": (lambda: rows_of([[2**70]]), "row 0: token id 9223372036854775807 is"),
-    "huge, unsigned": (lambda: [{"labels": np.array([2**63], np.uint64)}], "token id 9223372036854775807 is"),
-    "floats": (lambda: rows_of([[1.5]]), "row 0: found a float ('1.5'), expected token ids, which are integers"),
-    "mixed floats": (lambda: rows_of([[1, 1.5]]), "found a float ('1.5')"),
-    "text": (lambda: rows_of(["ab"]), "found a str ('ab')"),
-    "words": (lambda: rows_of([["ab"]]), "found a str ('ab')"),
-    "booleans": (lambda: [{"input_ids": np.array([True])}], "found bool values"),
-    "float arrays": (lambda: [{"input_ids": np.array([1.0])}], "found float64 values"),
-    "float tensors": (lambda: [{"input_ids": torch.ones(1, dtype=torch.bfloat16)}], "found torch.bfloat16 values"),
-    "Arrow text": (lambda: Dataset.from_dict({"input_ids": ["ab"]}), "column 'input_ids': found type string"),
-    "Arrow floats": (lambda: Dataset.from_dict({"input_ids": [[1.5]]}), "found type list<item: double>"),
-    "a path": (lambda: "train.jsonl", "data: found a str ('train.jsonl'), expected a data set"),
-    "lists of ids": (lambda: RAGGED, "data[0][0]: found a int ('5')"),
-    "tuple batches": (lambda: [(torch.tensor([1]), torch.tensor([2]))], "data[0][0]: found a Tensor"),
-    "None": (lambda: None, "data: found a NoneType"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_refusals_say_where(kind):
-    data, message = REFUSED[kind]
-    with pytest.raises(VocabularyError, match=re.escape(message)) as caught:
-        ids_of(data(), columns=("input_ids", "decoder_input_ids", "labels"), optional=["labels"])
-    assert "\n" not in str(caught.value)
-
-
-def test_negative_id_says_what_to_do():
-    with pytest.raises(VocabularyError, match="skipped only in columns that end in 'labels'"):
-        ids_of(rows_of([[-100]]))
-
-
-def test_vocab_size_is_checked():
-    with pytest.raises(VocabularyError, match="vocab_size is None"):
-        PartialVocabulary.from_dataset(dataset, vocab_size=None)
-
-
-# ---- nothing of the caller's changes
-
-
-def test_formats_and_rows_stay():
-    data = Dataset.from_list(rows_of(RAGGED)).with_format("torch", columns=["input_ids"])
-    before, rows = data.format, rows_of(RAGGED)
-    ids_of(data)
-    ids_of(rows)
-    assert data.format == before
-    assert rows == rows_of(RAGGED)
-
-
-@pytest.mark.parametrize("own", [None, 3])
-def test_random_numbers_stay(own):
-    """Scanning the loader of a training run does not change that run."""
-    generator = None if own is None else torch.Generator().manual_seed(own)
-
-    def numbers(scanned):
-        torch.manual_seed(0)
-        if own is not None:
-            generator.manual_seed(own)
-        loader = DataLoader(SQUARE * 5, batch_size=2, shuffle=True, collate_fn=padded, generator=generator)
-        if scanned:
-            ids_of(loader)
-        return torch.rand(3).tolist(), [batch["input_ids"].tolist() for batch in loader]
-
-    assert numbers(scanned=True) == numbers(scanned=False)
-
-
-def test_tokens_are_counted():
-    assert scan(dataset, vocab_size=V).tokens == sum(map(len, RAGGED))
-    assert scan(rows_of(RAGGED), vocab_size=V).tokens == sum(map(len, RAGGED))
-    assert scan(dataset, vocab_size=V).columns == ("input_ids",)
-
-
-# ---- the progress bar
-
-
-@pytest.mark.parametrize(
-    ("progress", "switch", "shown"), [(True, "0", True), (None, "0", False), (False, "0", False), (True, "1", False)]
-)
-def test_progress_bar(progress, switch, shown, monkeypatch, capfd):
-    """Here stderr is no terminal, so it shows only when asked to; never on short scans."""
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", switch)
-    ids_of(rows_of(RAGGED), progress=progress)
-    assert capfd.readouterr().err == ""
-    monkeypatch.setattr("pema_adapters.reading.kinds.SECONDS_BEFORE_PROGRESS", 0)
-    ids_of(dataset, progress=progress)
-    assert ("4.00/4.00" in capfd.readouterr().err) == shown

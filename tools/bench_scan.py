@@ -5,10 +5,14 @@
 - TSTV: `get_token_stats` of transformer-smaller-training-vocab, which tokenizes text one by one into a Python set.
   On ids it gets a tokenizer that hands them through, so that only its counting is timed, and on text both do all the
   work, with one tokenizer.
+- tokenizers: on text, `encode_batch_fast` alone, in the same batches, its result thrown away or its ids taken out.
+- num_proc=2 beside one thread, on ids that no cache holds.
 
-    python tools/bench_scan.py [--rows 100000] [--rounds 5] [--json FILE]
+    python tools/bench_scan.py [--parts ids workers text] [--rounds 5] [--json FILE] \\
+        [--tokenizer T --text FILE ...]      # default: Python's standard library, and a tokenizer trained on it
 """
 
+import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Generator
@@ -16,15 +20,17 @@ from typing import Any
 
 import numpy as np
 from _bench import in_child, median_ratio, paired, parser, table, write_json
-from datasets import Dataset, Features, List, Value, disable_progress_bars, load_from_disk
+from _scan_text import contestants, texts_of, tokenizer_of
+from _scan_text import measured as measured_text
+from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_from_disk
 
-from pema_adapters.reading.text import Encoder
-from pema_adapters.scan import scan_text
 from pema_adapters.vocabulary import PartialVocabulary
 
 VOCAB_SIZES = (50_265, 901_629)
 LENGTH = 128
-TEXTS = 4_000
+SHARD = 12_800_000  # ids in a file
+MORE = 4  # times the texts: memory should not care
+PARTS = ("ids", "workers", "text")
 MEGABYTE = 1e6
 
 
@@ -44,8 +50,8 @@ def bitmap(dataset: Dataset, vocab_size: int) -> int:
     return int(np.count_nonzero(seen))
 
 
-def ours(dataset: Dataset, vocab_size: int) -> int:
-    return len(PartialVocabulary.from_dataset(dataset, vocab_size=vocab_size))
+def ours(dataset: Dataset, vocab_size: int, num_proc: int = 1) -> int:
+    return len(PartialVocabulary.from_dataset(dataset, vocab_size=vocab_size, num_proc=num_proc))
 
 
 def tstv(dataset: Dataset, vocab_size: int) -> int:
@@ -93,28 +99,36 @@ def bench_ids(rows: int, vocab_size: int, dtype: str, rounds: int) -> list[dict[
     return [figures(data, vocab_size, times, name, "bitmap") | grown(memory, name) for name in work]
 
 
-def bench_text(vocab_size: int, rounds: int) -> list[dict[str, Any]]:
-    from transformer_smaller_training_vocab.token_stats import get_token_stats
+def bench_workers(id_count: int, rounds: int) -> list[dict[str, Any]]:
+    """One thread and two, over data that are written in shards, and larger than any cache."""
+    vocab_size, rows = VOCAB_SIZES[0], SHARD // LENGTH
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{folder}/{shard}" for shard in range(max(1, id_count // SHARD))]
+        dataset = concatenate_datasets([make_dataset(name, rows, vocab_size, "int32") for name in names])
+        work = {
+            "pema_adapters": lambda: ours(dataset, vocab_size),
+            "pema_adapters, num_proc=2": lambda: ours(dataset, vocab_size, num_proc=2),
+        }
+        times = paired(work, rounds=rounds)
+    data = f"{len(names) * SHARD / 1e6:.0f}M int32 ids"
+    return [figures(data, vocab_size, times, name, "pema_adapters") for name in work]
 
-    words = np.random.default_rng(0).integers(0, vocab_size, (TEXTS, LENGTH))
-    texts = [" ".join(f"w{word}" for word in text) for text in words.tolist()]
-    tokenizer, dataset = word_tokenizer(vocab_size), Dataset.from_dict({"text": texts})
-    work = {
-        "TSTV, text": lambda: get_token_stats(tokenizer, texts),
-        "pema_adapters, text": lambda: scan_text(dataset, Encoder(tokenizer), vocab_size=vocab_size),
-    }
-    times = paired(work, rounds=rounds)
-    data = f"{TEXTS:,} texts of {LENGTH} words"
-    return [figures(data, vocab_size, times, name, "TSTV, text") for name in work]
 
-
-def word_tokenizer(vocab_size: int) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{word}": word for word in range(vocab_size)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+def bench_text(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    texts = texts_of(arguments.text, arguments.texts)
+    tokenizer = tokenizer_of(arguments.tokenizer, texts)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(f"{folder}/tokenizer")
+        for name, many in (("texts", texts), ("more", texts * MORE)):
+            Dataset.from_dict({"text": many}).save_to_disk(f"{folder}/{name}")
+        times = paired(contestants(tokenizer, texts, load_from_disk(f"{folder}/texts")), rounds=arguments.rounds)
+        memory = [in_child(measured_text, f"{folder}/tokenizer", f"{folder}/{name}") for name in ("texts", "more")]
+    data, vocab_size = f"{len(texts):,} texts", len(tokenizer)
+    rows = [figures(data, vocab_size, times, name, "tokenizers") for name in times]
+    rows.append(figures(data, vocab_size, times, "TSTV", "pema_adapters"))
+    more = {"data": f"{len(texts) * MORE:,} texts", "vocab_size": vocab_size, "scan": "pema_adapters"}
+    rows[list(times).index("pema_adapters")] |= megabytes(memory[0].grown)
+    return [*rows, more | {"median_seconds": round(memory[1].seconds, 4)} | megabytes(memory[1].grown)]
 
 
 def figures(data: str, vocab_size: int, times: Any, name: str, reference: str) -> dict[str, Any]:
@@ -129,22 +143,44 @@ def figures(data: str, vocab_size: int, times: Any, name: str, reference: str) -
 
 
 def grown(memory: dict[str, int], name: str) -> dict[str, float]:
-    return {"anonymous_megabytes": round(memory[name] / MEGABYTE, 1)} if name in memory else {}
+    return megabytes(memory[name]) if name in memory else {}
+
+
+def megabytes(size: int) -> dict[str, float]:
+    return {"anonymous_megabytes": round(size / MEGABYTE, 1)}
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--rows", type=int, default=100_000, help=f"rows of {LENGTH} ids (default 100,000)")
-    arguments = options.parse_args()
+    arguments = options().parse_args()
     disable_progress_bars()
     rows = []
-    for vocab_size in VOCAB_SIZES:
+    for vocab_size in VOCAB_SIZES if "ids" in arguments.parts else ():
         for dtype in ("int32", "int64"):
             rows += bench_ids(arguments.rows, vocab_size, dtype, arguments.rounds)
-    rows += bench_text(VOCAB_SIZES[0], arguments.rounds)
+    if "workers" in arguments.parts:
+        rows += bench_workers(arguments.ids, arguments.rounds)
+    if "text" in arguments.parts:
+        rows += bench_text(arguments)
     header = ["data", "V", "scan", "x reference", "median s", "grown MB (RssAnon)"]
     print(table(header, [cells(found) for found in rows]))
     write_json(arguments.json, {"rounds": arguments.rounds, "scans": rows})
+
+
+def options() -> argparse.ArgumentParser:
+    found = parser(__doc__)
+    add = found.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    add("--rows", type=int, default=100_000, help=f"rows of {LENGTH} ids (default 100,000)")
+    add(
+        "--ids",
+        type=int,
+        default=200_000_000,
+        help="ids for one thread and two: 4 bytes each on the disk (default 2e8)",
+    )
+    add("--texts", type=int, default=20_000, help="texts to tokenize (default 20,000)")
+    add("--text", nargs="+", default=[], metavar="FILE", help="data files of text (default: Python's standard library)")
+    add("--tokenizer", metavar="T", help="folder or Hub id (default: trained on the text)")
+    return found
 
 
 def cells(found: dict[str, Any]) -> list[object]:
@@ -152,7 +188,7 @@ def cells(found: dict[str, Any]) -> list[object]:
         found["data"],
         f"{found['vocab_size']:,}",
         found["scan"],
-        f"{found['ratio']:.2f} x {found['reference']}",
+        f"{found['ratio']:.2f} x {found['reference']}" if "ratio" in found else "",
         f"{found['median_seconds']:.3f}",
         found.get("anonymous_megabytes", ""),
     ]

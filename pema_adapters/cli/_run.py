@@ -15,8 +15,8 @@ def run(program: str, work: Callable[[], None]) -> int:
     except (PemaError, OSError) as error:
         print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing was left behind", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{program}: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
         return FAILED
     return DONE
 

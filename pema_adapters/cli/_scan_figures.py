@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from pema_adapters.cli._scan_cache import Data, cached_scan, note_of
 from pema_adapters.errors import PemaError
 from pema_adapters.growth import Curve, heaps_law
 from pema_adapters.memory import OPTIMIZERS, build_on_meta, memory_report
-from pema_adapters.reading.files import load_data
 from pema_adapters.reading.pretrained import embedding_shape, load_tokenizer, tokenizer_rows
 from pema_adapters.reading.text import Encoder
-from pema_adapters.scan import Scan, scan_text
+from pema_adapters.scan import Scan
 from pema_adapters.vocabulary import PartialVocabulary
 
 
@@ -38,6 +38,7 @@ class Scanned:
     subject: Subject
     scan: Scan
     vocabulary: PartialVocabulary
+    cache: str  # the folder that the scan comes from; empty: from the data themselves
 
     @property
     def curve(self) -> Curve:
@@ -61,10 +62,11 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
 
 
 def scanned(subject: Subject, options: argparse.Namespace) -> Scanned:
-    """Read all the data with one tokenizer."""
+    """Read all the data with one tokenizer, unless that was done before."""
     encoder = Encoder(subject.tokenizer, tuple(options.text_column), options.max_length)
-    scan = scan_text(load_data(options.data), encoder, vocab_size=subject.vocab_size)
-    return Scanned(subject, scan, PartialVocabulary(scan.token_ids, subject.vocab_size))
+    data, how = Data(tuple(options.data)), {"num_proc": options.num_proc, "use_cache": options.cache}
+    scan, cache = cached_scan(data, encoder, subject.vocab_size, **how)
+    return Scanned(subject, scan, PartialVocabulary(scan.token_ids, subject.vocab_size), cache)
 
 
 def figures_of(found: Scanned, options: argparse.Namespace) -> dict[str, Any]:
@@ -80,6 +82,8 @@ def figures_of(found: Scanned, options: argparse.Namespace) -> dict[str, Any]:
         "reduction": vocabulary.reduction,
         "growth": [list(point) for point in found.scan.growth],
         "heaps_law": None if law is None else asdict(law),
+        "from_cache": bool(found.cache),
+        "notes": [*found.scan.notes, *([note_of(found.cache)] if found.cache else [])],
     }
     if options.unused is not None:
         figures["unused"] = vocabulary.vocab_size - len(vocabulary)

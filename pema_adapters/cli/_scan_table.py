@@ -129,7 +129,7 @@ def _unused(figures: Figures, named: bool) -> str:
 
 
 def _notes(figures: Figures) -> list[str]:
-    notes = [figures["note"]] if "note" in figures else []
+    notes = [*figures["notes"], *([figures["note"]] if "note" in figures else [])]
     if any(report["has_tied_head"] for report in figures.get("memory", [])):
         notes.append(TIED_HEAD.format(figures["model"]))
     return notes

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   pema-scan --tokenizer FacebookAI/xlm-roberta-base --data train.jsonl dev.jsonl --model FacebookAI/xlm-roberta-base
-  pema-scan --tokenizer facebook/xlm-v-base --data nyu-mll/glue:rte --text-column sentence1 --text-column sentence2
+  pema-scan --tokenizer facebook/xlm-v-base --data nyu-mll/glue:rte --text-column sentence1,sentence2 --max-length 128
   pema-scan --tokenizer openai-community/gpt2 --tokenizer google-bert/bert-base-cased --data train.txt --plot growth.png
   pema-scan --tokenizer ./base --model ./base --data train.txt --save train.vocabulary --unused 20
 """
@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="C",
-        help="a column to tokenize; repeat for more, each is tokenized by itself (default: all columns of strings)",
+        help="a column to tokenize, or A,B: columns A and B of a row as a pair, as in training; repeat for more, "
+        "each is tokenized by itself (default: all columns of strings)",
     )
     add(
         "--model",
@@ -76,7 +77,26 @@ def _parser() -> argparse.ArgumentParser:
         help="folder or Hub id of the model: gives V, and the memory saved; no weights are read "
         "(with several tokenizers: one for each, in the same order)",
     )
-    add("--max-length", type=_positive, metavar="N", help="truncate to N tokens (default: no truncation)")
+    add(
+        "--max-length",
+        type=_positive,
+        metavar="N",
+        help="truncate to N tokens, of a pair the longer text first (default: no truncation)",
+    )
+    add(
+        "--num-proc",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="N processes tokenize (for tokenizers in Python: fast ones use all cores by themselves); of tokenized "
+        "data, N threads read (default 1)",
+    )
+    add(
+        "--no-cache",
+        action="store_false",
+        dest="cache",
+        help="scan anew what was scanned before, even in part, and remember nothing (default: in HF_HOME/pema)",
+    )
     add("--save", metavar="FILE", help="write the vocabulary, for PartialVocabulary.load")
     add(
         "--unused",
@@ -99,14 +119,26 @@ def _positive(text: str) -> int:
 
 def _scan(options: argparse.Namespace) -> None:
     """Whatever can be refused is, before the first scan; whatever can fail is done before the first output."""
+    from pema_adapters.cli._scan_answers import Answers
+
+    answers = Answers(options)
+    figures = answers.known()
+    if figures is None:
+        figures = _found(options)
+        answers.remember(figures)
+    _print(_text(figures, options.json))
+
+
+def _found(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures of all tokenizers; files that were asked for are written."""
     from pema_adapters.cli._scan_figures import figures_of, scanned, subjects
 
     _only_our_errors()
     figure_format = _checked_outputs(options)
     found = [scanned(subject, options) for subject in subjects(options)]
-    text = _text([figures_of(one, options) for one in found], options.json)
+    figures = [figures_of(one, options) for one in found]
     _write(found, figure_format, options)
-    _print(text)
+    return figures
 
 
 def _checked_outputs(options: argparse.Namespace) -> str:

@@ -3,7 +3,7 @@
 Imported only once data made by `datasets` are at hand, so pyarrow is loaded already.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 ROWS = 10_000  # rows copied at a time, where rows are missing or picked one by one
+PIECE = 1 << 23  # bytes read at a time, about
+PART = 1 << 25  # bytes for a thread at a time, about
 
 Integers = npt.NDArray[np.integer[Any]]
 
@@ -61,15 +63,39 @@ class Piece:
 
 
 def pieces(column: pa.ChunkedArray, picked: npt.NDArray[np.bool_] | None) -> Iterator[Piece]:
-    """The chunks of a column, or what a mask over all its rows picks of them."""
+    """The chunks of a column, or what a mask over all its rows picks of them; large ones in slices."""
     first = 0
     for chunk in column.chunks:
         mask = None if picked is None else picked[first : first + len(chunk)]
         if mask is None or mask.all():
-            yield Piece(chunk, first)
+            yield from _slices(chunk, first)
         elif mask.any():
             yield from _picked_rows(chunk, mask, first)
         first += len(chunk)
+
+
+def _slices(chunk: pa.Array, first: int) -> Iterator[Piece]:
+    rows = max(1, len(chunk) * PIECE // max(chunk.nbytes, PIECE))
+    return (Piece(chunk.slice(start, rows), first + start) for start in range(0, len(chunk), rows))
+
+
+def parts(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in order, in lists of about PART bytes."""
+    found: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        found.append(piece)
+        size += piece.array.nbytes
+        if size >= PART:
+            yield found
+            found, size = [], 0
+    if found:
+        yield found
+
+
+def count(array: pa.Array) -> int:
+    """How many integers there are in an `is_integers` array; free where none is missing."""
+    return sum(map(len, integers(array)))
 
 
 def _picked_rows(chunk: pa.Array, mask: npt.NDArray[np.bool_], first: int) -> Iterator[Piece]:

@@ -20,3 +20,14 @@ def checked_vocab_size(vocab_size: int) -> int:
             "model.get_input_embeddings().num_embeddings"
         )
     return size
+
+
+def checked_num_proc(num_proc: int) -> int:
+    """A number of workers as an int of at least 1, or a VocabularyError."""
+    try:
+        count = operator.index(num_proc)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise VocabularyError(f"num_proc is {num_proc!r}, expected an integer from 1: the processes to scan with")
+    return count

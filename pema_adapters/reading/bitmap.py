@@ -1,5 +1,7 @@
 """One bit for each of the V rows: which ids were seen, and how their number grew."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,6 +10,8 @@ from pema_adapters.reading.values import Integers
 BLOCK = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
 POINT_RATIO = 10**0.1  # from one point of a growth curve to the next: ten for each power of ten
 
+Packed = npt.NDArray[np.uint8]  # a bit for each id, np.packbits
+
 
 class Bitmap:
     """Which of V ids were seen, and how many tokens went in."""
@@ -15,6 +19,7 @@ class Bitmap:
     def __init__(self, vocab_size: int) -> None:
         self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
         self.tokens = 0
+        self.before = 0  # of the tokens, those that other bitmaps count
         self._index = np.empty(BLOCK, dtype=np.intp)
 
     def mark(self, ids: Integers, skip_negative: bool) -> int | None:
@@ -35,6 +40,21 @@ class Bitmap:
             self.tokens += len(block)
         return None
 
+    def distinct(self) -> int:
+        """K so far."""
+        return int(np.count_nonzero(self.seen))
+
+    def begun(self, tokens: int) -> "Bitmap":
+        """An empty bitmap for later data, so many tokens behind the end of this one; `join` them in order."""
+        bitmap = Bitmap(len(self.seen))
+        bitmap.tokens = bitmap.before = self.tokens + tokens
+        return bitmap
+
+    def join(self, part: "Bitmap") -> None:
+        """Take over what a `begun` bitmap has seen, as if its ids had been marked here."""
+        self.seen |= part.seen
+        self.tokens += part.tokens - part.before
+
     def _first_wrong(self, block: Integers) -> int:
         return int(block[(block < 0) | (block >= len(self.seen))][0])
 
@@ -49,6 +69,15 @@ class Bitmap:
     def _fits(self, block: Integers) -> bool:
         """One pass for both bounds: read as unsigned, a negative number is larger than any V."""
         return not block.size or int(block.view(f"u{block.itemsize}").max()) < len(self.seen)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A `GrowingBitmap` at rest: what it takes to go on."""
+
+    seen: Packed
+    tokens: int
+    points: tuple[tuple[int, int], ...]
 
 
 class GrowingBitmap(Bitmap):
@@ -73,12 +102,57 @@ class GrowingBitmap(Bitmap):
 
     def growth(self) -> tuple[tuple[int, int], ...]:
         """Pairs (tokens, distinct ids among them), increasing; the last is what there is now."""
-        at_the_end = (self.tokens, self._distinct())
+        at_the_end = (self.tokens, self.distinct())
         return (*self._points, *([at_the_end] if self.tokens and self._points[-1] != at_the_end else []))
 
-    def _add_point(self) -> None:
-        self._points.append((self.tokens, self._distinct()))
-        self._next = max(self.tokens + 1, round(self.tokens * POINT_RATIO))
+    def begun(self, tokens: int) -> "GrowingBitmap":
+        """As `Bitmap.begun`; it keeps what was seen at its points, for `join` to count."""
+        bitmap = _Part(len(self.seen))
+        bitmap.tokens = bitmap.before = self.tokens + tokens
+        bitmap._next = self._next
+        while bitmap._next <= bitmap.tokens:
+            bitmap._next = _after(bitmap._next)
+        return bitmap
 
-    def _distinct(self) -> int:
-        return int(np.count_nonzero(self.seen))
+    def join(self, part: Bitmap) -> None:
+        """As `Bitmap.join`, with the points on the way."""
+        if isinstance(part, _Part):
+            for tokens, seen in part.snapshots:
+                self._points.append((tokens, int(np.count_nonzero(self.seen | _unpacked(seen, len(self.seen))))))
+            self._next = part._next
+        super().join(part)
+
+    def at_rest(self) -> Grown:
+        """A copy to go on from."""
+        return Grown(np.packbits(self.seen), self.tokens, tuple(self._points))
+
+    def wake(self, state: Grown) -> None:
+        """Go on from a copy; a bitmap of the same V."""
+        self.seen[:] = _unpacked(state.seen, len(self.seen))
+        self.tokens, self._points = state.tokens, list(state.points)
+        self._next = _after(self._points[-1][0]) if self._points else 1
+
+    def _add_point(self) -> None:
+        self._points.append((self.tokens, self.distinct()))
+        self._next = _after(self.tokens)
+
+
+class _Part(GrowingBitmap):
+    """Keeps all that was seen at its points, where its parent counts."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.snapshots: list[tuple[int, Packed]] = []
+
+    def _add_point(self) -> None:
+        self.snapshots.append((self.tokens, np.packbits(self.seen)))
+        self._next = _after(self.tokens)
+
+
+def _after(tokens: int) -> int:
+    """Where the point after one at `tokens` is."""
+    return max(tokens + 1, round(tokens * POINT_RATIO))
+
+
+def _unpacked(bits: Packed, count: int) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(bits, count=count).view(np.bool_)

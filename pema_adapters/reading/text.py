@@ -1,16 +1,19 @@
-"""Text to token ids, a batch of rows at a time."""
+"""Columns of text, a batch of rows at a time: which there are, and their values for the tokenizer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from pema_adapters.errors import FormatError, VocabularyError
 from pema_adapters.reading.basics import DEFAULT_COLUMNS
+from pema_adapters.reading.kinds import is_a
+from pema_adapters.reading.tokenizing import SAMPLE, Batch, Tokenizing, Value, tokenizing
 
 BATCH = 1_000  # rows tokenized at a time
 
-Batch = dict[str, list[Any]]
+Rows = dict[str, list[Any]]  # a batch of rows as datasets gives it
+Columns = tuple[str, ...]  # one column of text, or the two of a pair
 
 
 @dataclass
@@ -19,9 +22,10 @@ class Encoder:
 
     Args:
         tokenizer: a transformers tokenizer; it adds the special tokens that it always adds.
-        text_columns: columns of strings (or of lists of words), each tokenized by itself; none: ids where there
-            are some already, else every column of strings.
-        max_length: truncate to so many tokens; None: no truncation.
+        text_columns: columns of strings (or of lists of words), each tokenized by itself; "A,B": columns A and B of a
+            row as a pair, unless there is a column of that name; none: ids where there are some already, else every
+            column of strings.
+        max_length: truncate to so many tokens, of a pair the longer text first; None: no truncation.
     """
 
     tokenizer: Any
@@ -29,11 +33,12 @@ class Encoder:
     max_length: int | None = None
     used: dict[str, None] = field(default_factory=dict, init=False)  # columns that are read, in order
     present: dict[str, str] = field(default_factory=dict, init=False)  # columns there are, and what they hold
+    _tokenizing: Tokenizing | None = field(default=None, init=False)
 
-    def encoded(self, split: Any, name: str) -> Any:
-        """What to scan in place of a `datasets.Dataset` or `IterableDataset`: rows of ids, or itself if it has ids.
+    def planned(self, split: Any, name: str) -> "Plan":
+        """How to read a `datasets.Dataset` or `IterableDataset`; `name` is what errors call it.
 
-        Reads the first rows to see which columns there are; `name` is what errors call the split.
+        Reads the first rows to see which columns there are.
 
         Raises:
             VocabularyError: there is nothing to tokenize; the message lists the columns.
@@ -43,48 +48,107 @@ class Encoder:
         self.present.update((column, type(_first(values)).__name__) for column, values in first.items())
         columns = self._columns(first)
         if first and not columns:
-            self._refuse(f"{name}: no column {', '.join(map(repr, self.text_columns)) or 'that holds strings'}")
-        self.used.update(dict.fromkeys(columns))
-        if not self.text_columns and set(columns) <= set(DEFAULT_COLUMNS):
-            return split.select_columns(list(columns)) if columns else []
-        return (row for batch in chain([first], batches) for row in self._rows(batch, columns))
+            self._refuse(f"{name}: no column {self._wanted(first) or 'that holds strings'}")
+        self.used.update(dict.fromkeys(map(",".join, columns)))
+        if not self.text_columns and {column for one in columns for column in one} <= set(DEFAULT_COLUMNS):
+            ids = [column for (column,) in columns]
+            return Plan(name, split.select_columns(ids) if ids else [])
+        return Plan(name, split, columns, chain([first], batches) if first else iter(()), _sample(first, columns))
 
     def check(self) -> None:
         """Refuse a named column that was in none of the splits."""
-        missing = [column for column in self.text_columns if column not in self.used]
-        if missing:
-            self._refuse(f"no column {', '.join(map(repr, missing))} anywhere in the data")
+        if any(wanted not in self.used for wanted in self.text_columns):
+            missing = self._wanted({column: [] for column in self.present})
+            self._refuse(f"no column {missing} anywhere in the data" if missing else "no split has both of a pair")
+        if not self.used:
+            self._refuse("no text and no token ids anywhere in the data")
+
+    def tokenizing(self, sample: Batch) -> Tokenizing:
+        """The way to tokenize, tried on a sample; the same object while the way is the same."""
+        found = tokenizing(self.tokenizer, self.max_length, sample)
+        if self._tokenizing is None or self._tokenizing.in_rust != found.in_rust:
+            self._tokenizing = found
+        return self._tokenizing
+
+    @property
+    def batch(self) -> int:
+        """Rows of a batch, all but the last of a split."""
+        return BATCH
+
+    def _wanted(self, rows: Rows) -> str:
+        """The named columns that are not there."""
+        wanted = [column for name in self.text_columns if not _of(name, rows) for column in _named(name)]
+        return ", ".join(repr(column) for column in dict.fromkeys(wanted) if column not in rows)
 
     def _refuse(self, what: str) -> None:
         there = ", ".join(f"{column} ({kind})" for column, kind in self.present.items()) or "no rows"
-        raise VocabularyError(f"{what}; found: {there}; name the columns of text, --text-column C")
+        raise VocabularyError(f"{what}; found: {there}; name the columns of text, --text-column C or, a pair, A,B")
 
-    def _columns(self, batch: Batch) -> tuple[str, ...]:
+    def _columns(self, rows: Rows) -> tuple[Columns, ...]:
         if self.text_columns:
-            return tuple(column for column in self.text_columns if column in batch)
-        ids = tuple(column for column in DEFAULT_COLUMNS if column in batch)
-        return ids or tuple(column for column, values in batch.items() if isinstance(_first(values), str))
+            return tuple(columns for name in self.text_columns if (columns := _of(name, rows)))
+        ids = tuple((column,) for column in DEFAULT_COLUMNS if column in rows)
+        return ids or tuple((column,) for column, values in rows.items() if isinstance(_first(values), str))
 
-    def _rows(self, batch: Batch, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-        encoded = [self._encode(batch[column]) for column in columns]
-        return (dict(zip(columns, ids, strict=True)) for ids in zip(*encoded, strict=True))
 
-    def _encode(self, values: list[Any]) -> list[list[int] | None]:
-        """The ids of each value; None where there is no text."""
-        texts = [value if isinstance(value, list) else str(value) for value in values if value is not None]
-        if not texts:
-            return [None] * len(values)
-        options = {"truncation": self.max_length is not None, "max_length": self.max_length, "verbose": False}
-        options |= {"return_attention_mask": False, "return_token_type_ids": False}  # a fifth of the time
-        ids = iter(self.tokenizer(texts, is_split_into_words=isinstance(texts[0], list), **options)["input_ids"])
-        return [None if value is None else next(ids) for value in values]
+@dataclass(frozen=True)
+class Plan:
+    """What to read of a split: columns of text, a batch at a time, or its ids."""
+
+    name: str
+    split: Any
+    columns: tuple[Columns, ...] = ()  # of text; none: the split holds ids already
+    rows: Iterator[Rows] = field(default_factory=lambda: iter(()))
+    sample: Batch = field(default_factory=list)  # of `batches`, a few of the first rows
+
+    def batches(self, skipped: int) -> Iterator[Batch]:
+        """Values for the tokenizer, a list for each of `columns`; without the first batches, which were read before."""
+        rows = self.rows
+        if skipped and is_a(self.split, "datasets", "Dataset"):  # which need not read what it skips
+            left = range(skipped * BATCH, len(self.split))
+            rows, skipped = _batches(self.split.select(left), self.name) if left else iter(()), 0
+        return (_batch(rows_read, self.columns) for rows_read in islice(rows, skipped, None))
+
+
+def _named(name: str) -> Columns:
+    """The columns that an option names: "A,B" are two."""
+    parts = tuple(name.split(","))
+    return parts if len(parts) == 2 else (name,)
+
+
+def _of(name: str, rows: Rows) -> Columns:
+    """The columns that an option names, where they are all there; a column that is called "A,B" wins."""
+    return next((columns for columns in ((name,), _named(name)) if all(column in rows for column in columns)), ())
+
+
+def _batch(rows: Rows, columns: tuple[Columns, ...]) -> Batch:
+    return [_values(rows, one) for one in columns]
+
+
+def _sample(rows: Rows, columns: tuple[Columns, ...]) -> Batch:
+    return [values[:SAMPLE] for values in _batch(rows, columns)] if rows else []
+
+
+def _values(rows: Rows, columns: Columns) -> list[Value]:
+    """Texts, or pairs of texts: of a pair with one missing, the other alone."""
+    if len(columns) == 1:
+        return [_text(value) for value in rows[columns[0]]]
+    return [_pair(_text(a), _text(b)) for a, b in zip(rows[columns[0]], rows[columns[1]], strict=True)]
+
+
+def _pair(first: Value, second: Value) -> Value:
+    return second if first is None else first if second is None else (first, second)
+
+
+def _text(value: Any) -> Value:
+    return value if value is None or isinstance(value, (str, list)) else str(value)
 
 
 def _first(values: list[Any]) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _batches(split: Any, name: str) -> Iterator[Batch]:
+def _batches(split: Any, name: str) -> Iterator[Rows]:
     from datasets.exceptions import DatasetsError
 
     try:

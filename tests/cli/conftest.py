@@ -3,11 +3,14 @@
 import datasets
 import pytest
 import transformers
+from huggingface_hub import constants
 
 
 @pytest.fixture
-def settings_as_they_were():
-    """pema-scan silences the libraries for the rest of its process."""
+def settings_as_they_were(tmp_path, monkeypatch):
+    """pema-scan silences the libraries for the rest of its process, and remembers in HF_HOME, here a folder `hf`."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # of the processes that a test starts
     levels = datasets.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
     yield
     datasets.enable_progress_bars()

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from pema_adapters import PartialVocabulary
 from pema_adapters.cli.scan import main
-from pema_adapters.errors import VocabularyError
-from pema_adapters.reading.text import Encoder
-from pema_adapters.scan import scan_text
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
 
@@ -139,7 +138,42 @@ def test_named_columns_and_truncation(folder, capsys):
     assert scanned(capsys, "x.jsonl")["columns"] == ["input_ids"]
 
 
+PAIRS = [
+    {"s": "a b c", "t": "d e", "s,t": "h"},
+    {"s": None, "t": "f", "s,t": "g"},
+]
+
+
+def test_pairs(folder, capsys):
+    """As training has them: the tokenizer, here one with [PAD] between two texts, gets both; truncated longest first."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A", pair="$A [PAD] $B", special_tokens=[("[PAD]", 0)]
+    )
+    tokenizer.save_pretrained("tok")
+    Dataset.from_list(PAIRS).remove_columns("s,t").to_parquet("x.parquet")
+    Dataset.from_list(PAIRS).to_parquet("y.parquet")
+    capsys.readouterr()
+    pair = scanned(capsys, "x.parquet", "--text-column", "s,t", "--save", "v")
+    assert (pair["columns"], pair["tokens"]) == (["s,t"], 6 + 1)
+    assert set(PartialVocabulary.load("v")) == {0, 2, 3, 4, 5, 6, 7}
+    short = scanned(capsys, "x.parquet", "--text-column", "s,t", "--max-length", "4", "--save", "v")
+    assert short["tokens"] == 4 + 1
+    assert set(PartialVocabulary.load("v")) == {*tokenizer("a b c", "d e", truncation=True, max_length=4).input_ids, 7}
+    alone = scanned(capsys, "x.parquet", "--text-column", "s", "--text-column", "t")
+    assert (alone["columns"], alone["tokens"], alone["partial_vocab_size"]) == (["s", "t"], 6, 6)
+    assert scanned(capsys, "y.parquet", "--text-column", "s,t", "--save", "v")["tokens"] == 2
+    assert set(PartialVocabulary.load("v")) == {8, 9}
+
+
 FAILURES = {
+    "half a pair": (["x.jsonl", "--text-column", "premise,q"], "x.jsonl: no column 'q'; found: premise (str), hypo"),
+    "no pair": (["x.jsonl", "--text-column", "p,q"], "x.jsonl: no column 'p', 'q'; found: premise (str), hypothesis"),
+    "three of a pair": (["x.jsonl", "--text-column", "a,b,c"], "x.jsonl: no column 'a,b,c'; found: premise (str)"),
+    "a pair in no split": (
+        ["x.jsonl", "bad2.jsonl", "--text-column", "premise,other", "--text-column", "label"],
+        "no split has both of a pair; found: premise (str), hypothesis (str), label (int), other (str)",
+    ),
     "no such file": (["none.txt"], "none.txt: no such file or folder"),
     "unknown suffix": (["x.xml"], "x.xml: found .xml, expected one of .txt, .json"),
     "damaged": (["bad.jsonl"], "bad.jsonl: cannot be read: JSON parse error"),
@@ -163,6 +197,7 @@ def test_failures_are_one_line(failure, folder, capsys, monkeypatch):
     (folder / "x.xml").write_text("<x/>")
     (folder / "bad.jsonl").write_text('{"a": "b"}\n{"a": ')
     (folder / "numbers.jsonl").write_text('{"n": 1}')
+    (folder / "bad2.jsonl").write_text('{"other": "a", "label": 1}')
     (folder / "empty.txt").touch()
     save_config(folder, vocab_size=3, hidden_size=2)
     arguments, message = FAILURES[failure]
@@ -194,32 +229,3 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert "--text-column" in done.stdout
-
-
-# ---- the library function
-
-
-def test_scan_text_of_a_data_set_and_of_a_stream():
-    tokenizer, data = make_tokenizer(), Dataset.from_list(ROWS)
-    for text in (
-        data,
-        data.with_format("torch"),
-        data.to_iterable_dataset(),
-        {"train": data, "empty": data.select([])},
-    ):
-        found = scan_text(text, Encoder(tokenizer), vocab_size=V)
-        assert set(found.token_ids) == IDS
-        assert (found.tokens, found.columns) == (5, ("premise", "hypothesis"))
-
-
-def test_scan_text_names_the_row_behind_missing_text():
-    rows = [{"s": None}, {"s": "a"}, {"s": None}, {"s": "h"}]
-    with pytest.raises(VocabularyError, match="text, column 's', row 3: token id 9 is outside"):
-        scan_text(Dataset.from_list(rows), Encoder(make_tokenizer()), vocab_size=9)
-
-
-def test_scan_text_reads_more_than_one_batch(monkeypatch):
-    monkeypatch.setattr("pema_adapters.reading.text.BATCH", 2)
-    texts = ["a", "b", "c d", "e", "f"]
-    stream = IterableDataset.from_generator(lambda: ({"text": text} for text in texts))
-    assert scan_text(stream, Encoder(make_tokenizer()), vocab_size=V).tokens == 6

@@ -57,7 +57,7 @@ def ids_by_hand(name):
 
 
 def printed(capsys, *arguments):
-    assert main(["--data", "x.txt", *arguments]) == 0
+    assert main(["--data", "x.txt", "--no-cache", *arguments]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return out
@@ -210,7 +210,7 @@ REFUSED = {
 @needs_matplotlib
 @pytest.mark.parametrize("case", REFUSED)
 def test_outputs_are_refused_before_the_scan(case, folder, capsys, monkeypatch):
-    monkeypatch.setattr("pema_adapters.scan._Scanner.any", lambda *_: pytest.fail("it was scanned"))
+    monkeypatch.setattr("pema_adapters.scan.Scanner.any", lambda *_: pytest.fail("it was scanned"))
     arguments, message = REFUSED[case]
     assert main(["--data", "x.txt", "--tokenizer", "large", *arguments]) == 1
     assert capsys.readouterr().err.startswith(f"pema-scan: error: {message}")
@@ -247,7 +247,7 @@ def test_silent_without_a_terminal(folder, capsys):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("where", ["cli._scan_figures.scan_text", "cli._scan_figures.memory_report", "growth.drawn"])
+@pytest.mark.parametrize("where", ["cli._scan_cache.scan_text", "cli._scan_figures.memory_report", "growth.drawn"])
 def test_interrupted(where, folder, capsys, monkeypatch):
     """Ctrl-C amid the scan, the report, or the output: one line, and no files."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -264,9 +264,9 @@ def test_interrupted_in_a_stream(folder):
     (folder / "x.txt").write_text(TEXT * 5_000)
     before = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pema_adapters.reading.text import Encoder as E; encode, seen = E._encode, []\n"
-        "E._encode = lambda *a: (seen.append(1), signal.raise_signal(signal.SIGINT) if len(seen) > 3 else 0, encode(*a))[2]"
+        "from pema_adapters.reading.bitmap import GrowingBitmap as B; mark, seen = B.mark, []\n"
+        "B.mark = lambda *a, **b: (seen.append(1), signal.raise_signal(signal.SIGINT) if len(seen) > 3 else 0, mark(*a, **b))[2]"
     )
     done = run_in_child(folder, before=before)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "pema-scan: interrupted; nothing was left behind\n"
+    assert done.stderr == "pema-scan: interrupted; the same command goes on from row 1,000\n"

@@ -1,0 +1,175 @@
+"""Batches of text to token ids: by the Rust tokenizer itself, wherever that gives what the tokenizer gives.
+
+The Rust batch call without offsets takes about half the time of `tokenizer(texts)`, works on all cores, and lets go of
+Python's lock, so that the next batch is read meanwhile.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pema_adapters.errors import VocabularyError
+
+SAMPLE = 100  # rows of a sample, on which Rust must agree with the tokenizer before it is trusted with the rest
+OURS = "transformers."  # classes from elsewhere may do anything in their __call__
+
+Value = Any  # a text, a list of words, a pair (tuple) of either, or None
+Settings = dict[str, Any] | None
+Batch = list[list[Value]]  # columns of values, all of one length
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of a batch, row by row and column by column within a row; `lengths` [rows * columns] cuts them."""
+
+    ids: npt.NDArray[np.intp]
+    lengths: npt.NDArray[np.intp]
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.lengths) // self.columns
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Row and column of the id at a position."""
+        value = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
+        return value // self.columns, value % self.columns
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """What it takes to tokenize batches, and nothing of the data; pickles.
+
+    encode: texts or pairs of one kind, whether they are lists of words -> the ids of each.
+    in_rust: whether many threads may call it.
+    """
+
+    encode: Callable[[Sequence[Value], bool], Sequence[Sequence[int]]]
+    in_rust: bool
+
+    def __call__(self, batch: Batch) -> Encoded:
+        """The ids of a batch; no ids where there is no text."""
+        columns = [self._column(values) for values in batch]
+        if not columns:
+            return Encoded(np.empty(0, np.intp), np.empty(0, np.intp), 1)
+        rows = columns[0] if len(columns) == 1 else [ids for row in zip(*columns, strict=True) for ids in row]
+        lengths = np.fromiter(map(len, rows), np.intp, len(rows))
+        return Encoded(np.fromiter(chain.from_iterable(rows), np.intp, int(lengths.sum())), lengths, len(columns))
+
+    def _column(self, values: Sequence[Value]) -> Sequence[Sequence[int]]:
+        kinds = [_kind(value) for value in values]
+        if len(different := set(kinds)) == 1 and (only := different.pop()) is not None:
+            return self.encode(values, only[1])
+        found: list[Sequence[int]] = [()] * len(values)
+        for kind in dict.fromkeys(kinds):
+            if kind is not None:
+                positions = [at for at, one in enumerate(kinds) if one == kind]
+                encoded = self.encode([values[at] for at in positions], kind[1])
+                for at, ids in zip(positions, encoded, strict=True):
+                    found[at] = ids
+        return found
+
+
+def tokenizing(tokenizer: Any, max_length: int | None, sample: Batch) -> Tokenizing:
+    """The fastest way that gives, on a sample of the text, exactly what `tokenizer(...)["input_ids"]` is.
+
+    `max_length` truncates, the longer of a pair first, as `truncation=True` does. Call it, and what it returns, within
+    `as_it_was(tokenizer)`: the tokenizer's Rust half is set for it, as each call of the tokenizer sets it.
+
+    Raises:
+        VocabularyError: the tokenizer refuses the sample.
+    """
+    plain = Tokenizing(_Called(tokenizer, max_length), in_rust=False)
+    expected = plain(sample)
+    backend = _backend(tokenizer, max_length)
+    if backend is None:
+        return plain
+    fast = Tokenizing(_Rust(backend), in_rust=True)
+    return fast if _same(fast(sample), expected) else plain
+
+
+def _same(left: Encoded, right: Encoded) -> bool:
+    return np.array_equal(left.ids, right.ids) and np.array_equal(left.lengths, right.lengths)
+
+
+def _kind(value: Value) -> tuple[bool, bool] | None:
+    """(Is it a pair, is it of words); None where there is no text."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return False, False
+    is_pair = isinstance(value, tuple)
+    return is_pair, isinstance(value[0] if is_pair else value, list)
+
+
+@dataclass(frozen=True)
+class _Called:
+    """Through the tokenizer's own call; what it raises against a text is a VocabularyError."""
+
+    tokenizer: Any
+    max_length: int | None
+
+    def __call__(self, texts: Sequence[Value], are_words: bool) -> Sequence[Sequence[int]]:
+        options = {"truncation": self.max_length is not None, "max_length": self.max_length, "verbose": False}
+        options |= {"return_attention_mask": False, "return_token_type_ids": False}  # a fifth of the time
+        columns = [list(column) for column in zip(*texts, strict=True)] if isinstance(texts[0], tuple) else [texts]
+        try:
+            encoded: dict[str, Any] = self.tokenizer(*columns, is_split_into_words=are_words, **options)
+        except (AssertionError, ValueError, TypeError, LookupError, NotImplementedError) as error:
+            raise VocabularyError(f"{type(self.tokenizer).__name__} refuses the text: {error}") from error
+        ids: Sequence[Sequence[int]] = encoded["input_ids"]
+        return ids
+
+
+@dataclass(frozen=True)
+class _Rust:
+    """Through the batch call of `tokenizers`, without offsets."""
+
+    backend: Any
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rust, (self.backend, self.backend.encode_special_tokens)  # which tokenizers forgets
+
+    def __call__(self, texts: Sequence[Value], are_words: bool) -> Sequence[Sequence[int]]:
+        return [one.ids for one in self.backend.encode_batch_fast(texts, is_pretokenized=are_words)]
+
+
+def _rust(backend: Any, encode_special_tokens: bool) -> _Rust:
+    backend.encode_special_tokens = encode_special_tokens
+    return _Rust(backend)
+
+
+def _backend(tokenizer: Any, max_length: int | None) -> Any:
+    """A fast tokenizer's Rust half, set as its call sets it: a copy would take longer than much text. Else None."""
+    if not getattr(tokenizer, "is_fast", False) or not type(tokenizer).__module__.startswith(OURS):
+        return None
+    backend = tokenizer.backend_tokenizer
+    truncation = {"max_length": max_length, "strategy": "longest_first", "direction": tokenizer.truncation_side}
+    _set(backend, None, None if max_length is None else truncation, tokenizer.split_special_tokens)
+    return backend
+
+
+@contextmanager
+def as_it_was(tokenizer: Any) -> Iterator[None]:
+    """Leave the tokenizer's Rust half with the settings that it has, which each call of the tokenizer changes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    before = backend.padding, backend.truncation, backend.encode_special_tokens
+    try:
+        yield
+    finally:
+        _set(backend, *before)
+
+
+def _set(backend: Any, padding: Settings, truncation: Settings, encode_special_tokens: bool) -> None:
+    backend.no_padding() if padding is None else backend.enable_padding(**padding)
+    backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+    backend.encode_special_tokens = encode_special_tokens

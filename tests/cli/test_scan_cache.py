@@ -1,0 +1,287 @@
+"""pema-scan remembers: the second scan is none, an interrupted one goes on, and damage to the cache is no harm."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import Dataset
+from huggingface_hub import constants
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+from pema_adapters.cli._scan_cache import Data, cached_scan
+from pema_adapters.cli.scan import main
+from pema_adapters.reading import identity
+from pema_adapters.reading.store import Store
+from pema_adapters.reading.text import Encoder
+from pema_adapters.text_scan import scan_text
+
+pytestmark = pytest.mark.usefixtures("settings_as_they_were")
+REPOSITORY = Path(__file__).parents[2]
+WORDS = ["[PAD]", "[UNK]", *"abcdefgh", *(f"w{number}" for number in range(500))]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, with the tokenizer `tok` and `x.txt`; the cache is `hf/pema`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    save_tokenizer("tok")
+    (tmp_path / "x.txt").write_text("a b\nc\n")
+    return tmp_path
+
+
+def save_tokenizer(name, lowercase=False):
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace() if lowercase else pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(name)
+
+
+def scanned(capsys, *arguments, tokenizer="tok"):
+    code = main(["--tokenizer", tokenizer, "--json", "--data", *(arguments or ["x.txt"])])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def without_source(figures):
+    return {key: value for key, value in figures.items() if key not in {"from_cache", "notes", "data", "tokenizer"}}
+
+
+@pytest.fixture
+def no_more_scans(monkeypatch):
+    def forbid():
+        monkeypatch.setattr("pema_adapters.cli._scan_cache.scan_text", lambda *_, **__: pytest.fail("it was scanned"))
+
+    return forbid
+
+
+def entries(folder, kind):
+    found = (folder / "hf" / "pema").glob(f"{kind}-*")
+    return sorted(path for path in found if path.suffix != ".tmp")  # on its way
+
+
+def test_the_second_scan_is_none(folder, capsys, no_more_scans):
+    first = scanned(capsys)
+    no_more_scans()
+    second = scanned(capsys)
+    assert (first["from_cache"], second["from_cache"]) == (False, True)
+    assert without_source(first) == without_source(second)
+    assert main(["--tokenizer", "tok", "--data", "x.txt"]) == 0
+    note = f"the figures are those of an earlier scan of the same data, from {folder}/hf/pema; --no-cache scans again"
+    assert capsys.readouterr().out.endswith(f"\n\nnote: {note}\n")
+
+
+def test_it_is_the_content_that_counts(folder, capsys, no_more_scans):
+    scanned(capsys)
+    (folder / "x.txt").rename(folder / "y.txt")
+    save_tokenizer("the-same")
+    no_more_scans()
+    assert scanned(capsys, "y.txt", tokenizer="the-same")["from_cache"]
+
+
+OTHER = {
+    "another text": ([], lambda: Path("x.txt").write_text("a b\nd\n")),
+    "another length": (["--max-length", "1"], None),
+    "a named column": (["--text-column", "text"], None),
+    "another tokenizer": ([], lambda: save_tokenizer("tok", lowercase=True)),
+    "more data": (["y.txt"], lambda: Path("y.txt").write_text("a b\nc\n")),
+    "another kind of file": ([], lambda: Path("x.txt").rename("x.csv")),
+    "no cache": (["--no-cache"], None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*sv:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("other", OTHER)
+def test_other_scans_are_others(other, folder, capsys):
+    scanned(capsys)
+    arguments, change = OTHER[other]
+    if change:
+        change()
+    assert not scanned(capsys, "x.csv" if Path("x.csv").exists() else "x.txt", *arguments)["from_cache"]
+
+
+def test_folders(folder, capsys):
+    Dataset.from_dict({"input_ids": [[1, 2], [3]]}).save_to_disk("ids")
+    capsys.readouterr()
+    assert [scanned(capsys, "ids")["from_cache"] for _ in range(2)] == [False, True]
+    Dataset.from_dict({"input_ids": [[1, 2], [4]]}).save_to_disk("more/ids")
+    next(Path("more/ids").glob("*.arrow")).replace(next(Path("ids").glob("*.arrow")))
+    capsys.readouterr()
+    assert not scanned(capsys, "ids")["from_cache"]
+
+
+def test_a_file_is_read_once(folder, capsys, monkeypatch):
+    """But not one that is so new that it may change within a tick of its clock."""
+    scanned(capsys)
+    assert not entries(folder, "file")
+    os.utime("x.txt", (time.time() - 60,) * 2)
+    scanned(capsys)
+    assert len(entries(folder, "file")) == 1
+    monkeypatch.setattr(identity, "_sum_of_file", lambda _: pytest.fail("it was read"))
+    assert scanned(capsys)["from_cache"]
+
+
+@pytest.mark.parametrize("kind", ["scan", "file"])
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?", lambda _: b""])
+def test_damaged_entries_are_written_anew(kind, damage, folder, capsys):
+    os.utime("x.txt", (time.time() - 60,) * 2)
+    first = scanned(capsys)
+    (entry,) = entries(folder, kind)
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    second = scanned(capsys)
+    assert second["from_cache"] == (kind == "file")
+    assert without_source(first) == without_source(second)
+    assert entry.read_bytes() == whole
+
+
+def test_data_that_change_meanwhile_are_not_remembered(folder, capsys, monkeypatch):
+    real = scan_text
+
+    def change_after(*arguments, **options):
+        found = real(*arguments, **options)
+        (folder / "x.txt").write_text("a b\nd\n")
+        return found
+
+    monkeypatch.setattr("pema_adapters.cli._scan_cache.scan_text", change_after)
+    scanned(capsys)
+    assert not entries(folder, "scan")
+
+
+def test_no_folder_for_it(folder, capsys):
+    (folder / "hf").touch()
+    assert [scanned(capsys)["from_cache"] for _ in range(2)] == [False, False]
+
+
+def test_data_sets_of_the_hub_go_by_their_fingerprint(folder):
+    """What `load_dataset` gives lies in the cache of datasets, under a name that is no file here."""
+    data, split = Data(("someone/texts",)), Dataset.from_dict({"text": ["a b"]})
+    data.__dict__["loaded"] = {"someone/texts train": split}
+    store = Store(folder / "store")
+    assert data.identity(store) == [[["someone/texts train", split._fingerprint]]]
+    data.__dict__["loaded"] = {"someone/texts train": split.to_iterable_dataset()}
+    assert data.identity(store) is None
+
+
+def test_tokenizers_in_python(folder):
+    """Known by what they save; classes from elsewhere are not known at all."""
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    (folder / "same.txt").write_bytes((folder / "vocab.txt").read_bytes())
+    (folder / "other.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b"]))
+    first, same, other = (BertTokenizer(f"{name}.txt") for name in ("vocab", "same", "other"))
+    assert identity.identity_of_tokenizer(first) == identity.identity_of_tokenizer(same)
+    assert identity.identity_of_tokenizer(first) != identity.identity_of_tokenizer(other)
+    elsewhere = type("Other", (BertTokenizer,), {})("vocab.txt")
+    assert identity.identity_of_tokenizer(elsewhere) is None
+    scans = [cached_scan(Data(("x.txt",)), Encoder(elsewhere), 9, num_proc=1, use_cache=True) for _ in range(2)]
+    assert [source for _, source in scans] == ["", ""]
+
+
+# ---- interrupted
+
+
+def start(folder, before):
+    code = f"import sys; from pema_adapters.cli.scan import main; {before}\nsys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-c", code, "--tokenizer", "tok", "--data", "x.txt", "--json"]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+SLOWLY = (
+    "import time\n"
+    "from pema_adapters.reading.bitmap import GrowingBitmap as B; import pema_adapters.remembered as r\n"
+    "mark = B.mark; r.SECONDS_BETWEEN_WRITES = 0.1\n"
+    "B.mark = lambda *a, **b: (time.sleep(0.15), mark(*a, **b))[1]"
+)
+
+
+def make_long(folder):
+    """40 batches, of which each brings new words."""
+    lines = [f"w{number * 7 % 500} w{number % 90} w{number // 1000}" for number in range(40_000)]
+    (folder / "x.txt").write_text("\n".join(lines))
+
+
+def test_it_goes_on_where_it_was_killed(folder, capsys):
+    """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scan.py."""
+    make_long(folder)
+    whole = scanned(capsys, "x.txt", "--no-cache")
+    process = start(folder, SLOWLY)
+    deadline = time.monotonic() + 120
+    while not entries(folder, "partial") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    assert process.communicate(timeout=60) == ("", "")
+    assert len(entries(folder, "partial")) == 1
+    rest = scanned(capsys)
+    (note,) = rest["notes"]
+    row = int(note.removeprefix("an interrupted scan was gone on with, from row ").replace(",", ""))
+    assert 0 < row < 40_000
+    assert row % 1_000 == 0
+    assert without_source(rest) == without_source(whole)
+    assert not entries(folder, "partial")
+
+
+def test_the_cache_is_that_of_the_hub(folder, capsys):
+    assert str(folder / "hf") == constants.HF_HOME
+    scanned(capsys)
+    assert len(entries(folder, "scan")) == 1
+
+
+class TestAnswers:
+    """The same question again is answered from one entry; files that have just been written are not trusted."""
+
+    def ask(self, capsys, *arguments):
+        code = main(["--tokenizer", "tok", "--data", "x.txt", *arguments])
+        return code, *capsys.readouterr()
+
+    @pytest.fixture
+    def old(self, folder):
+        for path in folder.rglob("*"):
+            os.utime(path, (1e9, 1e9))
+        return folder
+
+    def test_nothing_is_loaded(self, old, capsys):
+        assert self.ask(capsys, "--json")[0] == 0
+        call = "from pema_adapters.cli.scan import main; import sys; code = main(sys.argv[1:]); "
+        check = "assert not {'transformers', 'datasets', 'torch'} & set(sys.modules); sys.exit(code)"
+        command = [sys.executable, "-c", call + check, "--tokenizer", "tok", "--data", "x.txt"]
+        again = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (again.returncode, again.stderr) == (0, "")
+        assert "tokens seen                3\n" in again.stdout
+        assert "\n\nnote: the figures are those of an earlier scan" in again.stdout
+
+    def test_files_are_written_all_the_same(self, old, capsys):
+        self.ask(capsys)
+        code, shown, _ = self.ask(capsys, "--save", "x.vocabulary")
+        assert (code, Path("x.vocabulary").exists()) == (0, True)
+        assert "earlier scan" in shown
+
+    @pytest.mark.parametrize("arguments, key", [(["--unused"], "unused"), (["--max-length", "1"], "tokens")])
+    def test_another_question(self, old, capsys, arguments, key):
+        first = json.loads(self.ask(capsys, "--json")[1])
+        assert json.loads(self.ask(capsys, "--json", *arguments)[1])[key] != first.get(key)
+
+    def test_no_cache(self, old, capsys):
+        self.ask(capsys)
+        assert not json.loads(self.ask(capsys, "--json", "--no-cache")[1])["from_cache"]
+
+    def test_another_tokenizer_of_that_name(self, old, capsys):
+        first = json.loads(self.ask(capsys, "--json")[1])
+        WORDS.append("more")
+        try:
+            save_tokenizer("tok")
+        finally:
+            WORDS.pop()
+        assert json.loads(self.ask(capsys, "--json")[1])["vocab_size"] == first["vocab_size"] + 1
+
+    def test_a_tokenizer_that_may_change_unnoticed(self, folder, capsys):
+        self.ask(capsys)
+        assert not entries(folder, "answer")

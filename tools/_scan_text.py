@@ -1,0 +1,74 @@
+"""The text and the tokenizer of bench_scan.py: given, or else made of Python's own standard library."""
+
+import sysconfig
+from collections.abc import Callable, Generator, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pema_adapters.reading.files import load_data
+from pema_adapters.reading.text import BATCH, Encoder
+from pema_adapters.text_scan import scan_text
+
+TRAINED_ROWS = 16_000
+LINES = 5  # of a text
+
+
+def texts_of(files: list[str], count: int) -> list[str]:
+    """`count` texts: the columns of strings of data files, or parts of the standard library, over and over."""
+    rows = _rows(files) if files else _lines()
+    found = list(islice(rows, count))
+    return list(islice(cycle(found), count))
+
+
+def _rows(files: list[str]) -> Iterator[str]:
+    for data in load_data(files).values():
+        for row in data:
+            yield from (value for value in row.values() if isinstance(value, str))
+
+
+def _lines() -> Iterator[str]:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        lines = path.read_text(errors="replace").splitlines()
+        yield from (" ".join(lines[start : start + LINES]) for start in range(0, len(lines), LINES))
+
+
+def tokenizer_of(name: str | None, texts: list[str]) -> Any:
+    """A tokenizer by name, or a byte-level BPE trained on the texts."""
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size=TRAINED_ROWS, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
+
+
+def contestants(tokenizer: Any, texts: list[str], dataset: Dataset) -> dict[str, Callable[[], Any]]:
+    """All do the same texts; pema_adapters and `tokenizers` in the same batches, as pema_adapters reads them."""
+    from transformer_smaller_training_vocab.token_stats import get_token_stats
+
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+    return {
+        "tokenizers": lambda: [None for batch in batches if not backend.encode_batch_fast(batch)],
+        "tokenizers, ids out": lambda: [[one.ids for one in backend.encode_batch_fast(batch)] for batch in batches][:0],
+        "pema_adapters": lambda: scan(tokenizer, dataset),
+        "TSTV": lambda: get_token_stats(tokenizer, texts),
+    }
+
+
+def scan(tokenizer: Any, dataset: Dataset) -> int:
+    return len(scan_text(dataset, Encoder(tokenizer), vocab_size=len(tokenizer), progress=False).token_ids)
+
+
+def measured(tokenizer_folder: str, folder: str) -> Generator[None, None, int]:
+    """For a child process: load everything and work once on a little, then measure."""
+    tokenizer, dataset = AutoTokenizer.from_pretrained(tokenizer_folder), load_from_disk(folder)
+    scan(tokenizer, dataset.select(range(4 * BATCH)))
+    yield
+    return scan(tokenizer, dataset)
