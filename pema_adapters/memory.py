@@ -128,9 +128,8 @@ def memory_report(
         SurgeryError: a model without a token embedding.
         FormatError: no config of that name, or one that no model can be built of.
     """
-    from pema_adapters.training.layer import input_embedding
+    from pema_adapters.training.model import complete_vocabulary, input_embedding
     from pema_adapters.training.output import has_tied_head
-    from pema_adapters.training.surgery import complete_vocabulary
 
     if optimizer not in OPTIMIZERS:
         raise VocabularyError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")

@@ -48,7 +48,7 @@ def test_every_method(benches, method):
     assert result.status == OK, result.reason
 
 
-@pytest.mark.parametrize("model", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("model", ["bert", "encoder-decoder", "gpt2", "t5"])
 def test_language_models(benches, model):
     (head,) = FAMILIES[model].heads
     assert head in LM_HEADS

@@ -161,3 +161,15 @@ def test_nothing_large_is_allocated():
         "assert report.before.total > 16 * 8192 * 2_000_000 > 4 * report.after.total"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_adapters_is_not_waited_for(kind, saved):
+    """Importing it takes longer than all the rest."""
+    _, folder, _ = saved(kind)
+    code = (
+        "import sys; from pema_adapters import PartialVocabulary, memory_report\n"
+        f"memory_report({folder!r}, PartialVocabulary([5], {V}))\n"
+        "assert 'torch' in sys.modules and 'adapters' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

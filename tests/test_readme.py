@@ -30,10 +30,10 @@ def environment(tmp_path):
 
 
 def test_the_code_and_the_merge_print_what_is_written(tmp_path, environment):
-    (code,) = blocks("python")
+    code, growing = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     expected = blocks()
-    trained = run([sys.executable, "-W", "error::UserWarning", "-c", code], tmp_path, environment)
+    trained = run([sys.executable, "-W", "error::UserWarning", "-c", code + growing], tmp_path, environment)
     assert trained == next(block for block in expected if block.startswith("PartialVocabulary"))
     example = next(block for block in expected if block.startswith("$"))
     command, *lines = example.splitlines()

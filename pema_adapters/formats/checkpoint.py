@@ -144,8 +144,11 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
         """Read the headers of all weights files; of pickles (which imports torch) the tables. Raises `FormatError`."""
-        folder = Path(folder)
-        found = weight_files(folder)
+        return cls.of_files(Path(folder), weight_files(Path(folder)))
+
+    @classmethod
+    def of_files(cls, folder: Path, found: WeightFiles) -> "Checkpoint":
+        """The same, of weights files with any names."""
         config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
         contents = _read_pickles(found.files, config) if found.is_pickled else _read_safetensors(found.files)
         tensors = _collect(contents.tensors)

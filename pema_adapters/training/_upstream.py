@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -46,26 +46,26 @@ POINTS = {
 """Point: module, class, function."""
 
 ADDED = ("prompt_tuning.", "prefix_tuning.", "shared_parameters.", "invertible_adapters.", METHOD + ".")
-"""Children of the base model that adapters adds."""
+"""Children of the base model (of both, where it is made of two) that adapters adds."""
 
 MODULES = tuple(dict.fromkeys(module for module, _, _ in POINTS.values()))
 
 writing_trainer_checkpoint: ContextVar[bool] = ContextVar("writing_trainer_checkpoint", default=False)
 """True while a Trainer writes a checkpoint on the way: that holds K rows, a user's `save_pretrained` all V."""
 
-loading_without_matrix: ContextVar[bool] = ContextVar("loading_without_matrix", default=False)
-"""True while `load_model` builds a model whose embedding matrix is never allocated."""
+loading_without_matrix: ContextVar[list[Any] | None] = ContextVar("loading_without_matrix", default=None)
+"""A list while `load_model` builds a model whose embedding matrix is never allocated: of what was left out."""
 
 pushing_rows: ContextVar[bool] = ContextVar("pushing_rows", default=False)
 """True while an adapter with PEMA goes to the Hub: as safetensors, which adapters itself cannot be told."""
 
 
 @contextmanager
-def during(variable: ContextVar[bool]) -> Iterator[None]:
-    """Have `variable` true in the block."""
-    token = variable.set(True)
+def during(variable: ContextVar[Any], value: Any = True) -> Iterator[Any]:
+    """Have `variable` true, or another `value`, in the block."""
+    token = variable.set(value)
     try:
-        yield
+        yield value
     finally:
         variable.reset(token)
 
@@ -142,10 +142,55 @@ def branches(adapter_setup: Any) -> Iterator[tuple[str, list[str]]]:
     return walk(parse_composition(adapter_setup))
 
 
-def expect_no_tensor(model: Any, names: list[str]) -> None:
-    """Have `from_pretrained` pass over tensors of the checkpoint whose names end so."""
-    ignored = [re.escape(name) + "$" for name in names]
-    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or []), *ignored]
+@contextmanager
+def expecting_no_tensor(model: Any, names: list[str]) -> Iterator[None]:
+    """Have `from_pretrained` pass over tensors of the checkpoint that would have these names in the model."""
+    before = model._keys_to_ignore_on_load_unexpected
+    model._keys_to_ignore_on_load_unexpected = [*(before or []), *(f"^{re.escape(name)}$" for name in names)]
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_load_unexpected = before
+
+
+def dtype_to_load(model: Any, name: str, stored: Any, how: Mapping[str, Any]) -> Any:
+    """The dtype that `from_pretrained` gives the parameter `name`, of dtype `stored` in the checkpoint.
+
+    `how` are the arguments of `_load_pretrained_model`. None for what is not simply cast: quantised, or distributed.
+    """
+    import torch
+    from transformers.modeling_utils import _infer_parameter_dtype
+
+    quantizer = how.get("hf_quantizer")
+    if how.get("device_mesh") is not None or (quantizer and quantizer.param_needs_quantization(model, name)):
+        return None
+    tensor = torch.empty(0, dtype=stored, device="meta")
+    return _infer_parameter_dtype(model, name, tensor, how.get("keep_in_fp32_regex"), quantizer)[1] or stored
+
+
+def renamed_on_load(names: Iterable[str], key_mapping: Mapping[str, str] | None) -> dict[str, str]:
+    """`{name in the checkpoint: name in the model}` of the tensors that a `key_mapping` of from_pretrained renames."""
+    found = {}
+    for name in names:
+        for pattern, replacement in (key_mapping or {}).items():
+            new, count = re.subn(pattern, replacement, name)
+            if count:
+                found[name] = new
+                break
+    return found
+
+
+def keep_loaded(module: Any, weight: Any) -> None:
+    """Let a module keep `weight`, though accelerate would load one from elsewhere for each call, and drop it."""
+    hook = getattr(module, "_hf_hook", None)
+    module.register_parameter("weight", weight)
+    if not any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+        return
+    from accelerate import hooks  # type: ignore[import-untyped]
+
+    module._hf_hook = hooks.ModelHook()  # the other, removed, would bring its weights back
+    hooks.remove_hook_from_module(module)
+    hooks.add_hook_to_module(module, hooks.AlignDevicesHook(weight.device))
 
 
 def mark_as_initialized(module: Any) -> None:
@@ -170,6 +215,21 @@ def pema_layer(model: Any) -> Any:
     return getattr(model.base_model, METHOD, None)
 
 
+def add_child(base_model: Any, layer: Any) -> None:
+    """Make a `PEMALayer` a child of its model, one that adapters knows of.
+
+    It passes over the children of a model that is made of two (EncoderDecoderModel), which has none of its own.
+    """
+    base_model.add_module(METHOD, layer)
+    base_model.add_base_adapters = True
+
+
+def remove_child(base_model: Any) -> None:
+    """Undo `add_child`."""
+    delattr(base_model, METHOD)
+    base_model.__dict__.pop("add_base_adapters")
+
+
 def has_adapters_support(model: Any) -> bool:
     """Whether `adapters.init` was called on the model (or it is an AutoAdapterModel)."""
     return hasattr(model, "adapters_config")
@@ -185,7 +245,7 @@ def adapter_tensor_names(model: Any) -> set[str]:
     return {
         name
         for name in model.base_model.state_dict()
-        if name.startswith(ADDED) or any(matches("." + name) for matches in filters)
+        if any("." + child in "." + name for child in ADDED) or any(matches("." + name) for matches in filters)
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, match
+from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles, match
 from pema_adapters.formats.checkpoint import Tensor as StoredTensor
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
 from pema_adapters.training import _upstream
@@ -85,20 +85,40 @@ def find_base(model: nn.Module, weight: Tensor, embedding: str) -> Base:
     return Base(BaseRows.spill(weight), fingerprint)
 
 
-def base_as_loaded(model: Any, embedding: str, shape: tuple[int, int]) -> Base | None:
-    """The base of a model that was loaded a moment ago without its matrix [V, d]; None where its checkpoint has none.
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix [V, d] of a checkpoint, called `name` within the base model, whose rows are read where they lie."""
 
-    Only `load_model` may call this: nothing is compared, for nothing can have changed yet.
-    """
-    checkpoint = find_checkpoint(model)
-    if checkpoint is None:
-        return None
-    live = LiveModel(model, embedding)
-    stored = match(checkpoint.tensors, live.prefix)
-    tensor = checkpoint.tensors.get(stored.get(embedding, ""))
-    if tensor is None or tensor.shape != shape or not _is_readable(tensor):
-        return None
-    return _stored_base(checkpoint, live, stored, BaseRows.of(tensor))
+    checkpoint: Checkpoint
+    prefix: str
+    name: str
+    rows: BaseRows
+
+    @classmethod
+    def find(cls, files: Sequence[str], prefix: str, name: str, shape: tuple[int, ...]) -> StoredMatrix | None:
+        """The matrix in the `files` that make a checkpoint; None where it has another shape, or cannot be read so."""
+        paths = tuple(map(Path, files))
+        is_pickled = any(path.suffix != ".safetensors" for path in paths)
+        try:
+            checkpoint = Checkpoint.of_files(paths[0].parent, WeightFiles(paths, None, None, is_pickled))
+        except FormatError:
+            return None
+        tensor = checkpoint.tensors.get(match(checkpoint.tensors, prefix).get(name, ""))
+        if tensor is None or tensor.shape != shape or not _is_readable(tensor):
+            return None
+        return cls(checkpoint, prefix, name, BaseRows.of(tensor))
+
+    def is_among(self, names: Iterable[str]) -> bool:
+        """Whether the matrix is one of the `names` of tensors, with the prefix of the base model or without it."""
+        return self.name in match(names, self.prefix)
+
+    def base_of(self, model: Any) -> Base:
+        """The base of a model that got all other weights from this checkpoint a moment ago.
+
+        Only `load_model` may call this: nothing is compared, for nothing can have changed yet.
+        """
+        live = LiveModel(model, self.name, absent=(len(self.rows), self.rows.dim))
+        return _stored_base(self.checkpoint, live, match(self.checkpoint.tensors, live.prefix), self.rows)
 
 
 def find_checkpoint(model: Any) -> Checkpoint | None:
@@ -131,17 +151,22 @@ def _checkpoint_folder(name: str, commit: str | None) -> Path | None:
 
 
 class LiveModel:
-    """The base model's tensors as they are in memory, as a `formats.fingerprint.TensorSource`."""
+    """The base model's tensors as they are in memory, as a `formats.fingerprint.TensorSource`.
 
-    def __init__(self, model: Any, embedding: str) -> None:
+    absent: the shape of the embedding, while `load_model` leaves it out.
+    """
+
+    def __init__(self, model: Any, embedding: str, absent: tuple[int, int] = (0, 0)) -> None:
         self.prefix = str(model.base_model_prefix or "")
         self.embedding = embedding
         added = _upstream.adapter_tensor_names(model)
         state = _without_quantization(model.base_model)
+        state.setdefault(embedding, torch.empty(absent, device="meta"))
+        place = state[embedding].data_ptr() or None
         self._tensors: dict[str, Tensor] = {
             name: tensor
             for name, tensor in state.items()
-            if name not in added and (name == embedding or tensor.data_ptr() != state[embedding].data_ptr())
+            if name not in added and (name == embedding or tensor.data_ptr() != place)
         }
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -166,6 +191,15 @@ class LiveModel:
         """The tensor in memory."""
         return self._tensors[name]
 
+    def drawn(self, stored: Collection[str]) -> list[str]:
+        """The tensors that a checkpoint of the names `stored` has not, under no name: what is tied is stored once.
+
+        What is on the meta device yet will be tied.
+        """
+        places = {tensor.data_ptr() for name, tensor in self._tensors.items() if name in stored}
+        missing = {name: tensor for name, tensor in self._tensors.items() if name not in stored and not tensor.is_meta}
+        return [name for name, tensor in missing.items() if tensor.data_ptr() not in places or not tensor.numel()]
+
 
 def _without_quantization(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model, without what quantised layers save beside their weights (scales, formats)."""
@@ -187,8 +221,8 @@ def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) ->
 
 
 def _stored_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str], rows: BaseRows) -> Base:
-    names = [name for name in live.shapes() if name != live.embedding]
-    common, drawn = [stored[name] for name in names if name in stored], [name for name in names if name not in stored]
+    common = [stored[name] for name in live.shapes() if name in stored and name != live.embedding]
+    drawn = live.drawn(stored)
     if drawn:
         logger.warning(
             "%s lacks %s, which the model has drawn at random: an adapter trained on it can be merged only into a "

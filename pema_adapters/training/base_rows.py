@@ -72,11 +72,19 @@ class BaseRows:
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """The rows [n, d] of `token_ids` [n] (on the CPU, within [0, V)), in the dtype of the base, on the CPU."""
+        if self._tail is None:
+            return self._gather(token_ids)
         in_file = token_ids < self.file_rows
         found = torch.empty(len(token_ids), self.dim, dtype=self.dtype)
-        found[in_file] = self._typed(self._bytes[token_ids[in_file].numpy()])
-        if self._tail is not None:
-            found[~in_file] = self._tail[token_ids[~in_file] - self.file_rows].to(self.dtype)
+        found[in_file] = self._gather(token_ids[in_file])
+        found[~in_file] = self._tail[token_ids[~in_file] - self.file_rows].to(self.dtype)
+        return found
+
+    def _gather(self, token_ids: Tensor) -> Tensor:
+        """Rows of the file, copied once, into memory that torch allocates: they may become a Parameter."""
+        found = torch.empty(len(token_ids), self.dim, dtype=self.dtype)
+        raw = found.view(torch.uint8).numpy()
+        np.take(self._bytes, token_ids.numpy(), axis=0, out=raw, mode="clip")  # "raise" would copy once more
         return found
 
     @property

@@ -12,6 +12,7 @@ _EXPECTED: dict[str, tuple[str | bool | None, ...]] = {
     "output_embeddings": ("tied", "full", None),
     "trainable": (True, False),
     "dtype": ("float32", "bfloat16", "float16", None),
+    "vocabulary": ("grow", None),
 }
 
 
@@ -34,15 +35,23 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
         trainable: False to keep the rows as they are, for the sake of the memory alone; the artifact has no rows then.
         dtype: of the trained rows, "float32" for a model in half precision, say; None: the model's. What the embedding
             gives is in the model's dtype.
+        vocabulary: "grow" where the data cannot be scanned beforehand (a stream, reinforcement learning): every token
+            that training meets gets a row, its base row at first, and the optimizer's state follows. Call
+            `shrink_embeddings(model, "task")` without data first. The result is that of a scan beforehand, bit for bit
+            where the optimizer treats each weight by itself (AdamW, SGD) without weight decay; with decay, a row
+            decays from the step on at which it is met. In evaluation nothing grows. One process only; on a GPU it
+            costs a synchronisation a step; a head that shares the matrix needs `output_embeddings="full"`. None: the
+            vocabulary given to `shrink_embeddings`.
 
     Raises:
-        ValueError: another value.
+        ValueError: another value, or a vocabulary that grows where the rows do not train.
     """
 
     unseen: Literal["base", "error"] = "base"
     output_embeddings: Literal["tied", "full"] | None = None
     trainable: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    vocabulary: Literal["grow"] | None = None
 
     architecture: str | None = "pema"
 
@@ -51,3 +60,8 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
             if getattr(self, name) not in expected:
                 options = " or ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in expected)
                 raise ValueError(f"PEMAConfig: {name} is {getattr(self, name)!r}, expected {options}")
+        if self.vocabulary == "grow" and not self.trainable:
+            raise ValueError(
+                'PEMAConfig: vocabulary="grow" adds rows for them to train, but trainable=False trains none: '
+                "leave out one of the two (rows that do not train are read from the base whatever the vocabulary)"
+            )

@@ -22,10 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pema_adapters.errors import UnseenTokenError
-from pema_adapters.training.rows import PartialRows, RowTable, check_range
+from pema_adapters.training import optimizer_state
+from pema_adapters.training.growing import grows_now, refuse_replicas
+from pema_adapters.training.layout import replace_data
+from pema_adapters.training.rows import PartialRows, RowSource, RowTable, check_range
 from pema_adapters.training.watch import UnseenWatch
 
 Lookup = Callable[[Tensor], Tensor]
+
+_OWN_ATTRIBUTES = (
+    "base", "_overlay", "_watch", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old", "grows_over",
+    "was_loaded", "ties_output",
+)  # fmt: skip
 
 
 class Overlay(Protocol):
@@ -33,13 +41,6 @@ class Overlay(Protocol):
 
     def active_rows(self) -> PartialRows | None:
         """The rows of the active adapter, or None."""
-
-
-class RowSource(Protocol):
-    """Where base rows come from."""
-
-    def rows(self, token_ids: Tensor) -> Tensor:
-        """Rows [n, d] of `token_ids` [n], both on the CPU."""
 
 
 class PartialEmbedding(RowTable, nn.Embedding):
@@ -74,16 +75,22 @@ class PartialEmbedding(RowTable, nn.Embedding):
 
     def shrink(self, base: RowSource) -> None:
         """Let go of the matrix: rows come from the overlay or from `base`. `set_rows` may give own ones."""
+        self._let_go()
         self.base = base
-        self.weight.grad = None
-        self.weight.data = self.weight.data.new_empty(0, self.embedding_dim)
+        replace_data(self.weight, self.weight.data.new_empty(0, self.embedding_dim))
 
     def restore(self, matrix: Tensor) -> None:
         """Hold `matrix` [V, d] again, in the dtype and on the device of the weight."""
-        self.base = self.token_ids = self.fingerprint = None
+        self._let_go()
+        self.base = None
+        replace_data(self.weight, matrix.to(self.weight.device, self.weight.dtype))
+
+    def _let_go(self) -> None:
+        """Have no rows, and none that grow."""
+        self.token_ids = self.fingerprint = self._layout = self.grows_over = None
+        self._fingerprint_is_old = False
         self._forget_index()
-        self.weight.grad = None
-        self.weight.data = matrix.to(self.weight.device, self.weight.dtype)
+        optimizer_state.forget(self)
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """The rows [n, d] of `token_ids` [n] as they are without an overlay, detached."""
@@ -115,7 +122,7 @@ class PartialEmbedding(RowTable, nn.Embedding):
 
     def _look_up(self, input_ids: Tensor) -> Tensor:
         rows = self._overlay[0].active_rows() if self._overlay else None
-        if rows is None or not len(rows):
+        if rows is None or not (len(rows) or grows_now(rows, self.training)):
             return self._own(input_ids)
         return self._over(input_ids, rows).to(self.weight.dtype)
 
@@ -138,10 +145,14 @@ class PartialEmbedding(RowTable, nn.Embedding):
         """Rows where there are, `elsewhere` for the rest.
 
         In training on an accelerator nobody waits for the device to say whether there is a rest: the data were
-        scanned. The watch says so at the next step if that was not true.
+        scanned. The watch says so at the next step if that was not true. Rows that grow do wait, and so does a forward
+        without a graph, which trains nothing.
         """
+        if grows_now(rows, self.training):
+            refuse_replicas(rows)
+            return self._embed(self._grown_positions(input_ids, rows), rows)
         positions = rows.positions(input_ids)
-        if self.training and input_ids.is_cuda:
+        if self.training and input_ids.is_cuda and rows.grows_over is None and torch.is_grad_enabled():
             self._watch.look(input_ids, positions)
             return self._embed(positions, rows)
         if not _any_negative(positions):
@@ -152,11 +163,20 @@ class PartialEmbedding(RowTable, nn.Embedding):
         found = self._embed(positions, rows)
         return found.masked_scatter(missing.unsqueeze(-1), elsewhere(input_ids[missing]).to(found.dtype))
 
+    def _grown_positions(self, input_ids: Tensor, rows: RowTable) -> Tensor:
+        """The position of each token; one that had no row has one now, as it is without an overlay."""
+        positions = rows.positions(input_ids)
+        if _any_negative(positions):
+            token_ids = torch.unique(input_ids[positions < 0])
+            rows.add_rows(token_ids, self.rows(token_ids))
+            positions = rows.positions(input_ids)
+        return positions
+
     def _embed(self, positions: Tensor, rows: RowTable) -> Tensor:
         """Embed from `rows`; the first row stands in where there is none. As ever, the padding row gets no gradient."""
         return functional.embedding(
             positions.clamp(min=0),
-            rows.weight,
+            rows.live_weight(),
             rows.position_of(self.padding_idx),
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
@@ -167,7 +187,7 @@ class PartialEmbedding(RowTable, nn.Embedding):
         check_range(input_ids, self.vocab_size)
         unique, inverse = torch.unique(input_ids, return_inverse=True)
         rows = self.base.rows(unique.cpu()).to(self.weight.device, self.weight.dtype)
-        return functional.embedding(inverse, rows)
+        return rows if torch.equal(unique, input_ids) else functional.embedding(inverse, rows)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._watch.settle()
@@ -229,7 +249,8 @@ def revert(embedding: PartialEmbedding) -> None:
     original = next(c for c in classes if not issubclass(c, PartialEmbedding))
     for name in ("token_ids", "fingerprint"):
         embedding._buffers.pop(name)
-    for name in ("base", "_overlay", "_watch", "_owner", "_index", "_padding", "was_loaded", "ties_output"):
+    optimizer_state.forget(embedding)
+    for name in _OWN_ATTRIBUTES:
         embedding.__dict__.pop(name, None)
     embedding.__class__ = original  # type: ignore[assignment]
 

@@ -16,6 +16,7 @@ from pema_adapters.training import _upstream
 from pema_adapters.training.base import refit
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all
+from pema_adapters.training.model import input_embedding
 from pema_adapters.training.rows import PartialRows
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         weight = self.embedding.weight
         dtype = weight.dtype if config.dtype is None else getattr(torch, config.dtype)
         size = self.embedding.num_embeddings, weight.shape[1]
-        rows = PartialRows(*size, weight.device, dtype, config.unseen, config.trainable)
+        kind = config.unseen, config.trainable, config.vocabulary == "grow"
+        rows = PartialRows(*size, weight.device, dtype, *kind)
         rows.ties_output = config.trainable and config.output_embeddings != "full"
         rows.train(self.training)
         self.adapters[adapter_name] = rows
@@ -75,11 +77,17 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         if not names:
             return None
         rows = self.rows_of(names[0])
-        if self.training and rows.trainable and not len(rows):
-            raise SurgeryError(no_vocabulary(names[0]))
+        if self.training and rows.trainable and not self._is_ready(rows, rows.weight.requires_grad):
+            raise SurgeryError(no_vocabulary(names[0], rows.grows))
         if rows.was_loaded:
             self._compare_base(names[0], rows)
         return rows
+
+    def _is_ready(self, rows: PartialRows, train: bool) -> bool:
+        """Whether there are rows; of some that grow while they train, whether there is a base to read more from."""
+        if rows.grows and train:
+            return rows.grows_over is not None and self.embedding.is_shrunk
+        return len(rows) > 0
 
     def only_one(self, adapter_names: Iterable[str]) -> list[str]:
         """Those of the adapters that have rows, one or none. Raises: SurgeryError if several have."""
@@ -116,9 +124,9 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
     def enable_adapters(self, adapter_setup: Any, unfreeze_adapters: bool, unfreeze_fusion: bool) -> None:
         """Unfreeze the rows of the adapters to train. Raises: SurgeryError where one has no vocabulary yet."""
         for name in sorted(adapter_setup.flatten()):
-            is_empty = name in self.adapters and name not in self.with_rows()
-            if unfreeze_adapters and is_empty and self.rows_of(name).trainable:
-                raise SurgeryError(no_vocabulary(name))
+            rows = self.rows_of(name) if unfreeze_adapters and name in self.adapters else None
+            if rows is not None and rows.trainable and not self._is_ready(rows, True):
+                raise SurgeryError(no_vocabulary(name, rows.grows))
         super().enable_adapters(adapter_setup, unfreeze_adapters, unfreeze_fusion)
         for name in self.adapters:
             if not self.rows_of(name).trainable:
@@ -139,53 +147,36 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         for rows, share in tables:
             average += share * _rows_over(base_rows, token_ids, rows)
         fingerprint = Fingerprint.from_array(tables[0][0].fingerprint.cpu().numpy())
-        self.rows_of(adapter_name).set_rows(token_ids, average, refit(fingerprint, token_ids, self.embedding.rows))
+        mean = self.rows_of(adapter_name)
+        mean.set_rows(token_ids, average, refit(fingerprint, token_ids, self.embedding.rows))
+        mean.grows_over = tables[0][0].grows_over if mean.grows else None
         return True
 
 
 def attach(base_model: Any) -> PEMALayer:
     """The `PEMALayer` of `base_model`, made at the first adapter with PEMA.
 
-    Raises: SurgeryError if there cannot be one.
+    Raises: SurgeryError where it has no token embedding.
     """
     layer = _upstream.pema_layer(base_model)
     if layer is not None:
         return layer  # type: ignore[no-any-return]
-    embedding = input_embedding(base_model)
-    if not base_model.add_base_adapters:
-        raise SurgeryError(
-            f"{type(base_model).__name__} is made of submodels and has no adapters of its own, so PEMA does not apply: "
-            "add the adapter to the text model inside it"
-        )
-    owner = convert_all(base_model, embedding)
+    owner = convert_all(base_model, input_embedding(base_model))
     layer = PEMALayer(base_model.adapters_config, owner)
     layer.train(base_model.training)
     owner.set_overlay(layer)
-    base_model.add_module(_upstream.METHOD, layer)
+    _upstream.add_child(base_model, layer)
     return layer
 
 
-def input_embedding(model: Any) -> nn.Embedding:
-    """The token embedding of `model`. Raises: SurgeryError where it has none that PEMA can change."""
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        embedding = None
-    if not isinstance(embedding, nn.Embedding):
-        raise SurgeryError(
-            f"{type(model).__name__} has no token embedding (found {type(embedding).__name__}, expected "
-            "torch.nn.Embedding), so PEMA does not apply to it"
-        )
-    if embedding.max_norm is not None:
-        raise SurgeryError(f"{type(model).__name__} renormalises its embedding (max_norm), which PEMA does not support")
-    return embedding
-
-
-def no_vocabulary(adapter_name: str) -> str:
+def no_vocabulary(adapter_name: str, grows: bool) -> str:
     """The message for an adapter that is to train without a vocabulary: it shows the call to make."""
+    call = f'call pema_adapters.shrink_embeddings(model, "{adapter_name}"'
+    if grows:
+        return f"adapter {adapter_name!r} has PEMA but no vocabulary yet that could grow: {call}) first"
     return (
-        f"adapter {adapter_name!r} has PEMA but no vocabulary yet: call "
-        f'pema_adapters.shrink_embeddings(model, "{adapter_name}", dataset) with the tokenized training data first'
+        f"adapter {adapter_name!r} has PEMA but no vocabulary yet: {call}, dataset) with the tokenized training data "
+        'first, or use PEMAConfig(vocabulary="grow")'
     )
 
 

@@ -94,11 +94,12 @@ def _adapter_summary(original: Callable[..., Any], model: Any, *args: Any, **kwa
 
 
 def _load_pretrained(original: Callable[..., Any], model_class: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    if _upstream.loading_without_matrix.get():
-        from pema_adapters.training.loading import leave_out_matrix
+    if _upstream.loading_without_matrix.get() is None:
+        return original(model_class, model, *args, **kwargs)
+    from pema_adapters.training.loading import leaving_out_matrix
 
-        leave_out_matrix(model)
-    return original(model_class, model, *args, **kwargs)
+    with leaving_out_matrix(model, *args, **kwargs):
+        return original(model_class, model, *args, **kwargs)
 
 
 def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,14 +120,14 @@ def _save_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def _resize_token_embeddings(
     original: Callable[..., Any], model: Any, new_num_tokens: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    from pema_adapters.training.surgery import refuse_resize
+    from pema_adapters.training.guards import refuse_resize
 
     refuse_resize(model, new_num_tokens)
     return original(model, new_num_tokens, *args, **kwargs)
 
 
 def _tie_weights(original: Callable[..., Any], model: Any, output_embeddings: Any, input_embeddings: Any) -> Any:
-    from pema_adapters.training.surgery import is_tied_already, refuse_tie
+    from pema_adapters.training.guards import is_tied_already, refuse_tie
 
     if is_tied_already(input_embeddings, output_embeddings):
         return None

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import SurgeryError, TokenRangeError
+from pema_adapters.formats.fingerprint import Fingerprint
+from pema_adapters.training import optimizer_state
+from pema_adapters.training.base import refit
+from pema_adapters.training.growing import LiveRows
+from pema_adapters.training.layout import Layout, replace_data
+
+
+class RowSource(Protocol):
+    """Where base rows come from."""
+
+    def rows(self, token_ids: Tensor) -> Tensor:
+        """Rows [n, d] of `token_ids` [n], both on the CPU."""
 
 
 class RowTable(nn.Module):
@@ -15,7 +27,8 @@ class RowTable(nn.Module):
 
     Attributes: `weight` [K, d]; `token_ids` int32 [K], strictly increasing; `fingerprint` uint8 [n], the description of
     the base that `formats.fingerprint` reads; `vocab_size` V; `ties_output`: whether a language-model head that shares
-    the matrix uses these rows, too.
+    the matrix uses these rows, too; `grows_over`: the base of a table that gets a row for every token that training
+    meets, None for one that stays as it is.
     """
 
     weight: Tensor
@@ -25,17 +38,75 @@ class RowTable(nn.Module):
     loads_piecewise = False
     was_loaded = False  # from a file, and not yet compared with the model's base
     ties_output = True
+    grows_over: RowSource | None = None
+    _layout: Layout | None = None
+    _fingerprint_is_old = False
     _index: Tensor | None
     _padding: tuple[int, int | None] | None
 
+    @property
+    def layout(self) -> Layout:
+        """Which token each row belongs to, on the CPU: the first look at loaded rows may cost a synchronisation."""
+        if self._layout is None:
+            ids = torch.empty(0, dtype=torch.int32) if self.token_ids is None else self.token_ids
+            self._layout = Layout(ids.cpu().clone())
+        return self._layout
+
     def set_rows(self, token_ids: Tensor, rows: Tensor, fingerprint: Tensor) -> None:
-        """Hold `rows` [K, d] for `token_ids` [K]; the Parameter keeps its identity, a gradient is dropped."""
-        device = self.weight.device
-        self.weight.grad = None
-        self.weight.data = rows.to(device, self.weight.dtype)
-        self.token_ids = token_ids.to(device, torch.int32)
-        self.fingerprint = fingerprint.to(device)
+        """Hold `rows` [K, d] for `token_ids` [K], strictly increasing.
+
+        The Parameter keeps its identity; its gradient and the state that optimizers have for it follow the rows.
+        """
+        new = Layout(token_ids.cpu().to(torch.int32))
+        if self.layout.lies_within(new):
+            new = self.layout.with_tokens(new.token_ids)
+        self._lay_out(new, rows)
+        self.fingerprint, self._fingerprint_is_old = fingerprint.to(self.weight.device), False
+
+    def add_rows(self, token_ids: Tensor, rows: Tensor) -> None:
+        """Hold `rows` [n, d] for `token_ids` [n], which have none yet, as well; otherwise as `set_rows`.
+
+        The table grows, so it renews its fingerprint by itself, when it is saved.
+        """
+        old, new = self.layout, self.layout.with_tokens(token_ids)
+        together = new.carry(self.weight.detach(), old)
+        places = torch.searchsorted(new.token_ids, token_ids.cpu().to(torch.int32))
+        together[places.to(together.device)] = rows.to(together.device, together.dtype)
+        self._lay_out(new, together)
+        self._fingerprint_is_old = True
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add to the gradient of the weight what autograd cannot: its graph was made for other rows."""
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
+
+    def live_weight(self) -> Tensor:
+        """The weight [K, d] for a graph; of a table that grows, for one that outlives a change of K."""
+        if self.grows_over is None or not self.weight.requires_grad or not torch.is_grad_enabled():
+            return self.weight
+        optimizer_state.follow(self)  # a copy of a table is known from here on
+        return LiveRows.apply(self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _lay_out(self, new: Layout, rows: Tensor) -> None:
+        device, gradient, old = self.weight.device, self.weight.grad, self.layout
+        replace_data(self.weight, rows.to(device, self.weight.dtype))
+        if gradient is not None:
+            self.weight.grad = new.carry(gradient, old)
+        # a copy, for loading a state writes into the buffer
+        self._layout, self.token_ids = new, new.token_ids.to(device, copy=True)
         self._forget_index()
+        optimizer_state.follow(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._fingerprint_is_old:
+            self._renew_fingerprint()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _renew_fingerprint(self) -> None:
+        """Describe the base rows of all K tokens; here rather than at each row that comes, for it reads them all."""
+        assert self.fingerprint is not None and self.token_ids is not None and self.grows_over is not None
+        old = Fingerprint.from_array(self.fingerprint.cpu().numpy())
+        self.fingerprint = refit(old, self.token_ids, self.grows_over.rows).to(self.weight.device)
+        self._fingerprint_is_old = False
 
     def positions(self, input_ids: Tensor) -> Tensor:
         """Compact positions, int32, shaped as `input_ids`; -1 where a token has no row here."""
@@ -81,7 +152,8 @@ class RowTable(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._forget_index()
-        self.was_loaded = True
+        self._layout, self.was_loaded = None, True
+        self._fingerprint_is_old &= prefix + "fingerprint" not in state_dict
 
     def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
         """Change the number of rows to that of the state. Returns what is wrong with the state, if anything."""
@@ -97,15 +169,15 @@ class RowTable(nn.Module):
         for name in ("weight", "token_ids", "fingerprint"):
             new, current = state_dict.get(prefix + name), getattr(self, name)
             if new is not None and current is not None and new.shape[0] != current.shape[0]:
-                current.data = current.data.new_empty((new.shape[0], *current.shape[1:]))
+                replace_data(current, current.data.new_empty((new.shape[0], *current.shape[1:])))
         return None
 
 
 class PartialRows(RowTable):
     """The rows that one adapter trains, or holds; none until it has a vocabulary.
 
-    Args: `vocab_size` V, `dim` d, the `device` of the matrix and the `dtype` of the rows; `unseen` and `trainable` as
-    in `PEMAConfig`. Rows that do not train are the base's, and in no state.
+    Args: `vocab_size` V, `dim` d, the `device` of the matrix and the `dtype` of the rows; `unseen`, `trainable` and
+    whether it is to grow as in `PEMAConfig`. Rows that do not train are the base's, and in no state.
     """
 
     token_ids: Tensor
@@ -113,11 +185,12 @@ class PartialRows(RowTable):
     loads_piecewise = True  # from_pretrained hands over one tensor at a time
 
     def __init__(  # noqa: PLR0913, PLR0917 - what a table is, and what its config says
-        self, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, unseen: str, trainable: bool = True
-    ) -> None:
+        self, vocab_size: int, dim: int, device: torch.device, dtype: torch.dtype, unseen: str, trainable: bool = True,
+        grows: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.vocab_size = vocab_size
-        self.unseen, self.trainable = unseen, trainable
+        self.unseen, self.trainable, self.grows = unseen, trainable, grows
         self.weight = nn.Parameter(torch.empty(0, dim, device=device, dtype=dtype))
         self.register_buffer("token_ids", torch.empty(0, device=device, dtype=torch.int32))
         self.register_buffer("fingerprint", torch.empty(0, device=device, dtype=torch.uint8))

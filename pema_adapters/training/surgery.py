@@ -11,58 +11,67 @@ from adapters import ConfigUnion
 from torch import Tensor, nn
 
 from pema_adapters.errors import SurgeryError, VocabularyError
-from pema_adapters.reading.basics import DEFAULT_COLUMNS
 from pema_adapters.training import _upstream
 from pema_adapters.training.base import Base, find_base
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all, parts_of, revert, sites
-from pema_adapters.training.layer import input_embedding
-from pema_adapters.training.output import PartialOutput, convert_heads, heads_of, revert_heads
+from pema_adapters.training.model import complete_vocabulary, input_embedding
+from pema_adapters.training.output import convert_heads, has_tied_head, heads_of, revert_heads
 from pema_adapters.training.rows import RowTable
 from pema_adapters.vocabulary import PartialVocabulary
 
 logger = logging.getLogger(__name__)
 
-INSERTED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-"""Config entries with ids that a model or a collator inserts by itself."""
+GROW = "grow"
+GROWING_CONFIG = f'PEMAConfig(vocabulary="{GROW}")'
 
 
 def shrink_embeddings(
     model: Any,
     adapter_name: str | None,
-    vocabulary: Any,
+    vocabulary: Any = None,
     *,
     output_embeddings: Literal["tied", "full"] | None = None,
 ) -> PartialVocabulary:
     """Keep only the rows of `vocabulary` in memory, as the trainable rows [K, d] of adapter `adapter_name`.
 
     The model computes the same function as before; original token ids go in. The full matrix [V, d] is let go: other
-    rows are read from the checkpoint on disk when they are needed. Rows that the adapter has already are kept.
+    rows are read from the checkpoint on disk when they are needed. Rows that the adapter has already are kept, trained
+    as they are, and so is what an optimizer knows of them: a second stage of training may have a larger vocabulary.
 
     Args:
         model: a Transformers model with adapters (`adapters.init` or AutoAdapterModel); changed in place.
         adapter_name: an adapter with a `PEMAConfig`; None for full fine-tuning without adapters.
-        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one (see `PartialVocabulary.from_dataset`).
+        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one (see `PartialVocabulary.from_dataset`). A
+            `PEMAConfig(vocabulary="grow")` needs none: training adds the tokens that it meets to what is given here.
+            "grow" in full fine-tuning: the same, without a config.
         output_embeddings: full fine-tuning of a language model; an adapter's `PEMAConfig` says it for adapters.
 
     Returns:
         The vocabulary in use: with the ids that the model inserts itself (pad, bos, eos, decoder start), and rows that
-        `resize_token_embeddings` added to the checkpoint's.
+        `resize_token_embeddings` added to the checkpoint's. One that grows: as it is now.
 
     Raises:
-        SurgeryError: no such adapter, no PEMA in it, no token embedding, or one that cannot be shared with the output.
+        SurgeryError: no such adapter, no PEMA in it, no token embedding, one that cannot be shared with the output, or
+            a vocabulary that is to grow under a head that is tied to it.
         VocabularyError: a vocabulary of another size than the model's V, or data that cannot be scanned.
     """
     embedding = input_embedding(model)
     holder = None if adapter_name is None else _rows_of(model, adapter_name)
+    grows = _grows(model, adapter_name, vocabulary)
+    ties = _output_policy(model, adapter_name, output_embeddings) != "full"
+    if grows and ties:
+        _refuse_growing_softmax(model, embedding)
+    if vocabulary is None or _is_grow(vocabulary):
+        vocabulary = PartialVocabulary([], embedding.num_embeddings)
     used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     base = _base_of(model, embedding)
     owner = convert_all(model, embedding)
     target: RowTable = owner if holder is None else holder
     if holder is None:
-        owner.ties_output = output_embeddings != "full"
+        owner.ties_output = ties
     heads = convert_heads(model, owner)
-    untied = _untied(model, heads) if heads and not _ties(model, adapter_name, target) else ""
+    untied = _untied(model, heads) if heads and not ties else ""
     used = used | _already_in(target, owner, base, used.vocab_size)
     token_ids = torch.from_numpy(used.token_ids.copy())
     rows = _current_rows(target, owner, token_ids)
@@ -72,6 +81,7 @@ def shrink_embeddings(
             head.hold_base()
         owner.shrink(base)
     target.set_rows(token_ids, rows, fingerprint)
+    target.grows_over = base if grows else None
     if holder is not None:
         _drop_untrained(owner, base)
     return used
@@ -107,29 +117,6 @@ def restore_embeddings(model: Any) -> None:
         _detach(model, owner)
 
 
-def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
-    """Raise SurgeryError where `resize_token_embeddings` would work on a few rows as if they were the matrix."""
-    try:
-        embedding = input_embedding(model)
-    except SurgeryError:
-        return
-    layer = _upstream.pema_layer(model)
-    partial = isinstance(embedding, PartialEmbedding) and embedding.is_shrunk
-    if new_num_tokens in (None, embedding.num_embeddings) or not (partial or (layer and layer.with_rows())):
-        return
-    raise SurgeryError(
-        f"resize_token_embeddings to {new_num_tokens}: the model holds PEMA rows of a vocabulary of "
-        f"{embedding.num_embeddings}: resize before shrink_embeddings, or call restore_embeddings(model) first"
-    )
-
-
-def refuse_tie(model: Any, embedding: nn.Module, head: nn.Module) -> None:
-    """Raise SurgeryError where Transformers is about to tie a head to a matrix that is not in memory."""
-    if isinstance(embedding, PartialEmbedding) and (embedding.is_shrunk or "weight" not in embedding._parameters):
-        name = next((name for name, module in model.named_modules() if module is head), "")
-        raise SurgeryError(_tied(name, head, embedding))
-
-
 def _rows_of(model: Any, adapter_name: str) -> RowTable:
     if not _upstream.has_adapters_support(model):
         raise SurgeryError(
@@ -150,20 +137,38 @@ def _rows_of(model: Any, adapter_name: str) -> RowTable:
     return _upstream.pema_layer(model).adapters[adapter_name]  # type: ignore[no-any-return]
 
 
-def is_tied_already(embedding: nn.Module, head: nn.Module) -> bool:
-    """Whether `head` shares the matrix of a partial `embedding` in the way that is possible."""
-    if not isinstance(embedding, PartialEmbedding) or not embedding.is_shrunk:
-        return False
-    if isinstance(head, PartialEmbedding):
-        return head.owner is embedding.owner
-    return isinstance(head, PartialOutput) and head.embedding is embedding.owner
-
-
-def _ties(model: Any, adapter_name: str | None, target: RowTable) -> bool:
-    """Whether the trained rows serve the output, too; rows that do not train leave the tie as it is."""
+def _grows(model: Any, adapter_name: str | None, vocabulary: Any) -> bool:
+    """Whether training is to add rows. Raises: VocabularyError where there is neither that nor a vocabulary."""
     if adapter_name is None:
-        return target.ties_output
-    return bool(model.adapters_config.match(adapter_name, PEMAConfig).output_embeddings != "full")
+        grows, how = _is_grow(vocabulary), 'shrink_embeddings(model, None, "grow")'
+    else:
+        grows, how = model.adapters_config.match(adapter_name, PEMAConfig).vocabulary == GROW, GROWING_CONFIG
+    if not grows and (vocabulary is None or _is_grow(vocabulary)):
+        raise VocabularyError(
+            f"no vocabulary: give shrink_embeddings a PartialVocabulary or the tokenized training data, or use {how} "
+            "to have training add rows as it meets tokens"
+        )
+    return grows
+
+
+def _is_grow(vocabulary: Any) -> bool:
+    return isinstance(vocabulary, str) and vocabulary == GROW
+
+
+def _output_policy(model: Any, adapter_name: str | None, policy: str | None) -> str | None:
+    """What is to become of a tied head: `policy` in full fine-tuning, else as the adapter's config says."""
+    return policy if adapter_name is None else model.adapters_config.match(adapter_name, PEMAConfig).output_embeddings
+
+
+def _refuse_growing_softmax(model: Any, embedding: nn.Embedding) -> None:
+    """Rows of a tied output have gradients at every step, from the first: one that comes later has missed them."""
+    if not has_tied_head(model, embedding.owner if isinstance(embedding, PartialEmbedding) else embedding):
+        return
+    full = "" if model.config.is_encoder_decoder else 'use output_embeddings="full", or '
+    raise SurgeryError(
+        f"the output of {type(model).__name__} is tied to the input embedding, so rows that come in training would "
+        f"have missed the gradients of the output up to then: {full}give shrink_embeddings all of the data before"
+    )
 
 
 def _untied(model: Any, heads: Iterable[str]) -> str:
@@ -182,36 +187,6 @@ def _untied(model: Any, heads: Iterable[str]) -> str:
     return f"{head}.weight"
 
 
-def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
-    return (
-        f"the head {name!r} ({type(head).__name__}) is tied to the input embedding and needs all "
-        f"{embedding.num_embeddings} rows, which are not in memory: add it before shrink_embeddings, or call "
-        "restore_embeddings(model) first"
-    )
-
-
-def complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
-    """A vocabulary, or data to scan for one, with the ids that the model inserts itself. Raises VocabularyError."""
-    if not isinstance(vocabulary, PartialVocabulary):
-        labels = () if model.get_output_embeddings() is None else ("labels",)
-        vocabulary = PartialVocabulary.from_dataset(
-            vocabulary, vocab_size=vocab_size, columns=(*DEFAULT_COLUMNS, *labels), optional=labels
-        )
-    if vocabulary.vocab_size != vocab_size:
-        raise VocabularyError(
-            f"the vocabulary is of {vocabulary.vocab_size} tokens, but {type(model).__name__} has {vocab_size} "
-            f"embedding rows: make it with vocab_size={vocab_size}"
-        )
-    used: PartialVocabulary = vocabulary | PartialVocabulary(_inserted_ids(model.config, vocab_size), vocab_size)
-    return used
-
-
-def _inserted_ids(config: Any, vocab_size: int) -> list[int]:
-    values = [getattr(config, name, None) for name in INSERTED_IDS]
-    flat = [one for value in values for one in (value if isinstance(value, Iterable) else [value])]
-    return [one for one in flat if isinstance(one, int) and 0 <= one < vocab_size]
-
-
 def _base_of(model: Any, embedding: nn.Embedding) -> Base:
     if isinstance(embedding, PartialEmbedding) and isinstance(embedding.owner.base, Base):
         return embedding.owner.base
@@ -228,7 +203,7 @@ def _already_in(target: RowTable, owner: PartialEmbedding, base: Base, vocab_siz
 
 def _current_rows(target: RowTable, owner: PartialEmbedding, token_ids: Tensor) -> Tensor:
     """The rows [K, d] of `token_ids` as the target has them, else as the embedding has."""
-    rows = owner.rows(token_ids).clone()
+    rows = owner.rows(token_ids)
     if target is not owner and target.token_ids is not None and len(target.token_ids):
         places = torch.searchsorted(token_ids.to(rows.device), target.token_ids.long())
         rows[places] = target.weight.detach()
@@ -287,7 +262,7 @@ def _drop_pema_part(model: Any, name: str) -> None:
 def _detach(model: Any, owner: PartialEmbedding) -> None:
     """Leave no trace: plain embeddings, and no layer."""
     if _upstream.pema_layer(model) is not None:
-        delattr(model.base_model, _upstream.METHOD)
+        _upstream.remove_child(model.base_model)
     revert_heads(model, owner)
     for part in parts_of(model, owner).values():
         revert(part)

@@ -127,3 +127,22 @@ def test_weights_are_loaded_into_a_model_that_is_whole():
     assert list(load.parameters)[:2] == ["cls", "model"], VERSIONS
     source = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
     assert source.index("model.tie_weights()") < source.index("cls._load_pretrained_model("), VERSIONS
+
+
+def test_what_decides_how_a_weight_is_loaded():
+    infer = inspect.signature(transformers.modeling_utils._infer_parameter_dtype)
+    assert list(infer.parameters) == ["model", "param_name", "empty_param", "keep_in_fp32_regex", "hf_quantizer"], (
+        VERSIONS
+    )
+    needs = inspect.signature(transformers.quantizers.HfQuantizer.param_needs_quantization)
+    assert list(needs.parameters)[:3] == ["self", "model", "param_name"], VERSIONS
+    load = inspect.signature(inspect.unwrap(transformers.PreTrainedModel.__dict__["_load_pretrained_model"].__func__))
+    how = {"device_map", "hf_quantizer", "keep_in_fp32_regex", "device_mesh", "key_mapping"}
+    assert list(load.parameters)[2:5] == ["state_dict", "checkpoint_files", "pretrained_model_name_or_path"], VERSIONS
+    assert how <= set(load.parameters), VERSIONS
+
+
+def test_weights_are_moved_away_after_all_are_loaded():
+    """`load_model` fingerprints those that were drawn between the two."""
+    source = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
+    assert source.index("cls._load_pretrained_model(") < source.index("dispatch_model(model"), VERSIONS

@@ -1,0 +1,53 @@
+"""What Transformers may not do to a model whose embedding matrix is not in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pema_adapters.errors import SurgeryError
+from pema_adapters.training import _upstream
+from pema_adapters.training.embedding import PartialEmbedding
+from pema_adapters.training.model import input_embedding
+from pema_adapters.training.output import PartialOutput
+
+
+def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
+    """Raise SurgeryError where `resize_token_embeddings` would work on a few rows as if they were the matrix."""
+    try:
+        embedding = input_embedding(model)
+    except SurgeryError:
+        return
+    layer = _upstream.pema_layer(model)
+    partial = isinstance(embedding, PartialEmbedding) and embedding.is_shrunk
+    if new_num_tokens in (None, embedding.num_embeddings) or not (partial or (layer and layer.with_rows())):
+        return
+    raise SurgeryError(
+        f"resize_token_embeddings to {new_num_tokens}: the model holds PEMA rows of a vocabulary of "
+        f"{embedding.num_embeddings}: resize before shrink_embeddings, or call restore_embeddings(model) first"
+    )
+
+
+def refuse_tie(model: Any, embedding: nn.Module, head: nn.Module) -> None:
+    """Raise SurgeryError where Transformers is about to tie a head to a matrix that is not in memory."""
+    if isinstance(embedding, PartialEmbedding) and (embedding.is_shrunk or "weight" not in embedding._parameters):
+        name = next((name for name, module in model.named_modules() if module is head), "")
+        raise SurgeryError(_tied(name, head, embedding))
+
+
+def is_tied_already(embedding: nn.Module, head: nn.Module) -> bool:
+    """Whether `head` shares the matrix of a partial `embedding` in the way that is possible."""
+    if not isinstance(embedding, PartialEmbedding) or not embedding.is_shrunk:
+        return False
+    if isinstance(head, PartialEmbedding):
+        return head.owner is embedding.owner
+    return isinstance(head, PartialOutput) and head.embedding is embedding.owner
+
+
+def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
+    return (
+        f"the head {name!r} ({type(head).__name__}) is tied to the input embedding and needs all "
+        f"{embedding.num_embeddings} rows, which are not in memory: add it before shrink_embeddings, or call "
+        "restore_embeddings(model) first"
+    )
