@@ -44,8 +44,9 @@ lint: $(VENV)/.dev  ## Check style and types
 demo: $(VENV)/.demo  ## Fine-tune a real model with PEMA, merge it, and prove the result equal (4 minutes)
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
-bench: $(VENV)/.bench  ## Measure scan, training step, artifact, merge and push beside their peers
+bench: $(VENV)/.bench  ## Measure scan, loading, training step, artifact, merge and push beside their peers
 	$(BIN)/python tools/bench_scan.py
+	$(BIN)/python tools/bench_load.py
 	$(BIN)/python tools/bench_step.py
 	$(BIN)/python tools/bench_artifact.py
 	$(BIN)/python tools/bench_merge.py

@@ -137,6 +137,8 @@ def finished(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already", file=sys.stderr)
     for one in tqdm(todo, unit=" runs", disable=None):
+        if one.done() is not None:  # by another command meanwhile
+            continue
         tqdm.write(one.name, file=sys.stderr)
         checkpoints = options.output / "checkpoints" / one.name
         bar = sys.stderr.isatty()

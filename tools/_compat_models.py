@@ -136,7 +136,9 @@ def _distilbert() -> Any:
 
 
 def _encoder_decoder() -> Any:
-    parts = [_encoder("BertConfig")(), _encoder("BertConfig", is_decoder=True, add_cross_attention=True)()]
+    """The decoder has a vocabulary of its own, which PEMA leaves as it is."""
+    decoder = _encoder("BertConfig", vocab_size=V + 8, is_decoder=True, add_cross_attention=True)
+    parts = [_encoder("BertConfig")(), decoder()]
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
     config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, 2, 1
     return config
