@@ -76,6 +76,21 @@ def test_a_process_that_is_killed():
         scan_text(texts, Encoder(Words()), vocab_size=V, num_proc=2)
 
 
+def test_a_tokenizer_that_cannot_travel():
+    """Transformers' RoFormer splits words in Python, and so does this one."""
+
+    class Split:
+        def pre_tokenize(self, text):
+            text.split(lambda _, part: part.split(" ", "removed"))
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Split())
+    data = Dataset.from_list(ROWS)
+    assert scan_text(data, Encoder(tokenizer), vocab_size=V).tokens == 5
+    with pytest.raises(PemaError, match="cannot be given to other processes .*: scan in one, without --num-proc"):
+        scan_text(data, Encoder(tokenizer), vocab_size=V, num_proc=2)
+
+
 # ---- what is refused
 
 

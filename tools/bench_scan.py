@@ -19,10 +19,11 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from _bench import in_child, median_ratio, paired, parser, table, write_json
 from _scan_text import contestants, texts_of, tokenizer_of
 from _scan_text import measured as measured_text
-from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_from_disk
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_from_disk
 
 from pema_adapters.vocabulary import PartialVocabulary
 
@@ -70,9 +71,9 @@ def measured(contestant: Callable[[Dataset, int], int], folder: str, vocab_size:
 
 def make_dataset(folder: str, rows: int, vocab_size: int, dtype: str) -> Dataset:
     """Uniform ids, the hardest case for caches, written and memory-mapped as datasets do."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, (rows, LENGTH)).astype(dtype)
-    features = Features({"input_ids": List(Value(dtype))})
-    Dataset.from_dict({"input_ids": ids}, features=features).save_to_disk(folder)
+    ids = np.random.default_rng(0).integers(0, vocab_size, rows * LENGTH, dtype=dtype)
+    ends = np.arange(rows + 1, dtype=np.int32) * LENGTH
+    Dataset(pa.table({"input_ids": pa.ListArray.from_arrays(ends, ids)})).save_to_disk(folder)
     return load_from_disk(folder)
 
 
@@ -103,7 +104,7 @@ def bench_workers(id_count: int, rounds: int) -> list[dict[str, Any]]:
     """One thread and two, over data that are written in shards, and larger than any cache."""
     vocab_size, rows = VOCAB_SIZES[0], SHARD // LENGTH
     with tempfile.TemporaryDirectory() as folder:
-        names = [f"{folder}/{shard}" for shard in range(max(1, id_count // SHARD))]
+        names = [f"{folder}/{shard}" for shard in range(-(-id_count // SHARD))]
         dataset = concatenate_datasets([make_dataset(name, rows, vocab_size, "int32") for name in names])
         work = {
             "pema_adapters": lambda: ours(dataset, vocab_size),

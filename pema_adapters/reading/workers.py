@@ -1,6 +1,7 @@
 """Work on a series of batches by several threads or processes; the results come in the order of the batches."""
 
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -58,6 +59,7 @@ class Workers:
         if self.num_proc == 1:
             self._pool = ThreadPoolExecutor(THREADS)
             return
+        _refuse_what_cannot_travel(work)
         cores = max(1, (os.cpu_count() or 1) // self.num_proc)
         # a fork amid Rust's and Arrow's threads may hang: fresh processes
         options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": _begin}
@@ -66,6 +68,15 @@ class Workers:
     def _submit(self, batch: Batch) -> "Future[Encoded]":
         assert self._pool is not None and self._work is not None
         return self._pool.submit(self._work if self.num_proc == 1 else _do, batch)
+
+
+def _refuse_what_cannot_travel(work: Tokenizing) -> None:
+    try:
+        pickle.dumps(work)
+    except Exception as error:  # whatever parts of a tokenizer raise: those written in Python cannot be pickled
+        raise PemaError(
+            f"this tokenizer cannot be given to other processes ({error}): scan in one, without --num-proc"
+        ) from error
 
 
 def _in_order(submit: Callable[[Batch], "Future[Encoded]"], batches: Iterable[Batch], window: int) -> Iterator[Encoded]:
