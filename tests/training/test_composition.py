@@ -3,7 +3,7 @@
 import adapters.composition as ac
 import pytest
 import torch
-from adapters import LoRAConfig, SeqBnConfig
+from adapters import LoRAConfig, MTLLoRAConfig, SeqBnConfig
 
 from pema_adapters import PartialVocabulary, PEMAConfig, shrink_embeddings
 from pema_adapters.errors import SurgeryError
@@ -65,10 +65,36 @@ def test_rows_under_others(model, case, setup, others):
         torch.testing.assert_close(one, other)
 
 
+def test_rows_under_several_tasks(model, case):
+    """Multi-task LoRA, each row of the batch with the weights of its task."""
+    full = case.with_adapters()
+    for one in (model, full):
+        for name in ("a", "b"):
+            one.add_adapter(name, config=MTLLoRAConfig(r=2))
+        one.share_parameters(name="shared", adapter_names=["a", "b"])
+        torch.manual_seed(1)
+        for name, parameter in sorted(one.named_parameters()):
+            if any(f".loras.{added}." in name for added in ("a", "b", "shared")):
+                torch.nn.init.normal_(parameter)
+    model.set_active_adapters(ac.Stack("rows", ac.MultiTask("a", "b")))
+    full.set_active_adapters(ac.MultiTask("a", "b"))
+    rows = model.bert.pema.adapters["rows"]
+    with torch.no_grad():
+        matrix_of(full)[rows.token_ids.long()] = rows.weight
+        tasks = [outputs_of(one, tasks) for one in (model, full) for tasks in (["a", "b"], ["b", "a"])]
+    assert torch.equal(tasks[0], tasks[2]) and torch.equal(tasks[1], tasks[3])
+    assert not torch.equal(tasks[0], tasks[1])
+
+
+def outputs_of(model, tasks):
+    return model.eval()(input_ids=MIXED["input_ids"][:2], task_ids=tasks).logits
+
+
 @pytest.mark.parametrize("setup", [
     ac.Parallel("rows", "one"),
     ac.BatchSplit("one", "rows", batch_sizes=[1, 1]),
     ac.Split("rows", "one", splits=2),
+    ac.MultiTask("rows", "one"),
     ac.Stack("two", ac.Parallel("rows", "one")),
 ], ids=str)  # fmt: skip
 def test_rows_in_a_branch_are_refused(model, setup):
