@@ -87,7 +87,7 @@ def test_a_tokenizer_that_cannot_travel():
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Split())
     data = Dataset.from_list(ROWS)
     assert scan_text(data, Encoder(tokenizer), vocab_size=V).tokens == 5
-    with pytest.raises(PemaError, match="cannot be given to other processes .*: scan in one, without --num-proc"):
+    with pytest.raises(PemaError, match=r"cannot be given to other processes .*: scan in one, without --num-proc"):
         scan_text(data, Encoder(tokenizer), vocab_size=V, num_proc=2)
 
 
