@@ -159,6 +159,18 @@ def test_no_folder_for_it(folder, capsys):
     assert [scanned(capsys)["from_cache"] for _ in range(2)] == [False, False]
 
 
+def test_a_data_set_of_the_hub(folder, hub, capsys, no_more_scans, monkeypatch):
+    """The real client and a real server: splits by their names, and the second scan is none."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+    hub.publish("someone/texts", {"train.jsonl": b'{"text": "a b"}\n{"text": "c"}\n', "test.jsonl": b'{"text": "d"}\n'})
+    first = scanned(capsys, "someone/texts")
+    assert (first["tokens"], first["partial_vocab_size"], first["from_cache"]) == (4, 4, False)
+    no_more_scans()
+    assert scanned(capsys, "someone/texts")["from_cache"]
+    assert main(["--tokenizer", "tok", "--data", "someone/nothing"]) == 1
+    assert "someone/nothing: cannot be read as a data set" in capsys.readouterr().err
+
+
 def test_data_sets_of_the_hub_go_by_their_fingerprint(folder):
     """What `load_dataset` gives lies in the cache of datasets, under a name that is no file here."""
     data, split = Data(("someone/texts",)), Dataset.from_dict({"text": ["a b"]})

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .server import Hub
 
 PARTS = {"id": r"[^/]+(?:/[^/]+)?", "path": r".+"}
+DATASETS = re.compile("^(/api)?/datasets/")
+"""Repositories of data sets are as those of models here, and their names no others."""
 ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], Callable[..., Answer]]] = []
 
 
@@ -89,8 +91,9 @@ class Call:
     @classmethod
     def of(cls, hub: "Hub", log: Request, url: str, body: Body) -> "Call":
         parts = urlsplit(url)
+        target = DATASETS.sub(lambda found: "/api/models/" if found[1] else "/", parts.path)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        return cls(hub, log, parts.path, query, body, log.headers.get("content-type", ""))
+        return cls(hub, log, target, query, body, log.headers.get("content-type", ""))
 
     @property
     def account(self) -> Account | None:

@@ -151,6 +151,18 @@ class TestTask:
         with pytest.raises(TaskError, match=r"found the columns a, b, c, label, expected one or two of text"):
             Task("RTE", ("", "")).texts(["a", "b", "c", "label"])
 
+    def test_the_hub(self, hub, tmp_path, monkeypatch):
+        """GLUE is one repository with a configuration a task."""
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+        card = "configs:\n- config_name: cola\n  data_files:\n  - {split: train, path: cola/train.jsonl}\n"
+        row = b'{"sentence": "a film", "label": 1, "idx": 0}\n'
+        files = {"cola/train.jsonl": row, "cola/validation.jsonl": row * 2}
+        card += "  - {split: validation, path: cola/validation.jsonl}\n"
+        hub.publish("nyu-mll/glue", {"README.md": f"---\n{card}---\n".encode(), **files})
+        data = BY_NAME["CoLA"].load(None)
+        assert {split: len(rows) for split, rows in data.items()} == {"train": 1, "validation": 2}
+        assert BY_NAME["CoLA"].texts(data["train"].column_names) == ["sentence"]
+
     def test_quotation_marks_are_letters(self, data_dir):
         assert BY_NAME["SST-2"].load(data_dir)["train"]["sentence"][0] == 'the film was "very good'
 
