@@ -9,7 +9,6 @@ Needs numpy and safetensors alone; reading data sets lives in `scan.py`.
 
 import operator
 import os
-import secrets
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, VocabularyError
 from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
+from pema_adapters.reading.store import replace_file
 
 FORMAT = "pema-vocabulary"
 
@@ -210,19 +210,3 @@ def _checked_content(path: Path, ids: npt.NDArray[Any], vocab_size: str) -> tupl
     if not (vocab_size.isascii() and vocab_size.isdigit()):
         raise FormatError(f"{path}: vocab_size is {vocab_size!r} in the file's metadata, expected V in digits")
     return ids, int(vocab_size)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename: a reader sees the old file or the new one, whatever happens."""
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    # mkstemp would leave mode 0600: os.open lets the umask decide, as for any other file
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -26,7 +26,15 @@ import numpy as np
 import torch
 from _bench import anonymous_bytes, in_child, table, write_json
 from _merge_shapes import Shape, write_base
-from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
 
 from pema_adapters import PartialVocabulary, load_model, memory_report
 
@@ -117,12 +125,15 @@ def trainer_steps(run: Run) -> int:
             folder, per_device_train_batch_size=1, num_train_epochs=1, save_strategy="no", report_to=[],
             use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
-        Trainer(run.load(), how, train_dataset=rows, callbacks=[look]).train()
+        trainer = Trainer(run.load(), how, train_dataset=rows, callbacks=[look])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return look.found
 
 
 def train(run: Run) -> Generator[None, None, int]:
     way: Callable[[Run], int] = trainer_steps if run.optimizer == TRAINER else steps
+    transformers_logging.set_verbosity_error()
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_FROM)
     way(run)
     give_back()
