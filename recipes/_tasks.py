@@ -102,5 +102,5 @@ class Benchmark:
 
 
 def plain(name: str) -> str:
-    """SST-2, sst2 and SST_2 are one task."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """SST-2, sst2 and SST_2 are one task; Compacter and Compacter++ are two methods."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 from _experiments import main
-from _tasks import Task, TaskError
+from _options import listed_of
+from _tasks import Task, TaskError, plain
 from _training import Place, Setting, run
+from compacter_baselines import METHODS
 from glue import GLUE
 from transformers import BertConfig, BertModel, BertTokenizerFast
 from xnli import XNLI
@@ -165,6 +167,15 @@ class TestTask:
 
     def test_quotation_marks_are_letters(self, data_dir):
         assert BY_NAME["SST-2"].load(data_dir)["train"]["sentence"][0] == 'the film was "very good'
+
+
+def test_no_two_methods_or_tasks_go_by_one_name():
+    """Compacter and Compacter++, say: a run's file has these names, too."""
+    assert listed_of(METHODS)("compacter,COMPACTER++,full fine-tuning,(ia)^3") == [
+        "Compacter", "Compacter++", "Full fine-tuning", "(IA)^3",
+    ]  # fmt: skip
+    for names in (METHODS, GLUE.tasks, XNLI.tasks):
+        assert len({plain(name) for name in names}) == len(names)
 
 
 def test_the_command_goes_on_and_refuses_other_settings(base, data_dir, tmp_path, glue):
