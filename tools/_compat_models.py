@@ -51,7 +51,8 @@ class Family:
     Args:
         config: makes the config.
         heads: language-model heads.
-        classes: classes for heads (and for "bare", the model without one) that are not the Auto class's.
+        classes: classes for heads (and for "bare", the model without one) that are not the Auto class's; None: there is
+            none.
         has_classifier: whether there is a ...ForSequenceClassification; else a fixed linear layer sits on the states.
         decoder: whether the model is given decoder_input_ids too.
         sound: whether the encoder hears features instead of reading ids.
@@ -65,7 +66,8 @@ class Family:
     sound: bool = False
 
     def head_kinds(self) -> tuple[str, ...]:
-        return ("classification", *self.heads)
+        has_bare = self.has_classifier or self.classes.get("bare", transformers.AutoModel) is not None
+        return ("classification", *self.heads) if has_bare else self.heads
 
     def model_class(self, head: str) -> Any:
         if head == "classification" and not self.has_classifier:
@@ -168,7 +170,7 @@ FAMILIES: dict[str, Family] = {
     "electra": Family(_encoder("ElectraConfig", embedding_size=64), _BERT_LM),
     "encoder-decoder": Family(
         _encoder_decoder, _BART_LM, has_classifier=False, decoder=True,
-        classes={"bare": transformers.EncoderDecoderModel, "seq2seq": transformers.EncoderDecoderModel},
+        classes={"bare": None, "seq2seq": transformers.EncoderDecoderModel},
     ),
     "gpt2": Family(_like_gpt("GPT2Config"), _GPT_LM),
     "gptj": Family(_like_gpt("GPTJConfig", rotary_dim=8), _GPT_LM),
