@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, VocabularyError
+from pema_adapters.files import replace_file
 from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
-from pema_adapters.reading.store import replace_file
 
 FORMAT = "pema-vocabulary"
 

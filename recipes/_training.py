@@ -1,20 +1,16 @@
 """One training run of one method on one task, in a process of its own: see `run`."""
 
-import ctypes
-import gc
 import logging
 import os
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compacter_baselines as baselines
 import torch
+from _memory import anonymous_bytes, hold, peak_memory
 from _tasks import Task
 from datasets import Dataset, disable_progress_bars
 from transformers import (
@@ -170,44 +166,6 @@ class Steps(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
-
-
-def hold(model: torch.nn.Module) -> None:
-    """Copy into memory what from_pretrained only mapped, so that a matrix that nobody trains counts, too."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def peak_memory() -> Iterator[Any]:
-    """The highest memory during the block, in bytes: the device's, or this process's anonymous memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        yield torch.cuda.max_memory_allocated
-        return
-    seen, done = [anonymous_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            seen[0] = max(seen[0], anonymous_bytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield lambda: seen[0]
-    finally:
-        done.set()
-        watcher.join()
-
-
-def anonymous_bytes() -> int:
-    """RssAnon of this process: pages of mapped files do not count."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")
 
 
 def quiet(place: Place) -> None:

@@ -1,5 +1,7 @@
 """The anonymous memory of a process: pages of mapped files do not count. For programs that tests start."""
 
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -29,3 +31,10 @@ def watched():
     finally:
         done.set()
         thread.join()
+
+
+def printed_by(program):
+    """The last number that a program prints, in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])

@@ -15,8 +15,6 @@ With `--json FILE` what FILE holds is not measured again, and each method is add
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -40,6 +38,7 @@ from pema_adapters import PartialVocabulary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import compacter_baselines as baselines
+from _memory import hold
 from compacter_baselines import COLUMNS, FROZEN, METHODS, PAPER
 
 BATCH, LENGTH = 8, 64
@@ -160,14 +159,6 @@ def contestant(method: str, column: str, base: Path, vocabulary_file: Path) -> d
         return {**counts, "artifact_bytes": artifact_bytes(model)}
 
     return {"step": step, "describe": describe}
-
-
-def hold(model: torch.nn.Module) -> None:
-    """Copy into memory what from_pretrained only mapped."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left free in the heap is not training's
 
 
 def artifact_bytes(model: Any) -> int:

@@ -152,8 +152,8 @@ def _checked_outputs(options: argparse.Namespace) -> str:
 
 
 def _write(found: Sequence["Scanned"], figure_format: str, options: argparse.Namespace) -> None:
+    from pema_adapters.files import replace_file
     from pema_adapters.growth import drawn
-    from pema_adapters.reading.store import replace_file
 
     figure = drawn(figure_format, [one.curve for one in found]) if options.plot else b""
     if options.save:

@@ -5,9 +5,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pema_adapters.files import sum_of_file
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
 from pema_adapters.formats.methods import method_names
-from pema_adapters.merging.journal import sum_of_file
 from pema_adapters.merging.resolve import HUB_ID
 
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import MergeError
+from pema_adapters.files import sum_of_file
 from pema_adapters.merging import journal
 from pema_adapters.merging.journal import ARMED, DONE, PARTIAL, PATCHING
 from pema_adapters.merging.patching import patching
@@ -147,7 +148,7 @@ def _verify(plan: Plan, base: Path, expected: dict[str, str], advance: Advance) 
             with path.open("rb") as written:
                 if hasattr(os, "posix_fadvise"):  # from the disk rather than from the page cache
                     os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if journal.sum_of_file(path) != expected[file.name]:
+            if sum_of_file(path) != expected[file.name]:
                 raise MergeError(f"{path}: is not what base and delta make; the disk lost a write, and it was put back")
         advance(file.size)
 

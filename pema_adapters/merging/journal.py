@@ -211,12 +211,3 @@ def _encoded(content: Any) -> bytes:
 
 def _sum(content: Any) -> str:
     return hashlib.sha256(_encoded(content)).hexdigest()
-
-
-def sum_of_file(path: Path) -> str:
-    """The sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pema_adapters.errors import MergeError
+from pema_adapters.files import sum_of_file
 from pema_adapters.merging.journal import (
     ARMED,
     DONE,
@@ -18,7 +19,6 @@ from pema_adapters.merging.journal import (
     discard,
     pieces,
     read_journal,
-    sum_of_file,
     write_journal,
 )
 from pema_adapters.merging.patching import patching

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pema_adapters.files import sum_of_file
 from pema_adapters.reading.store import Store
 
-CHUNK = 1 << 20
 RECENT = 2e9  # nanoseconds: a file may change again within one tick of its clock, and keep its time
 
 
@@ -68,7 +68,7 @@ def _files_of(tokenizer: Any) -> list[list[str]]:
     """A tokenizer in Python: the content of the files that it saves."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return [[name, _sum_of_file(Path(folder, name))] for name in _names(Path(folder))]
+        return [[name, sum_of_file(Path(folder, name))] for name in _names(Path(folder))]
 
 
 def sum_of(value: Any) -> str:
@@ -83,7 +83,7 @@ def _content(path: Path, store: Store) -> str:
     known = store.read(entry)
     if known is not None and (found := known.decode().split("\n")) and found[0] == state:
         return found[1]
-    content = _sum_of_file(path)
+    content = sum_of_file(path)
     if _state(path) == state and path.stat().st_mtime_ns < time.time_ns() - RECENT:
         store.write(entry, f"{state}\n{content}".encode())
     return content
@@ -92,11 +92,3 @@ def _content(path: Path, store: Store) -> str:
 def _state(path: Path) -> str:
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_dev} {status.st_ino}"
-
-
-def _sum_of_file(path: Path) -> str:
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            content.update(chunk)
-    return content.hexdigest()

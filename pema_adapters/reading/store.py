@@ -6,10 +6,10 @@ store.read("x")                 # b"content"; None: nothing there, or damaged
 """
 
 import hashlib
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
+
+from pema_adapters.files import replace_file
 
 DIGEST = hashlib.sha256().digest_size
 
@@ -43,19 +43,3 @@ class Store:
             (self.folder / name).unlink(missing_ok=True)
         except OSError:
             return
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename: a reader sees the old file or the new one, whatever happens."""
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    # mkstemp would leave mode 0600: os.open lets the umask decide, as for any other file
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -123,7 +123,7 @@ def test_a_file_is_read_once(folder, capsys, monkeypatch):
     os.utime("x.txt", (time.time() - 60,) * 2)
     scanned(capsys)
     assert len(entries(folder, "file")) == 1
-    monkeypatch.setattr(identity, "_sum_of_file", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(identity, "sum_of_file", lambda _: pytest.fail("it was read"))
     assert scanned(capsys)["from_cache"]
 
 

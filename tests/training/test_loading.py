@@ -1,8 +1,6 @@
 """load_model against from_pretrained: the same model in every respect, but for the matrix, which is never there."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -327,33 +325,3 @@ def test_a_state_instead_of_a_checkpoint(case):
 def test_a_key_mapping_of_other_tensors_leaves_the_matrix_out(case, matrices):
     mapping = {"^classifier": "classifier"}
     assert_like_from_pretrained(matrices, case.auto_class, case.folder, key_mapping=mapping)
-
-
-MATRIX_MB = 128
-PROGRAM = """
-import torch
-from transformers import BertConfig, BertModel
-from pema_adapters import PartialVocabulary, load_model
-from tests.anonymous_memory import watched
-
-folder, rows = {folder!r}, {rows}
-config = BertConfig(vocab_size=rows, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-saved = BertModel(config)
-for name, how in {{"safe": {{}}, "bin": {{"safe_serialization": False}}}}.items():
-    saved.save_pretrained(folder + "/" + name, **how)
-del saved
-load = lambda name, dtype: load_model(BertModel, folder + "/" + name, PartialVocabulary(range(100), rows), dtype=dtype)
-load("safe", torch.float32)  # imports
-with watched() as growth:
-    for name in ("safe", "bin"):
-        for dtype in (torch.float32, torch.bfloat16):
-            assert load(name, dtype).dtype == dtype
-print(growth())
-"""
-
-
-def test_the_matrix_is_never_memory_of_the_process(tmp_path):
-    program = PROGRAM.format(folder=str(tmp_path), rows=MATRIX_MB * 2**20 // (128 * 4))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < MATRIX_MB / 4

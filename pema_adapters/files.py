@@ -1,0 +1,33 @@
+"""What every part does with whole files: sum them, and replace them in one go."""
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+CHUNK = 1 << 20
+
+
+def sum_of_file(path: Path) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside `path`, sync, rename: a reader sees the old file or the new one, whatever happens."""
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    # mkstemp would leave mode 0600: os.open lets the umask decide, as for any other file
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
