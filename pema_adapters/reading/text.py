@@ -12,6 +12,8 @@ from pema_adapters.reading.tokenizing import SAMPLE, Batch, Tokenizing, Value, t
 
 BATCH = 1_000  # rows tokenized at a time
 
+TEXTS = {str, list, type(None)}  # what stays as it is in a column of text
+
 Rows = dict[str, list[Any]]  # a batch of rows as datasets gives it
 Columns = tuple[str, ...]  # one column of text, or the two of a pair
 
@@ -131,17 +133,18 @@ def _sample(rows: Rows, columns: tuple[Columns, ...]) -> Batch:
 
 def _values(rows: Rows, columns: Columns) -> list[Value]:
     """Texts, or pairs of texts: of a pair with one missing, the other alone."""
-    if len(columns) == 1:
-        return [_text(value) for value in rows[columns[0]]]
-    return [_pair(_text(a), _text(b)) for a, b in zip(rows[columns[0]], rows[columns[1]], strict=True)]
+    texts = [_texts(rows[column]) for column in columns]
+    return texts[0] if len(texts) == 1 else [_pair(*pair) for pair in zip(*texts, strict=True)]
+
+
+def _texts(values: list[Any]) -> list[Value]:
+    if set(map(type, values)) <= TEXTS:
+        return values
+    return [value if isinstance(value, tuple(TEXTS)) else str(value) for value in values]
 
 
 def _pair(first: Value, second: Value) -> Value:
     return second if first is None else first if second is None else (first, second)
-
-
-def _text(value: Any) -> Value:
-    return value if value is None or isinstance(value, (str, list)) else str(value)
 
 
 def _first(values: list[Any]) -> Any:

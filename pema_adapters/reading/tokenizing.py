@@ -63,6 +63,8 @@ class Tokenizing:
         return Encoded(np.fromiter(chain.from_iterable(rows), np.intp, int(lengths.sum())), lengths, len(columns))
 
     def _column(self, values: Sequence[Value]) -> Sequence[Sequence[int]]:
+        if set(map(type, values)) == {str}:  # most columns; no look at each
+            return self.encode(values, False)
         kinds = [_kind(value) for value in values]
         if len(different := set(kinds)) == 1 and (only := different.pop()) is not None:
             return self.encode(values, only[1])
