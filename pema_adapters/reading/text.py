@@ -12,7 +12,7 @@ from pema_adapters.reading.tokenizing import SAMPLE, Batch, Tokenizing, Value, t
 
 BATCH = 1_000  # rows tokenized at a time
 
-TEXTS = {str, list, type(None)}  # what stays as it is in a column of text
+TEXTS = (str, list, type(None))  # what stays as it is in a column of text
 
 Rows = dict[str, list[Any]]  # a batch of rows as datasets gives it
 Columns = tuple[str, ...]  # one column of text, or the two of a pair
@@ -138,9 +138,9 @@ def _values(rows: Rows, columns: Columns) -> list[Value]:
 
 
 def _texts(values: list[Any]) -> list[Value]:
-    if set(map(type, values)) <= TEXTS:
+    if set(map(type, values)) <= set(TEXTS):
         return values
-    return [value if isinstance(value, tuple(TEXTS)) else str(value) for value in values]
+    return [value if isinstance(value, TEXTS) else str(value) for value in values]
 
 
 def _pair(first: Value, second: Value) -> Value:
