@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, canonical, read_json
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, read_json
 from pema_adapters.formats.find import (
     ADAPTER_CONFIG,
     FULL_WEIGHTS,
@@ -25,8 +25,10 @@ from pema_adapters.formats.find import (
     is_method,
 )
 from pema_adapters.formats.fingerprint import Fingerprint
+from pema_adapters.formats.names import canonical
 from pema_adapters.formats.safetensors_file import FLOATS, NUMPY_DTYPES
-from pema_adapters.formats.tensors import Stored, checkpoint_tensors, read_tensors
+from pema_adapters.formats.stored import Stored
+from pema_adapters.formats.tensors import checkpoint_tensors, read_tensors
 
 HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")

@@ -4,7 +4,7 @@ Safetensors or, where there are none, pickles (`.bin`); one file, or shards with
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -13,8 +13,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pema_adapters.errors import FormatError, reading
+from pema_adapters.formats.names import canonical
+from pema_adapters.formats.pickled import read_pickle
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, as_float32, check_file, read_header
-from pema_adapters.formats.tensors import Stored, map_file
+from pema_adapters.formats.stored import Stored, map_file
+from pema_adapters.formats.tied import tied_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,45 +28,6 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 Tensor: TypeAlias = TensorInfo | Stored
 """A tensor of a checkpoint: in a safetensors file, or in a pickle."""
-
-EMBEDDINGS = (
-    "word_embeddings.weight",
-    "embed_tokens.weight",
-    "shared.weight",
-    "wte.weight",
-    "tok_embeddings.weight",
-    "word_embedding.weight",
-)
-"""How the input embedding and its copies end in checkpoints; output embeddings end otherwise."""
-
-OUTPUT_MATRICES = ("lm_head.weight", "decoder.weight", "vocab_projector.weight", "embed_out.weight", "output.weight")
-OUTPUT_BIASES = ("predictions.bias", "decoder.bias", "lm_head.bias", "vocab_projector.bias", "final_logits_bias")
-"""How matrices [V, d] and biases [V] or [1, V] of language-model heads end."""
-
-_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-def canonical(name: str, prefix: str) -> str:
-    """The name by which a tensor is matched in any layout: no base-model prefix, today's spelling.
-
-    `canonical("bert.embeddings.LayerNorm.gamma", "bert") == "embeddings.LayerNorm.weight"`
-    """
-    if prefix:
-        name = name.removeprefix(prefix + ".")
-    for old, new in _LEGACY.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
-
-
-def match(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """`{canonical name: stored name}`. Of a name stored in both ways, the prefixed one counts."""
-    found: dict[str, str] = {}
-    for name in names:
-        key = canonical(name, prefix)
-        if key not in found or name.startswith(prefix + "."):
-            found[key] = name
-    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -253,9 +217,6 @@ def _read_safetensors(files: tuple[Path, ...]) -> _Contents:
 
 
 def _read_pickles(files: tuple[Path, ...], config: dict[str, Any]) -> _Contents:
-    from pema_adapters.formats.pickled import read_pickle
-    from pema_adapters.formats.tied import tied_names
-
     ties_outputs = config.get("tie_word_embeddings", True) is not False
     found = {path: read_pickle(path) for path in files}
     shared: dict[str, str] = {}

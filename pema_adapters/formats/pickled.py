@@ -19,7 +19,7 @@ import numpy as np
 from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.pickle_scan import endless
 from pema_adapters.formats.safetensors_file import MAX_HEADER, check_file
-from pema_adapters.formats.tensors import Stored, map_file
+from pema_adapters.formats.stored import Stored, map_file
 
 _LOCAL_HEADER = b"PK\x03\x04"
 _DTYPES = {

@@ -1,50 +1,11 @@
-"""All tensors of one weights file, safetensors or pickle, as bytes in a memory map."""
+"""All tensors of one weights file, safetensors or pickle, or of a whole checkpoint, as bytes in memory maps."""
 
-import math
-import mmap
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pema_adapters.errors import reading
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, read_header
-
-if TYPE_CHECKING:
-    from pema_adapters.formats.checkpoint import Checkpoint
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the file `path`: `raw` are its bytes, uint8 [nbytes], little-endian, in order, read-only.
-
-    start: their absolute offset in the file, so that they can be copied from there or mapped again. None where they
-    do not lie there one after another (a transpose in a pickle); then `raw` is held in memory.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    raw: np.ndarray = field(compare=False, repr=False)
-    start: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """How many bytes it takes."""
-        return len(self.raw)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row (the tensor has a dtype of whole bytes and at least one dimension)."""
-        return math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
-
-
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file as a read-only, memory-mapped uint8 array."""
-    with reading(path), path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.pickled import read_pickle
+from pema_adapters.formats.safetensors_file import read_header
+from pema_adapters.formats.stored import Stored, map_file
 
 
 def read_tensors(path: Path) -> dict[str, Stored]:
@@ -55,12 +16,10 @@ def read_tensors(path: Path) -> dict[str, Stored]:
         return {
             t.name: Stored(t.name, t.dtype, t.shape, path, data[t.start : t.start + t.nbytes], t.start) for t in found
         }
-    from pema_adapters.formats.pickled import read_pickle
-
     return read_pickle(path)
 
 
-def checkpoint_tensors(checkpoint: "Checkpoint") -> dict[str, Stored]:
+def checkpoint_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
     """All tensors of a checkpoint, whatever its sharding."""
     tensors = checkpoint.tensors.values()
     return {t.name: Stored(t.name, t.dtype, t.shape, t.path, checkpoint.raw(t.name), t.start) for t in tensors}

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from pema_adapters.formats.checkpoint import EMBEDDINGS, OUTPUT_BIASES, OUTPUT_MATRICES
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.names import EMBEDDINGS, OUTPUT_BIASES, OUTPUT_MATRICES
+from pema_adapters.formats.stored import Stored
 
 
 def tied_names(tensors: Iterable[Stored], ties_outputs: bool) -> dict[str, str]:

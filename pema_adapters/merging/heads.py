@@ -11,7 +11,7 @@ from typing import Any
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.artifact import HEAD_CONFIG, Head
 from pema_adapters.formats.safetensors_file import FLOATS
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.standard import DEFAULTS, HIDDEN, STANDARD, TIE, Family, Standard
 
 MOST_LABELS = 1_000_000

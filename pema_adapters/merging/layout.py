@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import OUTPUT_BIASES, OUTPUT_MATRICES, Checkpoint, Tensor
+from pema_adapters.formats.checkpoint import Checkpoint, Tensor
+from pema_adapters.formats.names import OUTPUT_BIASES, OUTPUT_MATRICES
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.apart import Files, apart, behind
 from pema_adapters.merging.casting import Rounding
 from pema_adapters.merging.entries import Entry, header_for

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import EMBEDDINGS, Checkpoint, canonical, match
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.names import EMBEDDINGS, canonical, match
+from pema_adapters.formats.stored import Stored
 
 
 @dataclass(frozen=True)

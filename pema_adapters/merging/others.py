@@ -9,7 +9,7 @@ from pema_adapters.formats.artifact import HEAD_CONFIG, Delta
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, is_plain_name
 from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
 from pema_adapters.formats.safetensors_file import encode_header
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import Copy, Literal, joined
 from pema_adapters.merging.settings import json_file

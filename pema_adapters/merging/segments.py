@@ -16,7 +16,7 @@ import numpy as np
 
 from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.casting import Rounding, cast
 
 CHUNK = 4 << 20

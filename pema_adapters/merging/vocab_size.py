@@ -4,7 +4,8 @@ import numpy as np
 
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import EMBEDDINGS, Checkpoint
+from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.names import EMBEDDINGS
 from pema_adapters.formats.safetensors_file import FLOATS
 
 

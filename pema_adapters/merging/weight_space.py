@@ -14,7 +14,7 @@ from pema_adapters.errors import FormatError, MergeError
 from pema_adapters.formats.artifact import Delta, Rest
 from pema_adapters.formats.find import ADAPTER_CONFIG
 from pema_adapters.formats.safetensors_file import FLOATS
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.casting import wide
 
 _PART = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<part>.+)")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles, match
+from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles
 from pema_adapters.formats.checkpoint import Tensor as StoredTensor
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
+from pema_adapters.formats.names import match
 from pema_adapters.training import _upstream
 from pema_adapters.training.base_rows import TORCH_DTYPES, BaseRows, blocks
 

@@ -8,15 +8,22 @@ AdamW step over the same rows (K = 20,000, d = 768, CPU), and no shape or file e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
+from pema_adapters.training.layout import LaidOut
 
-if TYPE_CHECKING:
-    from pema_adapters.training.rows import RowTable
+
+class Growing(LaidOut, Protocol):
+    """A table that may get rows; `grows_over`: where their values come from, None while it stays as it is."""
+
+    grows_over: Any
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add to the gradient of the weight, [K, d] both."""
 
 
 class LiveRows(torch.autograd.Function):
@@ -28,7 +35,7 @@ class LiveRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, table: RowTable) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, table: Growing) -> Tensor:
         """The weight as it is."""
         ctx.table, ctx.layout = table, table.layout
         return weight.view_as(weight)
@@ -42,12 +49,12 @@ class LiveRows(torch.autograd.Function):
         return None, None
 
 
-def grows_now(table: RowTable, training: bool) -> bool:
+def grows_now(table: Growing, training: bool) -> bool:
     """Whether tokens that a forward meets get rows: where it is one of training, with a graph."""
     return training and table.grows_over is not None and table.weight.requires_grad and torch.is_grad_enabled()
 
 
-def refuse_replicas(table: RowTable) -> None:
+def refuse_replicas(table: Growing) -> None:
     """Raise SurgeryError where several replicas train: each would meet other tokens, and have other rows."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if (distributed and torch.distributed.get_world_size() > 1) or not table.weight.is_leaf:

@@ -9,6 +9,8 @@ was made before.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,16 @@ class Layout:
         carried = (values.to_dense() if values.is_sparse else values).index_select(0, origin.clamp(min=0))
         carried[origin < 0] = fill
         return carried
+
+
+class LaidOut(Protocol):
+    """A table with a row in `weight` [K, d] for each token of its `layout`."""
+
+    weight: Tensor
+
+    @property
+    def layout(self) -> Layout:
+        """What its rows are now."""
 
 
 def replace_data(parameter: nn.Parameter | Tensor, data: Tensor) -> None:

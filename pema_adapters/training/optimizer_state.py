@@ -8,7 +8,7 @@ gone the hook compares two references.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
@@ -16,10 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.training.layout import Layout
-
-if TYPE_CHECKING:
-    from pema_adapters.training.rows import RowTable
+from pema_adapters.training.layout import LaidOut, Layout
 
 FIRST_VALUES = {"Adagrad": {"sum": "initial_accumulator_value"}}
 """Optimizer: state whose rows start with another number than 0, which its param group has under this name."""
@@ -31,18 +28,18 @@ COLUMN_MEANS = ("exp_avg_sq_col", "col_var")
 MOVE_WITHOUT_GRADIENT = ("ASGD", "Rprop")
 """Optimizers in whose state a row without gradient is neither constant nor zero."""
 
-_tables: WeakSet[RowTable] = WeakSet()
-_seen: WeakKeyDictionary[Optimizer, WeakKeyDictionary[RowTable, Layout]] = WeakKeyDictionary()
+_tables: WeakSet[LaidOut] = WeakSet()
+_seen: WeakKeyDictionary[Optimizer, WeakKeyDictionary[LaidOut, Layout]] = WeakKeyDictionary()
 """The layout that the state of an optimizer had after its latest step."""
 
 
-def follow(table: RowTable) -> None:
+def follow(table: LaidOut) -> None:
     """Have the state of every optimizer of `table.weight` follow its rows."""
     _tables.add(table)
     _watch_optimizers()
 
 
-def forget(table: RowTable) -> None:
+def forget(table: LaidOut) -> None:
     """Undo `follow`."""
     _tables.discard(table)
 
@@ -81,7 +78,7 @@ def _forget_layouts(optimizer: Optimizer) -> None:
         del _seen[optimizer][table]
 
 
-def _deduced(optimizer: Optimizer, table: RowTable, state: dict[str, Any]) -> Layout:
+def _deduced(optimizer: Optimizer, table: LaidOut, state: dict[str, Any]) -> Layout:
     """The layout of state that was loaded or made in advance: the only one of its size that the table had."""
     counts = {count for key, value in state.items() if (count := _row_count(key, value, table)) is not None}
     if counts <= {len(table.weight)}:
@@ -95,20 +92,20 @@ def _deduced(optimizer: Optimizer, table: RowTable, state: dict[str, Any]) -> La
     return former
 
 
-def _row_count(key: str, value: Any, table: RowTable) -> int | None:
+def _row_count(key: str, value: Any, table: LaidOut) -> int | None:
     if not isinstance(value, Tensor) or key in COLUMN_MEANS:
         return None
     by_row = key in ROW_MEANS or (value.ndim == 2 and value.shape[1] == table.weight.shape[1])
     return value.shape[0] if by_row else None
 
 
-def _lay_out(optimizer: Optimizer, table: RowTable, state: dict[str, Any], old: Layout) -> None:
+def _lay_out(optimizer: Optimizer, table: LaidOut, state: dict[str, Any], old: Layout) -> None:
     """Replace the state, all of it or nothing. Raises: SurgeryError where it cannot follow the rows."""
     carried = {key: _carried(optimizer, table, key, value, old) for key, value in state.items()}
     state.update(carried)
 
 
-def _carried(optimizer: Optimizer, table: RowTable, key: str, value: Any, old: Layout) -> Any:
+def _carried(optimizer: Optimizer, table: LaidOut, key: str, value: Any, old: Layout) -> Any:
     new = table.layout
     if not _holds_tensors(value) or (isinstance(value, Tensor) and value.numel() <= 1):
         return value
@@ -132,13 +129,13 @@ def _holds_tensors(value: Any) -> bool:
     return any(map(_holds_tensors, value)) if isinstance(value, (list, tuple)) else isinstance(value, Tensor)
 
 
-def _first_value(optimizer: Optimizer, table: RowTable, key: str) -> float:
+def _first_value(optimizer: Optimizer, table: LaidOut, key: str) -> float:
     name = FIRST_VALUES.get(type(optimizer).__name__, {}).get(key)
     group = next(group for group in optimizer.param_groups if any(one is table.weight for one in group["params"]))
     return float(group[name]) if name else 0.0
 
 
-def _cannot_follow(optimizer: Optimizer, table: RowTable, key: str, value: Any, old: Layout) -> SurgeryError:
+def _cannot_follow(optimizer: Optimizer, table: LaidOut, key: str, value: Any, old: Layout) -> SurgeryError:
     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return SurgeryError(
         f"{type(optimizer).__name__} keeps {key!r} ({found}) for the embedding rows, which cannot follow them from "

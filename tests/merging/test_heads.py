@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.artifact import Head
-from pema_adapters.formats.tensors import Stored, read_tensors
+from pema_adapters.formats.stored import Stored
+from pema_adapters.formats.tensors import read_tensors
 from pema_adapters.merging.heads import StandardHead, label_settings, labels, standard_head
 from pema_adapters.merging.standard import DEFAULTS, STANDARD
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_adapters.errors import MergeError
-from pema_adapters.formats.tensors import Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.merging import plan, segments
 from pema_adapters.merging.casting import Rounding, cast
 from pema_adapters.merging.plan import PlannedFile
