@@ -1,9 +1,11 @@
-"""What every part does with whole files: sum them, and replace them in one go."""
+"""What every part does with whole files: sum them, and replace them in one go, or say before that it cannot be."""
 
 import hashlib
 import os
 import secrets
 from pathlib import Path
+
+from pema_adapters.errors import FormatError
 
 CHUNK = 1 << 20
 
@@ -15,6 +17,16 @@ def sum_of_file(path: Path) -> str:
         while data := file.read(CHUNK):
             digest.update(data)
     return digest.hexdigest()
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse what `replace_file` could not write, before the work that its content takes. Raises FormatError."""
+    if path.is_dir():
+        raise FormatError(f"{path}: is a folder, expected the name of a file")
+    if not path.parent.is_dir():
+        raise FormatError(f"{path}: no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise FormatError(f"{path}: nothing can be written in the folder {path.parent}")
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError, PemaError
+from pema_adapters.files import check_replaceable
 
 Points = Sequence[tuple[int, int]]
 
@@ -62,15 +63,14 @@ def format_of(path: str) -> str:
 
     Raises:
         PemaError: matplotlib is not installed.
-        FormatError: no such folder, or a suffix that matplotlib has no format for.
+        FormatError: a suffix that matplotlib has no format for, or nothing can be written there.
     """
     formats = _figure().canvas.get_supported_filetypes()
     kind = Path(path).suffix[1:].lower()
     if kind not in formats:
         found = Path(path).suffix or "no suffix"
         raise FormatError(f"{path}: found {found}, expected one of {', '.join('.' + name for name in sorted(formats))}")
-    if not Path(path).parent.is_dir():
-        raise FormatError(f"{path}: no such folder: {Path(path).parent}")
+    check_replaceable(Path(path))
     return kind
 
 

@@ -126,7 +126,7 @@ def memory_report(
     Raises:
         VocabularyError: an unknown optimizer, or a vocabulary of another size than the model's V.
         SurgeryError: a model without a token embedding.
-        FormatError: no config of that name, or one that no model can be built of.
+        FormatError: no config of that name, one that no model can be built of, or neither a config nor a name.
     """
     from pema_adapters.training.model import complete_vocabulary, input_embedding
     from pema_adapters.training.output import has_tied_head
@@ -164,9 +164,14 @@ def build_on_meta(config: Any, model_class: Any = None) -> Any:
         FormatError: no config of that name, or one that no model can be built of.
     """
     import torch
+    from transformers import PretrainedConfig
 
     from pema_adapters.reading.pretrained import load_config
 
+    if not isinstance(config, (str, PretrainedConfig)):
+        raise FormatError(
+            f"found a {type(config).__name__}, expected a Transformers model, a config, a folder or a Hub id"
+        )
     name = config if isinstance(config, str) else config.name_or_path or type(config).__name__
     config = load_config(config) if isinstance(config, str) else config
     kind = model_class or _class_of(config)

@@ -47,7 +47,8 @@ class Remembered:
         if found is None:
             return None
         facts, arrays = found
-        self._state = State(grown=Grown(arrays["seen"], facts.pop("tokens"), _points(arrays)), **facts)
+        grown = Grown(arrays["seen"], facts.pop("tokens"), _points(arrays))
+        self._state = State(grown=grown, columns=tuple(facts.pop("columns")), **facts)
         return self._state
 
     def keep(self, state: State) -> None:
@@ -66,7 +67,8 @@ class Remembered:
             raise KeyboardInterrupt(f"the same command goes on from row {self._state.rows:,}") from None
 
     def _write_state(self, state: State) -> bool:
-        facts = {"split": state.split, "steps": state.steps, "rows": state.rows, "tokens": state.grown.tokens}
+        facts: dict[str, Any] = {"split": state.split, "steps": state.steps, "rows": state.rows}
+        facts |= {"columns": state.columns, "tokens": state.grown.tokens}
         arrays: Arrays = {"seen": state.grown.seen, "growth": _array(state.grown.points)}
         self._written = time.monotonic()
         return _write(self.store, f"partial-{self.key}", facts, arrays)

@@ -60,7 +60,9 @@ def scan_text(  # noqa: PLR0913 - the settings of one call, by name
     plans = [encoder.planned(split, str(name)) for name, split in splits.items()]
     encoder.check()
     with progress_bar(length(data), progress) as bar, as_it_was(encoder.tokenizer), Workers(num_proc) as workers:
-        scan = _TextScan(encoder, workers, Scanner(bitmap, DEFAULT_COLUMNS, Steps(bitmap, bar, resuming), num_proc))
+        scan = _TextScan(
+            encoder, workers, Scanner(bitmap, DEFAULT_COLUMNS, Steps(bitmap, bar, resuming, encoder.used), num_proc)
+        )
         try:
             scan.all(plans, resuming.last() if resuming else None)
         except KeyboardInterrupt:
@@ -84,6 +86,7 @@ class _TextScan:
         steps, bitmap = self.scanner.steps, self.scanner.bitmap
         if state is not None and isinstance(bitmap, GrowingBitmap):
             steps.wake(state, bitmap)
+            self.encoder.used.update(dict.fromkeys(state.columns))
             self.scanner.notes[f"an interrupted scan was gone on with, from row {state.rows:,}"] = None
         for number, plan in enumerate(plans):
             if number >= steps.split:

@@ -145,6 +145,10 @@ def test_refusals(tmp_path):
         memory_report(bert_like(BertConfig), PartialVocabulary([1], 9))
     with pytest.raises(SurgeryError, match="ViTModel has no token embedding"):
         memory_report(ViTConfig(), VOCABULARY)
+    with pytest.raises(
+        FormatError, match="found a NoneType, expected a Transformers model, a config, a folder or a Hub"
+    ):
+        memory_report(None, VOCABULARY)
     with pytest.raises(FormatError, match="no model config found"):
         memory_report(str(tmp_path), VOCABULARY)
     with pytest.raises(FormatError, match=r"BertConfig: no AutoModel can be built of this config: .*attention heads"):

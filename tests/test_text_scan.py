@@ -115,12 +115,68 @@ def damaged_after(texts):
 def test_errors_come_in_the_order_of_the_rows(num_proc):
     """Batches are read ahead of their turn, and an error in reading waits for it."""
     for texts, kind, message in (
-        (["a"] * 6, FormatError, "text: cannot be read: the rest is damaged"),
+        (["a"] * 6, FormatError, "text: cannot be read as a data set: the rest is damaged"),
         (["a"] * 5 + ["h"], VocabularyError, "text, column 'text', row 5: token id 9"),
     ):
         stream = IterableDataset.from_generator(partial(damaged_after, texts))
         with pytest.raises(kind, match=re.escape(message)):
             scan_text(stream, Encoder(make_tokenizer()), vocab_size=9, num_proc=num_proc)
+
+
+# ---- columns that are not as they were in the first rows
+
+
+def in_splits(rows):
+    yield Dataset.from_list(rows)
+    yield Dataset.from_list(rows).to_iterable_dataset()
+    yield IterableDataset.from_generator(lambda: iter(rows))
+
+
+def test_a_column_of_strings_that_begins_late():
+    rows = [{"u": "a", "v": None}] * 5 + [{"u": "b", "v": "h"}]
+    for data in in_splits(rows):
+        for columns in ((), ("u", "v")):
+            found = scan_text(data, Encoder(make_tokenizer(), columns), vocab_size=V)
+            assert (found.token_ids.tolist(), found.tokens, found.columns) == ([2, 3, 9], 7, ("u", "v"))
+
+
+def test_a_key_that_comes_late_and_goes():
+    rows = [{"u": "a"}] * 5 + [{"u": "b", "v": "h"}] * 2 + [{"u": "c"}] * 5
+    found = scan_text(IterableDataset.from_generator(lambda: iter(rows)), Encoder(make_tokenizer()), vocab_size=V)
+    assert (found.token_ids.tolist(), found.tokens, found.columns) == ([2, 3, 4, 9], 14, ("u", "v"))
+
+
+def test_the_place_of_an_id_in_a_column_that_begins_late():
+    rows = [{"u": "a", "v": None}] * 5 + [{"u": "b", "v": "h"}]
+    for data in in_splits(rows):
+        with pytest.raises(VocabularyError, match="text, column 'v', row 5: token id 9 is outside"):
+            scan_text(data, Encoder(make_tokenizer()), vocab_size=9)
+
+
+def test_a_column_that_turns_into_strings():
+    stream = IterableDataset.from_generator(lambda: iter([{"u": "a", "v": 1}] * 4 + [{"u": "b", "v": "h"}]))
+    message = "text, column 'v': found str from row 4 on, and int before: name the columns of text, --text-column v"
+    with pytest.raises(VocabularyError, match=re.escape(message)):
+        scan_text(stream, Encoder(make_tokenizer()), vocab_size=V)
+    assert scan_text(stream, Encoder(make_tokenizer(), ("v",)), vocab_size=V).tokens == 5
+
+
+@pytest.mark.parametrize(("value", "kind"), [({"en": "a"}, "dict"), (b"a", "bytes")])
+def test_a_column_that_is_no_text(value, kind):
+    data = Dataset.from_list([{"t": None}] * 3 + [{"t": value}])
+    with pytest.raises(VocabularyError, match=f"text, column 't', row 3: found {kind}, expected text, a list of words"):
+        scan_text(data, Encoder(make_tokenizer(), ("t",)), vocab_size=V)
+
+
+def test_words_that_are_none():
+    rows = [{"t": ["a", "b"]}] * 150 + [{"t": ["a", None]}]
+    with pytest.raises(VocabularyError, match="the tokenizer refuses the text"):
+        scan_text(Dataset.from_list(rows), Encoder(make_tokenizer(), ("t",)), vocab_size=V)
+
+
+def test_ids_are_not_truncated():
+    with pytest.raises(VocabularyError, match="text: holds token ids already, which max_length 1 does not truncate"):
+        scan_text(Dataset.from_list(IDS), Encoder(make_tokenizer(), max_length=1), vocab_size=V)
 
 
 # ---- interrupted, and gone on with
@@ -144,11 +200,13 @@ def interrupted_once(store, data, after, num_proc=1):
     return scan_text(data, Encoder(make_tokenizer()), vocab_size=V, resuming=remembered, num_proc=num_proc)
 
 
+LATE = [{"u": "a", "v": None}] * 3 + [{"u": None, "v": "h"}] + [{"u": "b", "v": None}] * 4
 IDS = [{"input_ids": [2, 3]}, {"input_ids": [4]}, {"input_ids": [4, 9]}]
 SPLITS = {
     "text": Dataset.from_list(ROWS * 4),
     "ids": Dataset.from_list(IDS * 2),
     "stream": Dataset.from_dict({"text": ["e f", "g", "a", "b", "c"]}).to_iterable_dataset(),
+    "late": IterableDataset.from_generator(lambda: iter(LATE)),
     "stream of ids": Dataset.from_list(IDS * 2).to_iterable_dataset(),
     "untyped stream of ids": IterableDataset.from_generator(lambda: iter(IDS)),
 }

@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="DATASET_OR_FILES",
-        help="files (.txt, .json, .jsonl, .csv, .tsv, .parquet, also .gz), a folder of them or from save_to_disk, "
-        "or a Hub data set, NAME or NAME:CONFIGURATION",
+        help="files (.txt, .json, .jsonl, .csv, .tsv, .parquet, also .gz), a folder of them at any depth, one from "
+        "save_to_disk, or a Hub data set, NAME or NAME:CONFIGURATION",
     )
     add(
         "--text-column",
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-length",
         type=_positive,
         metavar="N",
-        help="truncate to N tokens, of a pair the longer text first (default: no truncation)",
+        help="truncate text to N tokens, of a pair the longer one first (default: no truncation)",
     )
     add(
         "--num-proc",
@@ -143,11 +143,11 @@ def _found(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _checked_outputs(options: argparse.Namespace) -> str:
     """The format of the figure, if there is to be one; refused where a file could not be written."""
-    from pema_adapters.errors import FormatError
+    from pema_adapters.files import check_replaceable
     from pema_adapters.growth import format_of
 
-    if options.save and not Path(options.save).parent.is_dir():
-        raise FormatError(f"{options.save}: no such folder: {Path(options.save).parent}")
+    if options.save:
+        check_replaceable(Path(options.save))
     return format_of(options.plot) if options.plot else ""
 
 

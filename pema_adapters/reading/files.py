@@ -1,7 +1,10 @@
 """Data sets by name: files and folders on this machine, or a data set of the Hub."""
 
 import csv
-from collections.abc import Mapping
+import glob
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +20,58 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
     ".parquet": ("parquet", {}),
 }
 
+_KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
+NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
+
 
 def load_data(names: list[str]) -> dict[str, Any]:
     """`datasets.Dataset`s and `IterableDataset`s by what errors call them: the name as given, and the split.
 
     Args:
-        names: a file (a suffix of BUILDERS, .gz behind it or not), a folder that `save_to_disk` wrote, a folder of
-            data files, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`. What lies here is streamed, so
-            that no copy goes into the cache of datasets.
+        names: a file (a suffix of BUILDERS, .gz behind it or not), a folder of such files at any depth, each read as
+            by itself, a folder that `save_to_disk` wrote, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`.
+            What lies here is streamed, so that no copy goes into the cache of datasets.
 
     Raises:
         FormatError: nothing there, or not readable as what the name promises.
     """
-    from datasets.exceptions import DatasetsError
-
     found: dict[str, Any] = {}
-    for name in names:
-        try:
+    for name in [one for given in names for one in _files_of(given)]:
+        with reading_data(name):
             data = _load(name)
-        except FormatError:
-            raise
-        except (OSError, ValueError, DatasetsError) as error:
-            raise FormatError(f"{name}: cannot be read as a data set: {error}") from error
         splits = data if isinstance(data, Mapping) else {"": data}
         found.update({f"{name} {split}".rstrip(): part for split, part in splits.items()})
     return found
+
+
+@contextmanager
+def reading_data(name: str) -> Iterator[None]:
+    """What goes wrong in `datasets` is a FormatError that names the data; a stream meets damage when it gets there."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except FormatError:
+        raise
+    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
+        raise FormatError(f"{name}: cannot be read as a data set: {error}") from error
+
+
+def _files_of(name: str) -> list[str]:
+    """The data files of a folder of such; else the name itself."""
+    folder = Path(name)
+    if not folder.is_dir() or _is_saved(folder):
+        return [name]
+    below = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) in BUILDERS]
+    hidden = {path for path in below if any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    files = sorted(str(path) for path in below if path not in hidden and path.name not in NOT_DATA)
+    if not files:
+        raise FormatError(f"{name}: a folder without data files; expected {_KNOWN}, or what save_to_disk wrote")
+    return files
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _load(name: str) -> Any:
@@ -49,21 +79,42 @@ def _load(name: str) -> Any:
 
     path = Path(name)
     if path.is_file():
-        builder, options = _builder(path)
-        return datasets.load_dataset(builder, data_files=[name], split="train", streaming=True, **options)
-    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(name)
+        return _file(path)
     if path.is_dir():
-        return datasets.load_dataset(name, streaming=True)
+        return _saved(name)
     if path.suffix in {*BUILDERS, ".gz"} or path.is_absolute():
         raise FormatError(f"{name}: no such file or folder")
     repository, _, configuration = name.partition(":")
     return datasets.load_dataset(repository, configuration or None)
 
 
-def _builder(path: Path) -> tuple[str, Mapping[str, Any]]:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    if not suffixes or suffixes[-1] not in BUILDERS:
-        found = path.suffix or "no suffix"
-        raise FormatError(f"{path}: found {found}, expected one of {', '.join(BUILDERS)}, or .gz behind these")
-    return BUILDERS[suffixes[-1]]
+def _saved(name: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(name)
+    except IndexError:  # datasets writes no file then, and misses it
+        raise FormatError(f"{name}: a saved data set with a split without rows; save those that have some") from None
+
+
+def _file(path: Path) -> Any:
+    import datasets
+
+    suffix = _suffix(path)
+    if suffix not in BUILDERS:
+        raise FormatError(f"{path}: found {suffix or 'no suffix'}, expected one of {_KNOWN}")
+    if "::" in str(path):
+        raise FormatError(f"{path}: datasets takes '::' in a name for a chain of addresses; rename the file")
+    if not path.stat().st_size:
+        return datasets.Dataset.from_dict({})
+    builder, options = BUILDERS[suffix]
+    pattern = glob.escape(str(path))  # datasets would take a name with [1] or * for several files
+    try:
+        return datasets.load_dataset(builder, data_files=[pattern], split="train", streaming=True, **options)
+    except StopIteration:  # what the reader of JSON makes of a file without a line
+        return datasets.Dataset.from_dict({})
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the format, in small letters: that before .gz."""
+    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")

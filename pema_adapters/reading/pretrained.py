@@ -52,5 +52,5 @@ def embedding_shape(name: str) -> tuple[int, int]:
 def _from_pretrained(kind: Any, name: str, what: str) -> Any:
     try:
         return kind.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the latter: JSON that is no object
         raise FormatError(f"{name}: no {what} found, here or on the Hub: {error}") from error

@@ -1,6 +1,7 @@
 """How far a scan has come: for the eyes of who waits, and for the disk, to go on from after an interruption."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,12 +13,13 @@ SECONDS_BETWEEN_STATES = 0.2  # a state is a copy of the bitmap: rarely enough t
 
 @dataclass(frozen=True)
 class State:
-    """A scan between two steps: the number of its split, the steps and rows that are done, and what was seen."""
+    """A scan between two steps: the number of its split, the steps and rows that are done, what was seen, and where."""
 
     split: int
     steps: int
     rows: int
     grown: Grown
+    columns: tuple[str, ...] = ()
 
 
 class Keeper(Protocol):
@@ -34,6 +36,7 @@ class Steps:
     bitmap: Bitmap
     bar: Any = None
     keeper: Keeper | None = None
+    columns: Iterable[str] = ()  # that were found so far
     split: int = 0
     number: int = 0  # steps of the split, skipped or done
     rows: int = 0
@@ -82,7 +85,7 @@ class Steps:
 
     def _keep(self, keeper: Keeper) -> None:
         if isinstance(self.bitmap, GrowingBitmap):
-            keeper.keep(State(self.split, self.number, self.rows, self.bitmap.at_rest()))
+            keeper.keep(State(self.split, self.number, self.rows, self.bitmap.at_rest(), tuple(self.columns)))
 
     def _show(self, rows: int, now: float) -> None:
         if not self.bar.disable and now - self._shown >= SECONDS_BETWEEN_FIGURES:

@@ -139,7 +139,10 @@ class _Rust:
         return _rust, (self.backend, self.backend.encode_special_tokens)  # which tokenizers forgets
 
     def __call__(self, texts: Sequence[Value], are_words: bool) -> Sequence[Sequence[int]]:
-        return [one.ids for one in self.backend.encode_batch_fast(texts, is_pretokenized=are_words)]
+        try:
+            return [one.ids for one in self.backend.encode_batch_fast(texts, is_pretokenized=are_words)]
+        except Exception as error:  # of tokenizers, which has no narrower class
+            raise VocabularyError(f"the tokenizer refuses the text: {error}") from error
 
 
 def _rust(backend: Any, encode_special_tokens: bool) -> _Rust:

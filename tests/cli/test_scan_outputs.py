@@ -204,6 +204,8 @@ REFUSED = {
     "suffix": (["--plot", "x.bmp2"], "x.bmp2: found .bmp2, expected one of "),
     "folder of the plot": (["--plot", "none/x.png"], "none/x.png: no such folder: none"),
     "folder of the vocabulary": (["--save", "none/x"], "none/x: no such folder: none"),
+    "a folder for the plot": (["--plot", "folder.png"], "folder.png: is a folder, expected the name of a file"),
+    "a folder for the vocabulary": (["--save", "folder.png"], "folder.png: is a folder"),
 }
 
 
@@ -211,6 +213,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_outputs_are_refused_before_the_scan(case, folder, capsys, monkeypatch):
     monkeypatch.setattr("pema_adapters.scan.Scanner.any", lambda *_: pytest.fail("it was scanned"))
+    (folder / "folder.png").mkdir()
     arguments, message = REFUSED[case]
     assert main(["--data", "x.txt", "--tokenizer", "large", *arguments]) == 1
     assert capsys.readouterr().err.startswith(f"pema-scan: error: {message}")
