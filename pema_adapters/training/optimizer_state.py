@@ -1,8 +1,8 @@
 """Optimizer state that follows the rows of a table: the state of a row stays with its token when others come.
 
-A hook before every `torch.optim` step lays out the state of a table's weight for the rows that it has now. New rows get
-what a row without gradient has: zeros, as a rule. Nobody has to hand over an optimizer, and where no row has come or
-gone the hook compares two references.
+A hook before every `torch.optim` step lays out the state of a table's weight for the rows that it has now, and again
+behind a closure that the step calls. New rows get what a row without gradient has: zeros, as a rule. Nobody has to hand
+over an optimizer, and where no row has come or gone the hook compares two references.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from pema_adapters.errors import SurgeryError
@@ -50,9 +50,26 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns arguments with a closure (forward and backward within the step) behind which state follows as well."""
+    _follow_rows(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
+
+    def followed() -> Any:
+        loss = closure()
+        _follow_rows(optimizer)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": followed}
+    return (args[0], followed, *args[2:]), kwargs
+
+
+def _follow_rows(optimizer: Optimizer) -> None:
     for table in tuple(_tables):
-        state = optimizer.state.get(table.weight)
+        state = _state_of(optimizer, table)
         if not state:
             continue
         layouts = _seen.get(optimizer)
@@ -64,13 +81,21 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for table in tuple(_tables):
-        if table.weight not in optimizer.state:
+        if not _state_of(optimizer, table):
             continue
         if optimizer not in _seen:
             # state that comes from elsewhere says nothing of its layout but its size
             optimizer.register_load_state_dict_post_hook(_forget_layouts)
             _seen[optimizer] = WeakKeyDictionary()
         _seen[optimizer][table] = table.layout
+
+
+def _state_of(optimizer: Optimizer, table: LaidOut) -> dict[str, Any] | None:
+    """The state for the weight of a table, which may be that of all weights; none while there is none."""
+    if isinstance(optimizer, LBFGS):  # keeps it with the first
+        weights = optimizer.param_groups[0]["params"]
+        return optimizer.state.get(weights[0]) if any(one is table.weight for one in weights) else None
+    return optimizer.state.get(table.weight)
 
 
 def _forget_layouts(optimizer: Optimizer) -> None:

@@ -102,6 +102,42 @@ def test_a_loop_gives_what_a_scan_beforehand_gives(case, data, make, accumulate,
     assert_same_run(grown, scanned)
 
 
+@MODELS
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_rows_that_come_in_a_closure(case, data, make, as_keyword):
+    """As Lightning calls every optimizer: forward and backward happen within the step."""
+    grown, scanned = make(case), make(case, data)
+    for model in (grown, scanned):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+        for first in range(0, 24, 4):
+            closure = backward(model, optimizer, data[first : first + 4])
+            loss = optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+            assert loss.requires_grad
+    assert_same_run(grown, scanned)
+
+
+def backward(model, optimizer, rows):
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**rows).loss
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@MODELS
+def test_an_optimizer_with_one_state_for_all_weights(case, data, make):
+    model = make(case)
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=0.01, max_iter=2)
+    model.train()
+    optimizer.step(backward(model, optimizer, data[:4]))
+    optimizer.step(backward(model, optimizer, data[:4]))
+    with pytest.raises(SurgeryError, match=r"LBFGS keeps 'd' .* cannot follow them from \d+ rows to \d+: train with"):
+        optimizer.step(backward(model, optimizer, data[20:24]))
+
+
 @pytest.mark.parametrize(
     ("trainer_class", "make", "settings"),
     [
