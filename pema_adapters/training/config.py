@@ -39,9 +39,9 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
             that training meets gets a row, its base row at first, and the optimizer's state follows. Call
             `shrink_embeddings(model, "task")` without data first. The result is that of a scan beforehand, bit for bit
             where the optimizer treats each weight by itself (AdamW, SGD) without weight decay; with decay, a row
-            decays from the step on at which it is met; Adafactor's means are over the rows met so far. In evaluation nothing grows. One process only; on a GPU it
-            costs a synchronisation a step; a head that shares the matrix needs `output_embeddings="full"`. None: the
-            vocabulary given to `shrink_embeddings`.
+            decays from the step on at which it is met; Adafactor's means are over the rows met so far. In evaluation
+            nothing grows. One process only; on a GPU it costs a synchronisation a step; a head that shares the matrix
+            needs `output_embeddings="full"`. None: the vocabulary given to `shrink_embeddings`.
 
     Raises:
         ValueError: another value, or a vocabulary that grows where the rows do not train.
