@@ -168,6 +168,22 @@ def test_a_column_that_is_no_text(value, kind):
         scan_text(data, Encoder(make_tokenizer(), ("t",)), vocab_size=V)
 
 
+class Shouting(PreTrainedTokenizerFast):
+    """What Rust alone would not do."""
+
+    __module__ = "transformers.models.shouting"
+
+    def __call__(self, texts, **options):
+        return super().__call__([f"{text} h" for text in texts], **options)
+
+
+def test_the_tokenizer_is_tried_on_what_is_text(monkeypatch):
+    monkeypatch.setattr(text, "BATCH", 200)
+    tokenizer = Shouting(tokenizer_object=make_tokenizer().backend_tokenizer, unk_token="[UNK]")
+    data = Dataset.from_list([{"t": None}] * 150 + [{"t": "a"}])
+    assert scan_text(data, Encoder(tokenizer, ("t",)), vocab_size=V).token_ids.tolist() == [2, 9]
+
+
 def test_words_that_are_none():
     rows = [{"t": ["a", "b"]}] * 150 + [{"t": ["a", None]}]
     with pytest.raises(VocabularyError, match="the tokenizer refuses the text"):

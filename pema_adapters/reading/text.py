@@ -61,7 +61,7 @@ class Encoder:
             ids = [column for (column,) in columns]
             return self._planned_ids(name, split.select_columns(ids) if ids else [])
         plan = Plan(name, split, list(columns), self.used, None if self.text_columns else kinds)
-        plan.sample = [values[:SAMPLE] for values in plan.values(first, 0)] if first else []
+        plan.sample = [_sample(plan.values(first, 0))]
         return plan
 
     def _planned_ids(self, name: str, split: Any) -> "Plan":
@@ -114,7 +114,7 @@ class Plan:
     columns: list[Columns] = field(default_factory=list)  # of text; none: the split holds ids already
     used: dict[str, None] = field(default_factory=dict)  # the encoder's
     kinds: dict[str, str] | None = None  # what each column held first, where all columns of strings are to be read
-    sample: Batch = field(default_factory=list)  # of `batches`, a few of the first rows
+    sample: Batch = field(default_factory=list)  # a few of the first values of all columns, as one column
 
     def batches(self, skipped: int) -> Iterator[Batch]:
         """Values for the tokenizer, a list for each of `columns`; without the first batches, which were read before."""
@@ -179,6 +179,11 @@ def _named(name: str) -> Columns:
 def _of(name: str, rows: Collection[str]) -> Columns:
     """The columns that an option names, where they are all there; a column that is called "A,B" wins."""
     return next((columns for columns in ((name,), _named(name)) if all(column in rows for column in columns)), ())
+
+
+def _sample(batch: Batch) -> list[Value]:
+    there = ([value for value in values if value is not None] for values in batch)
+    return [value for values in there for value in values[:SAMPLE]]
 
 
 def _pair(first: Value, second: Value) -> Value:
