@@ -7,25 +7,31 @@ with other seeds or tasks may share a folder. OUTPUT/results.json has what the l
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from _options import FULL, parse
+from _options import FULL, combinations, parse
 from _table import report
 from _tasks import Benchmark, Task, TaskError, plain
 from _training import Place, Setting, run
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from pema_adapters.files import replace_file
+
 GIVEN = (
     "base", "batch_size", "max_length", "warmup_ratio", "weight_decay", "max_grad_norm", "bf16", "group_by_length",
 )  # fmt: skip
 """Of a setting: what the command line says, as it is."""
+NEEDED = {"task", "setting", "scores", "trained_parameters", "peak_bytes", "seconds_per_step"}
+"""Of a result: what tables and figures are made of."""
 RESUMED = "what is done is kept, and the same command goes on from there"
 
 Result = dict[str, Any]
@@ -52,18 +58,12 @@ class Run:
         """The result, if there is one.
 
         Raises:
-            TaskError: of another setting.
+            TaskError: of another setting, or a damaged file.
         """
         if not self.file.exists():
             return None
-        result: Result = json.loads(self.file.read_text())
-        kept = result["setting"]
-        for name, value in asdict(self.setting).items():
-            if kept.get(name) != value:
-                raise TaskError(
-                    f"{self.file}: made with {name} {kept.get(name)!r}, now asked for with {value!r}: "
-                    "give another --output, or delete the file"
-                )
+        result = read(self.file)
+        self.setting.refuse_other(result["setting"], self.file)
         return result
 
     def keep(self, found: Result) -> None:
@@ -100,19 +100,13 @@ def experiment(benchmark: Benchmark, options: argparse.Namespace) -> None:
 def planned(benchmark: Benchmark, options: argparse.Namespace) -> list[Run]:
     """All runs, the seeds outermost: what is interrupted has whole tables of fewer seeds."""
     learning_rates = {method: learning_rate(options, method) for method in options.methods}
-    methods = [
-        (method, pema)
-        for method in options.methods
-        for pema in options.pema
-        if (method, pema) != (FULL, "frozen")  # the rows would be left out of what is fine-tuned fully
-    ]
     shared = shared_setting(benchmark, options)
     limits = options.train_rows * (len(options.tasks) if len(options.train_rows) == 1 else 1)
     return [
         Run(benchmark.tasks[task], Setting(method, pema, seed, learning_rates[method], rows, **shared), options.output)
         for seed in options.seeds
         for task, rows in zip(options.tasks, limits, strict=True)
-        for method, pema in methods
+        for method, pema in combinations(options)
     ]
 
 
@@ -175,6 +169,7 @@ def in_a_process(one: Run, place: Place) -> Result:
 
 
 def child(pipe: Connection, task: Task, setting: Setting, place: Place) -> None:
+    threading.Thread(target=end_with_the_command, daemon=True).start()
     try:
         pipe.send((None, run(task, setting, place)))
     except KeyboardInterrupt:
@@ -183,8 +178,34 @@ def child(pipe: Connection, task: Task, setting: Setting, place: Place) -> None:
         pipe.send((f"{type(error).__name__}: {error}".split("\n")[0], None))
 
 
+def end_with_the_command() -> None:
+    """A command that is killed cannot end its run, which would train on in the folder where the next command works."""
+    command = multiprocessing.parent_process()
+    if command is not None:
+        command.join()
+        os._exit(1)
+
+
+def read(path: Path) -> Result:
+    """A result.
+
+    Raises:
+        TaskError: the file is damaged.
+    """
+    try:
+        result = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no text
+        raise TaskError(damaged(path, str(error))) from error
+    missing = NEEDED - result.keys() if isinstance(result, dict) else NEEDED
+    if missing:
+        raise TaskError(damaged(path, f"found no {', '.join(sorted(missing))}"))
+    return result
+
+
+def damaged(path: Path, evidence: str) -> str:
+    return f"{path}: damaged, no result of a run ({evidence}): delete the file, and the run is done again"
+
+
 def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())

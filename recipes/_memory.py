@@ -15,8 +15,13 @@ def hold(model: torch.nn.Module) -> None:
     """Copy into memory what from_pretrained only mapped, so that a matrix that nobody trains counts, too."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
+    settle()
+
+
+def settle() -> None:
+    """Give back what the heap holds free: it is not of what comes next, nor there for it to use unseen."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left free in the heap is not training's
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from _tasks import Benchmark, plain
 from _training import PEMA
 from compacter_baselines import METHODS
 
+from pema_adapters.errors import PemaError
+from pema_adapters.growth import format_of
+
 FULL = "Full fine-tuning"
 PEFT_LEARNING_RATE = 1e-3
 """For what trains few weights. Table 8 is about full fine-tuning; nothing was tuned here."""
@@ -41,12 +44,40 @@ def parse(benchmark: Benchmark, doc: str) -> argparse.Namespace:
     add("--group-by-length", action="store_true", help="batches of rows of like length, with less padding")
     add("--save-steps", type=int, default=0, metavar="N", help="a checkpoint each N steps, from which a run goes on")
     add("--threads", type=int, default=0, help="of the CPU, for each run (default: all)")
-    add("--plot", type=Path, metavar="FILE.png", help="draw scores against memory (needs matplotlib)")
+    add("--plot", type=figure, metavar="FILE.png", help="draw scores against memory (needs matplotlib)")
     options = parser.parse_args()
+    refuse(parser, options)
+    return options
+
+
+def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End in one line what options that are right by themselves cannot do together, before anything is loaded."""
     found, tasks = len(options.train_rows), len(options.tasks)
     if found not in {1, tasks}:
         parser.error(f"--train-rows: found {found} numbers, expected 1, or {tasks}, one for each of --tasks")
-    return options
+    if not combinations(options):
+        parser.error(
+            f'nothing to run: found --methods "{FULL}" and --pema frozen, but what is fine-tuned fully has no frozen '
+            "rows: give other --methods, such as LoRA, or --pema off,on"
+        )
+    if options.plot and not is_folder(options.plot.parent, options.output):
+        parser.error(f"argument --plot: {options.plot}: no such folder: {options.plot.parent}")
+
+
+def combinations(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The methods, each with what `--pema` says."""
+    return [
+        (method, pema)
+        for method in options.methods
+        for pema in options.pema
+        if (method, pema) != (FULL, "frozen")  # the rows would be left out of what is fine-tuned fully
+    ]
+
+
+def is_folder(path: Path, output: Path) -> bool:
+    """Whether this is one, or will be once there are results: --output is made with all folders above it."""
+    made = output.resolve()
+    return path.is_dir() or path.resolve() in {made, *made.parents}
 
 
 def listed_of(known: Iterable[str]) -> Callable[[str], list[str]]:
@@ -61,6 +92,18 @@ def listed_of(known: Iterable[str]) -> Callable[[str], list[str]]:
         return [by_name[plain(part)] for part in asked]
 
     return names
+
+
+def figure(text: str) -> Path:
+    """Reads the path of a figure. Its folder is for `refuse`: it may be --output, which does not exist yet."""
+    path = Path(text)
+    try:
+        format_of(path.name)
+    except PemaError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: is a folder, expected a file")
+    return path
 
 
 def numbers(text: str) -> list[int]:

@@ -4,14 +4,16 @@ import logging
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import compacter_baselines as baselines
 import torch
-from _memory import anonymous_bytes, hold, peak_memory
-from _tasks import Task
+from _checkpoints import ResumableTrainer, last_checkpoint
+from _memory import anonymous_bytes, hold, peak_memory, settle
+from _tasks import Task, TaskError
 from datasets import Dataset, disable_progress_bars
 from transformers import (
     AutoConfig,
@@ -19,12 +21,10 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from pema_adapters import PartialVocabulary
@@ -54,6 +54,15 @@ class Setting:
     bf16: bool
     group_by_length: bool
 
+    def refuse_other(self, kept: Mapping[str, Any], where: Path) -> None:
+        """Raise TaskError where what is kept there was made with another setting."""
+        for name, value in asdict(self).items():
+            if kept.get(name) != value:
+                raise TaskError(
+                    f"{where}: made with {name} {kept.get(name)!r}, now asked for with {value!r}: "
+                    "give another --output, or delete it"
+                )
+
 
 @dataclass(frozen=True)
 class Place:
@@ -70,10 +79,14 @@ def run(task: Task, setting: Setting, place: Place) -> dict[str, Any]:
     """Train and score. Returns scores by split, K and V, trained parameters, bytes at the peak, seconds a step.
 
     Memory is what training takes: the device's peak, or else the peak of anonymous memory beyond what the process held
-    before there was a model. From the last checkpoint of this run, if there is one, training goes on.
+    before there was a model. From the last whole checkpoint of this run, if there is one, training goes on.
     """
     quiet(place)
     splits, vocabulary = prepared_data(task, setting, place)
+    checkpoint = last_checkpoint(place.checkpoints) if place.save_steps else None
+    if checkpoint is not None:
+        setting.refuse_other(checkpoint.setting, checkpoint.folder)
+    settle()
     before = anonymous_bytes()
     set_seed(setting.seed)
     model = AutoModelForSequenceClassification.from_pretrained(setting.base, num_labels=task.labels)
@@ -83,7 +96,7 @@ def run(task: Task, setting: Setting, place: Place) -> dict[str, Any]:
     steps = Steps()
     trainer.add_callback(steps)
     with peak_memory() as peak:
-        trained = trainer.train(resume_from_checkpoint=last_checkpoint(place))
+        training_loss = trainer.go_on(checkpoint)
     body, head = baselines.trained_parameters(model)
     return {
         "scores": {name: scored(trainer, task, split) for name, split in splits.items() if is_scored(task, name)},
@@ -95,7 +108,7 @@ def run(task: Task, setting: Setting, place: Place) -> dict[str, Any]:
         "seconds_per_step": statistics.median(steps.seconds[UNTIMED:] or steps.seconds or [0.0]),
         "steps": trainer.state.global_step,
         "train_rows": len(splits["train"]),
-        "training_loss": trained.training_loss,
+        "training_loss": training_loss,
     }
 
 
@@ -121,7 +134,7 @@ def prepared_data(task: Task, setting: Setting, place: Place) -> tuple[dict[str,
     return tokenized, PartialVocabulary.from_dataset(list(tokenized.values()), vocab_size=vocab_size, progress=False)
 
 
-def trainer_of(model: Any, task: Task, splits: dict[str, Dataset], setting: Setting, place: Place) -> Trainer:
+def trainer_of(model: Any, task: Task, splits: dict[str, Dataset], setting: Setting, place: Place) -> ResumableTrainer:
     arguments = TrainingArguments(
         output_dir=str(place.checkpoints), seed=setting.seed, report_to=[], disable_tqdm=not place.bar,
         per_device_train_batch_size=setting.batch_size, per_device_eval_batch_size=2 * setting.batch_size,
@@ -129,12 +142,14 @@ def trainer_of(model: Any, task: Task, splits: dict[str, Dataset], setting: Sett
         weight_decay=setting.weight_decay, max_grad_norm=setting.max_grad_norm, bf16=setting.bf16,
         use_cpu=not torch.accelerator.is_available(),
         group_by_length=setting.group_by_length,
-        save_strategy="steps" if place.save_steps else "no", save_steps=place.save_steps or 500, save_total_limit=1,
+        save_strategy="steps" if place.save_steps else "no", save_steps=place.save_steps or 500,
         save_safetensors=False,  # some methods have one tensor in two places, which safetensors refuses
         logging_strategy="no", dataloader_pin_memory=torch.cuda.is_available(), label_names=["labels"],
     )  # fmt: skip
     collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(setting.base))
-    trainer = Trainer(model=model, args=arguments, train_dataset=splits["train"], data_collator=collator)
+    trainer = ResumableTrainer(
+        model=model, args=arguments, train_dataset=splits["train"], data_collator=collator, setting=asdict(setting)
+    )
     trainer.compute_metrics = lambda found: task.scores(found.predictions, found.label_ids)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -144,13 +159,9 @@ def is_scored(task: Task, split: str) -> bool:
     return split.startswith(task.scored)
 
 
-def scored(trainer: Trainer, task: Task, split: Dataset) -> dict[str, float]:
+def scored(trainer: ResumableTrainer, task: Task, split: Dataset) -> dict[str, float]:
     found = trainer.evaluate(split)
     return {name: found[f"eval_{name}"] for name in task.metrics}
-
-
-def last_checkpoint(place: Place) -> str | None:
-    return get_last_checkpoint(str(place.checkpoints)) if place.save_steps and place.checkpoints.is_dir() else None
 
 
 class Steps(TrainerCallback):

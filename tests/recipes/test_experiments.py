@@ -2,18 +2,24 @@
 
 import gzip
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from _experiments import main
 from _options import listed_of
 from _tasks import Task, TaskError, plain
 from _training import Place, Setting, run
 from compacter_baselines import METHODS
 from glue import GLUE
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
 from xnli import XNLI
 
 from tests.recipes.conftest import RECIPES
@@ -107,14 +113,12 @@ class TestRun:
         one, other = (run(BY_NAME["CoLA"], replace(SETTING, base=base, train_rows=16, seed=s), place) for s in (0, 1))
         assert (one["train_rows"], one["steps"]) == (other["train_rows"], other["steps"]) == (16, 4)
 
-    @pytest.mark.filterwarnings("ignore:mtime may not be reliable")  # of checkpoints within a second
     @pytest.mark.parametrize("method, pema", [("Full fine-tuning", "on"), ("Compacter", "on")])
     def test_goes_on_from_a_checkpoint(self, base, place, method, pema, monkeypatch):
         """Interrupted after step 6 of 10, with a checkpoint of step 4, it ends where it would have ended."""
-        from transformers import Trainer
-
         setting = replace(SETTING, base=base, method=method, pema=pema)
         whole = run(BY_NAME["CoLA"], setting, place)
+        assert whole["steps"] == 10
         step, steps = Trainer.training_step, []
 
         def interrupted(*args, **kwargs):
@@ -128,7 +132,98 @@ class TestRun:
             run(BY_NAME["CoLA"], setting, replace(place, save_steps=4))
         again = run(BY_NAME["CoLA"], setting, replace(place, save_steps=4))
         assert len(steps) == 7 + 6
-        assert again["scores"] == whole["scores"]
+        assert found_alike(again) == found_alike(whole)
+
+    @pytest.mark.parametrize(
+        "cut, steps",
+        [("checkpoint-4/optimizer.pt", 10), ("checkpoint-8/optimizer.pt", 6), ("checkpoint-8/rng_state.pth", 6)],
+    )
+    def test_goes_on_from_the_newest_whole_checkpoint(self, base, place, cut, steps, monkeypatch):
+        """Interrupted in the middle of a file of a checkpoint: that one does not count."""
+        setting, place = replace(SETTING, base=base), replace(place, save_steps=4)
+        whole = run(BY_NAME["CoLA"], setting, replace(place, save_steps=0))
+        save = torch.save
+
+        def interrupted(content, path, *args, **kwargs):
+            save(content, path, *args, **kwargs)
+            if str(path).endswith(cut):
+                os.truncate(path, Path(path).stat().st_size // 2)
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patches:
+            patches.setattr(torch, "save", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(BY_NAME["CoLA"], setting, place)
+        assert (place.checkpoints / cut).exists()
+        taken = counted_steps(monkeypatch)
+        assert found_alike(run(BY_NAME["CoLA"], setting, place)) == found_alike(whole)
+        assert len(taken) == steps
+        assert [path.name for path in place.checkpoints.iterdir()] == ["checkpoint-10"]
+
+    def test_a_checkpoint_of_another_setting_is_refused(self, base, place, monkeypatch):
+        setting, place = replace(SETTING, base=base), replace(place, save_steps=4)
+        with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+            patches.setattr(Trainer, "evaluate", interrupt)
+            run(BY_NAME["CoLA"], setting, place)
+        with pytest.raises(TaskError, match=r"checkpoint-10: made with seed 0, now asked for with 1: .* or delete it"):
+            run(BY_NAME["CoLA"], replace(setting, seed=1), place)
+
+    def test_a_checkpoint_of_nothing_but_half_a_model_does_not_count(self, base, place):
+        setting = replace(SETTING, base=base)
+        whole = run(BY_NAME["CoLA"], setting, place)
+        half = place.checkpoints / "checkpoint-4"
+        half.mkdir(parents=True)
+        (half / "config.json").write_text("{}")
+        (half / "pytorch_model.bin").write_bytes(b"PK\x03\x04\x00\x00")
+        assert found_alike(run(BY_NAME["CoLA"], setting, replace(place, save_steps=4))) == found_alike(whole)
+
+    def test_goes_on_after_the_last_step(self, base, place, monkeypatch):
+        """Interrupted while it was scored, with nothing left to train."""
+        setting, place = replace(SETTING, base=base), replace(place, save_steps=4)
+        whole = run(BY_NAME["CoLA"], setting, replace(place, save_steps=0))
+
+        with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+            patches.setattr(Trainer, "evaluate", interrupt)
+            run(BY_NAME["CoLA"], setting, place)
+        taken = counted_steps(monkeypatch)
+        assert found_alike(run(BY_NAME["CoLA"], setting, place)) == found_alike(whole)
+        assert taken == []
+
+    @pytest.mark.parametrize("learning_rate, finite", [(1e-2, True), (1e30, False)])
+    def test_the_training_loss_is_trainers_own(self, base, place, learning_rate, finite, monkeypatch):
+        """Also where losses are not numbers, which Trainer leaves out of the mean."""
+        train, step, own, losses = Trainer.train, Trainer.training_step, [], []
+
+        def trained(*args, **kwargs):
+            own.append(train(*args, **kwargs))
+            return own[-1]
+
+        def stepped(*args, **kwargs):
+            losses.append(step(*args, **kwargs))
+            return losses[-1]
+
+        monkeypatch.setattr(Trainer, "train", trained)
+        monkeypatch.setattr(Trainer, "training_step", stepped)
+        found = run(BY_NAME["RTE"], replace(SETTING, base=base, learning_rate=learning_rate), place)
+        assert all(math.isfinite(loss) for loss in losses) == finite
+        assert found["training_loss"] == own[0].training_loss > 0
+
+
+def found_alike(result):
+    """Of a run's result, what does not depend on time and memory."""
+    return {name: result[name] for name in ("scores", "steps", "training_loss")}
+
+
+def counted_steps(monkeypatch):
+    """A list that grows with each step of training from now on."""
+    step, taken = Trainer.training_step, []
+
+    def counted(*args, **kwargs):
+        taken.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", counted)
+    return taken
 
 
 class TestTask:
@@ -224,6 +319,14 @@ def test_the_command_goes_on_and_refuses_other_settings(base, data_dir, tmp_path
             2,
             "found 3 numbers, expected 1, or 2, one for each of --tasks",
         ),
+        (
+            ["--pema", "frozen"],
+            2,
+            'found --methods "Full fine-tuning" and --pema frozen, but what is fine-tuned fully has',
+        ),
+        (["--plot", "out.foo"], 2, "argument --plot: out.foo: found .foo, expected one of ."),
+        (["--plot", "out"], 2, "argument --plot: out: found no suffix, expected one of ."),
+        (["--plot", "no/where.png"], 2, "argument --plot: no/where.png: no such folder: no"),
         (["--data-dir", "nowhere", "--tasks", "CoLA"], 1, "nowhere: no folder CoLA (found: no folders)"),
     ],
 )
@@ -231,6 +334,67 @@ def test_what_cannot_be_run_is_one_line(base, tmp_path, glue, arguments, code, m
     found, _, errors = glue("--base", base, "--output", tmp_path, *arguments)
     assert (found, "Traceback" in errors) == (code, False)
     assert message in errors
+
+
+def test_a_figure_cannot_be_a_folder(base, tmp_path, glue):
+    (tmp_path / "figure.png").mkdir()
+    code, _, errors = glue("--base", base, "--output", tmp_path / "out", "--plot", tmp_path / "figure.png")
+    assert (code, (tmp_path / "out").exists()) == (2, False)
+    assert f"argument --plot: {tmp_path / 'figure.png'}: is a folder, expected a file" in errors
+
+
+@pytest.mark.parametrize(
+    "content, evidence",
+    [
+        (b'{"tas', "Unterminated string starting at: line 1 column 2 (char 1)"),
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (b"\x80\x80\x80\x80", "'utf-8' codec can't decode byte 0x80 in position 0: invalid start byte"),
+        (b'{"task": "CoLA", "setting": {}}', "found no peak_bytes, scores, seconds_per_step, trained_parameters"),
+        (b"[]", "found no peak_bytes, scores, seconds_per_step, setting, task, trained_parameters"),
+    ],
+)
+def test_a_damaged_result_is_one_line(base, data_dir, tmp_path, glue, content, evidence):
+    file = tmp_path / "runs" / "cola-lora-off-seed0.json"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    options = ["--base", base, "--data-dir", data_dir, "--tasks", "CoLA", "--methods", "LoRA", "--seeds", 0]
+    code, _, errors = glue(*options, "--pema", "off", "--output", tmp_path)
+    assert (code, errors.count("\n")) == (1, 1)
+    assert f"{file}: damaged, no result of a run ({evidence}): delete the file, and the run is done again" in errors
+
+
+def test_a_command_that_is_killed_goes_on(base, data_dir, tmp_path, glue):
+    """And its run dies with it, which would write where the next command works. The figure is in a folder to come."""
+    options = [
+        "--base", base, "--data-dir", data_dir, "--tasks", "CoLA", "--methods", "LoRA", "--pema", "on", "--seeds", 0,
+        "--batch-size", 1, "--epochs", 10, "--threads", 1, "--save-steps", 10,
+    ]  # fmt: skip
+    out, checkpoints = tmp_path / "killed", tmp_path / "killed" / "checkpoints" / "cola-lora-on-seed0"
+    command = subprocess.Popen([sys.executable, str(RECIPES / "glue.py"), *map(str, options), "--output", str(out)])
+    wait_for(lambda: any(checkpoints.glob("checkpoint-*/recipe.json")))
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait()
+    time.sleep(2)
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert not (out / "runs").exists()
+    time.sleep(1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == left
+    assert glue(*options, "--output", out, "--plot", out / "figure.png")[0] == 0
+    assert glue(*options, "--output", tmp_path / "whole", "--plot", tmp_path / "whole" / "figure.png")[0] == 0
+    killed, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole"))
+    assert found_alike(killed[0]) == found_alike(whole[0])
+    assert not checkpoints.exists()
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def wait_for(happened, seconds=120):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
 
 
 @pytest.fixture
