@@ -46,6 +46,7 @@ def test_a_folder_is_its_files(tmp_path):
 
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "README.md").touch()
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "train")  # by itself it is some
     with pytest.raises(
         FormatError, match=r"a folder without data files; expected \.txt, .* or what save_to_disk wrote"
     ):

@@ -21,7 +21,7 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
 }
 
 _KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
-NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
+NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # what tells of data
 
 
 def load_data(names: list[str]) -> dict[str, Any]:
