@@ -3,7 +3,7 @@
 import gzip
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from pema_adapters.errors import FormatError
 from pema_adapters.reading.files import load_data
@@ -29,27 +29,27 @@ def test_csv_has_quotes_and_no_missing_values(tmp_path):
     assert [row["text"] for row in rows(tmp_path / "x.csv")] == ["a, b", "NA"]
 
 
-def test_a_folder_is_its_files(tmp_path):
+def test_a_folder_is_what_lies_in_it(tmp_path):
     """Each as by itself, of any kind, at any depth; not what is hidden, nor what tells of data."""
     (tmp_path / "below" / ".git").mkdir(parents=True)
     (tmp_path / "a.csv").write_text('text,label\n"a, b",0\nNA,1\n')
     (tmp_path / "b.TSV").write_text('premise\tlabel\n"c\t0\n')
     (tmp_path / "below" / "extra.txt.gz").write_bytes(gzip.compress(b"d\n"))
+    (tmp_path / "below" / "round").symlink_to(tmp_path, target_is_directory=True)
+    Dataset.from_dict({"text": ["e"]}).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": Dataset.from_dict({"text": ["f"]})}).save_to_disk(tmp_path / "splits")
     for name in ("below/.git/config.txt", "README.md", "dataset_infos.json"):
         (tmp_path / name).write_text("{}")
     found = load_data([str(tmp_path)])
-    assert list(found) == [str(tmp_path / name) for name in ("a.csv", "b.TSV", "below/extra.txt.gz")]
-    assert [value for data in found.values() for row in data for value in row.values() if isinstance(value, str)] == [
-        "a, b", "NA", '"c', "d",
-    ]  # fmt: skip
+    names = ["a.csv", "b.TSV", "below/extra.txt.gz", "saved", "splits train"]
+    assert list(found) == [str(tmp_path / name) for name in names]
+    texts = [value for data in found.values() for row in data for value in row.values() if isinstance(value, str)]
+    assert texts == ["a, b", "NA", '"c', "d", "e", "f"]
 
 
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "README.md").touch()
-    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "train")  # by itself it is some
-    with pytest.raises(
-        FormatError, match=r"a folder without data files; expected \.txt, .* or what save_to_disk wrote"
-    ):
+    with pytest.raises(FormatError, match=r"a folder without data; expected \.txt, .* or what save_to_disk wrote"):
         load_data([str(tmp_path)])
 
 

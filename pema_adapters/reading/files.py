@@ -21,22 +21,22 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
 }
 
 _KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
-NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # what tells of data
+NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
 
 
 def load_data(names: list[str]) -> dict[str, Any]:
     """`datasets.Dataset`s and `IterableDataset`s by what errors call them: the name as given, and the split.
 
     Args:
-        names: a file (a suffix of BUILDERS, .gz behind it or not), a folder of such files at any depth, each read as
-            by itself, a folder that `save_to_disk` wrote, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`.
-            What lies here is streamed, so that no copy goes into the cache of datasets.
+        names: a file (a suffix of BUILDERS, .gz behind it or not), a folder that `save_to_disk` wrote, a folder
+            of both at any depth, each read as by itself, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`.
+            Files are streamed, so that no copy goes into the cache of datasets.
 
     Raises:
         FormatError: nothing there, or not readable as what the name promises.
     """
     found: dict[str, Any] = {}
-    for name in [one for given in names for one in _files_of(given)]:
+    for name in [one for given in names for one in _parts_of(given)]:
         with reading_data(name):
             data = _load(name)
         splits = data if isinstance(data, Mapping) else {"": data}
@@ -57,17 +57,24 @@ def reading_data(name: str) -> Iterator[None]:
         raise FormatError(f"{name}: cannot be read as a data set: {error}") from error
 
 
-def _files_of(name: str) -> list[str]:
-    """The data files of a folder of such; else the name itself."""
+def _parts_of(name: str) -> list[str]:
+    """The data in a folder of such; else the name itself."""
     folder = Path(name)
     if not folder.is_dir() or _is_saved(folder):
         return [name]
-    below = [path for path in folder.rglob("*") if path.is_file() and _suffix(path) in BUILDERS]
-    hidden = {path for path in below if any(part.startswith(".") for part in path.relative_to(folder).parts)}
-    files = sorted(str(path) for path in below if path not in hidden and path.name not in NOT_DATA)
-    if not files:
-        raise FormatError(f"{name}: a folder without data files; expected {_KNOWN}, or what save_to_disk wrote")
-    return files
+    found = [str(path) for path in _data_in(folder)]
+    if not found:
+        raise FormatError(f"{name}: a folder without data; expected {_KNOWN}, or what save_to_disk wrote")
+    return found
+
+
+def _data_in(folder: Path) -> Iterator[Path]:
+    """Data files and saved data sets, sorted by name; not what is hidden, nor behind links to folders."""
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_file() and _suffix(path) in BUILDERS and path.name not in NOT_DATA:
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            yield from [path] if _is_saved(path) else _data_in(path)
 
 
 def _is_saved(folder: Path) -> bool:
