@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="DATASET_OR_FILES",
-        help="files (.txt, .json, .jsonl, .csv, .tsv, .parquet, also .gz), one that save_to_disk wrote, "
-        "a folder of these at any depth, or a Hub data set, NAME or NAME:CONFIGURATION",
+        help="files (.txt, .json, .jsonl, .csv, .tsv, .parquet, also .gz), folders that save_to_disk wrote, folders "
+        "of these at any depth, or a Hub data set, NAME or NAME:CONFIGURATION",
     )
     add(
         "--text-column",
