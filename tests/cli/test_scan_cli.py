@@ -185,6 +185,7 @@ FAILURES = {
     ),
     "empty": (["empty.txt"], "no rows"),
     "no model": (["x.jsonl", "--model", "nowhere"], "nowhere: no model config found, here or on the Hub"),
+    "a model that is a list": (["x.jsonl", "--model", "listed"], "listed: no model config found, here or on the Hub"),
     "small model": (["x.jsonl", "--model", "base"], "x.jsonl, column 'premise', row 0: token id 3 is outside"),
 }
 
@@ -199,6 +200,8 @@ def test_failures_are_one_line(failure, folder, capsys, monkeypatch):
     (folder / "numbers.jsonl").write_text('{"n": 1}')
     (folder / "bad2.jsonl").write_text('{"other": "a", "label": 1}')
     (folder / "empty.txt").touch()
+    (folder / "listed").mkdir()
+    (folder / "listed" / "config.json").write_text("[]")
     save_config(folder, vocab_size=3, hidden_size=2)
     arguments, message = FAILURES[failure]
     assert main(["--tokenizer", "tok", "--data", *arguments]) == 1
