@@ -65,12 +65,18 @@ def format_of(path: str) -> str:
         PemaError: matplotlib is not installed.
         FormatError: a suffix that matplotlib has no format for, or nothing can be written there.
     """
+    found = known_format(path)
+    check_replaceable(Path(path))
+    return found
+
+
+def known_format(path: str) -> str:
+    """The same by the name alone, of a figure whose folder is still to come."""
     formats = _figure().canvas.get_supported_filetypes()
     kind = Path(path).suffix[1:].lower()
     if kind not in formats:
         found = Path(path).suffix or "no suffix"
         raise FormatError(f"{path}: found {found}, expected one of {', '.join('.' + name for name in sorted(formats))}")
-    check_replaceable(Path(path))
     return kind
 
 

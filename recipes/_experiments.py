@@ -7,10 +7,8 @@ with other seeds or tasks may share a folder. OUTPUT/results.json has what the l
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from pema_adapters.files import replace_file
+from pema_adapters.reading.workers import end_with_parent
 
 GIVEN = (
     "base", "batch_size", "max_length", "warmup_ratio", "weight_decay", "max_grad_norm", "bf16", "group_by_length",
@@ -169,21 +168,13 @@ def in_a_process(one: Run, place: Place) -> Result:
 
 
 def child(pipe: Connection, task: Task, setting: Setting, place: Place) -> None:
-    threading.Thread(target=end_with_the_command, daemon=True).start()
+    end_with_parent()  # it would train on in the folder where the next command works
     try:
         pipe.send((None, run(task, setting, place)))
     except KeyboardInterrupt:
         pass
     except Exception as error:  # whatever a model, a method or the data say
         pipe.send((f"{type(error).__name__}: {error}".split("\n")[0], None))
-
-
-def end_with_the_command() -> None:
-    """A command that is killed cannot end its run, which would train on in the folder where the next command works."""
-    command = multiprocessing.parent_process()
-    if command is not None:
-        command.join()
-        os._exit(1)
 
 
 def read(path: Path) -> Result:

@@ -9,7 +9,7 @@ from _training import PEMA
 from compacter_baselines import METHODS
 
 from pema_adapters.errors import PemaError
-from pema_adapters.growth import format_of
+from pema_adapters.growth import known_format
 
 FULL = "Full fine-tuning"
 PEFT_LEARNING_RATE = 1e-3
@@ -98,7 +98,7 @@ def figure(text: str) -> Path:
     """Reads the path of a figure. Its folder is for `refuse`: it may be --output, which does not exist yet."""
     path = Path(text)
     try:
-        format_of(path.name)
+        known_format(text)
     except PemaError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if path.is_dir():

@@ -45,7 +45,8 @@ class Encoder:
     def planned(self, split: Any, name: str) -> "Plan":
         """How to read a `datasets.Dataset` or `IterableDataset`; `name` is what errors call it.
 
-        Reads the first rows to see which columns there are.
+        Reads the first rows to see which columns there are. They are read again in their turn: of many files, none is
+        kept open, nor its first rows in memory.
 
         Raises:
             VocabularyError: there is nothing to tokenize; the message lists the columns.

@@ -105,15 +105,20 @@ def _begin(work: Tokenizing, cores: int) -> None:
     """In a new process: no Ctrl-C, which is the parent's, its share of the cores, and an end with the parent's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("RAYON_NUM_THREADS", str(cores))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _work[:] = [work]
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a process of multiprocessing: end when the parent does, which has no time for that where it is killed."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _do(batch: Batch) -> Encoded:

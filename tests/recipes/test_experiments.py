@@ -1,88 +1,20 @@
 """`recipes/glue.py` and `recipes/xnli.py`, as commands on tiny models and files of the data's layout."""
 
-import gzip
 import json
-import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
-from _experiments import main
 from _options import listed_of
 from _tasks import Task, TaskError, plain
-from _training import Place, Setting, run
+from _training import run
 from compacter_baselines import METHODS
 from glue import GLUE
-from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
 from xnli import XNLI
 
-from tests.recipes.conftest import RECIPES
-
-WORDS = ["good", "bad", "film", "book", "very", "quite", "the", "a", "was", "is"]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-V = 40
-"""Rows of the matrix, most of which no text uses."""
-BY_NAME = GLUE.tasks
-SETTING = Setting(
-    base="", method="Full fine-tuning", pema="off", seed=0, learning_rate=1e-2, batch_size=8, epochs=2, max_length=16,
-    warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=0.0, train_rows=0, bf16=False, group_by_length=False,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A tiny BERT with dropout, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("base")
-    (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=V, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=20,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """CoLA and SST-2 of one text, RTE of two, STS-B of numbers, MNLI with two validation splits; "Swahili"."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, labels in {"CoLA": 2, "sst2": 2, "RTE": 2, "STS-B": 1, "MNLI": 3, "sw": 3}.items():
-        splits = ["validation_matched", "validation_mismatched"] if name == "MNLI" else ["validation"]
-        for split in ["train", *splits, "test"]:
-            with_labels = split != "test" or name == "sw"
-            write(
-                folder / name / f"{split}.tsv.gz",
-                lines(labels, pairs=name not in {"CoLA", "sst2"}, labelled=with_labels),
-            )
-    return folder
-
-
-def lines(labels, pairs, labelled):
-    """40 rows: whether they have "good" decides the label; a quotation mark is a letter."""
-    header = ["sentence1", "sentence2"] if pairs else ["sentence"]
-    yield [*header, *(["label"] if labelled else [])]
-    for number in range(40):
-        text = f'the {WORDS[2 + number % 2]} was "{WORDS[4 + number % 2]} {WORDS[number // 2 % 2]}'
-        label = number / 40 if labels == 1 else number // 2 % 2
-        yield [text, *(["a film"] if pairs else []), *([label] if labelled else [])]
-
-
-def write(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    with gzip.open(path, "wt") as file:
-        file.writelines("\t".join(map(str, row)) + "\n" for row in rows)
-
-
-@pytest.fixture
-def place(data_dir, tmp_path):
-    return Place(data_dir, tmp_path / "checkpoints", save_steps=0, threads=1, bar=False)
+from .conftest import RECIPES
+from .tiny import BY_NAME, SETTING, V, lines, write
 
 
 class TestRun:
@@ -112,118 +44,6 @@ class TestRun:
     def test_a_subset_is_the_same_for_every_seed(self, base, place):
         one, other = (run(BY_NAME["CoLA"], replace(SETTING, base=base, train_rows=16, seed=s), place) for s in (0, 1))
         assert (one["train_rows"], one["steps"]) == (other["train_rows"], other["steps"]) == (16, 4)
-
-    @pytest.mark.parametrize("method, pema", [("Full fine-tuning", "on"), ("Compacter", "on")])
-    def test_goes_on_from_a_checkpoint(self, base, place, method, pema, monkeypatch):
-        """Interrupted after step 6 of 10, with a checkpoint of step 4, it ends where it would have ended."""
-        setting = replace(SETTING, base=base, method=method, pema=pema)
-        whole = run(BY_NAME["CoLA"], setting, place)
-        assert whole["steps"] == 10
-        step, steps = Trainer.training_step, []
-
-        def interrupted(*args, **kwargs):
-            steps.append(1)
-            if len(steps) == 7:
-                raise KeyboardInterrupt
-            return step(*args, **kwargs)
-
-        monkeypatch.setattr(Trainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(BY_NAME["CoLA"], setting, replace(place, save_steps=4))
-        again = run(BY_NAME["CoLA"], setting, replace(place, save_steps=4))
-        assert len(steps) == 7 + 6
-        assert found_alike(again) == found_alike(whole)
-
-    @pytest.mark.parametrize(
-        "cut, steps",
-        [("checkpoint-4/optimizer.pt", 10), ("checkpoint-8/optimizer.pt", 6), ("checkpoint-8/rng_state.pth", 6)],
-    )
-    def test_goes_on_from_the_newest_whole_checkpoint(self, base, place, cut, steps, monkeypatch):
-        """Interrupted in the middle of a file of a checkpoint: that one does not count."""
-        setting, place = replace(SETTING, base=base), replace(place, save_steps=4)
-        whole = run(BY_NAME["CoLA"], setting, replace(place, save_steps=0))
-        save = torch.save
-
-        def interrupted(content, path, *args, **kwargs):
-            save(content, path, *args, **kwargs)
-            if str(path).endswith(cut):
-                os.truncate(path, Path(path).stat().st_size // 2)
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patches:
-            patches.setattr(torch, "save", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                run(BY_NAME["CoLA"], setting, place)
-        assert (place.checkpoints / cut).exists()
-        taken = counted_steps(monkeypatch)
-        assert found_alike(run(BY_NAME["CoLA"], setting, place)) == found_alike(whole)
-        assert len(taken) == steps
-        assert [path.name for path in place.checkpoints.iterdir()] == ["checkpoint-10"]
-
-    def test_a_checkpoint_of_another_setting_is_refused(self, base, place, monkeypatch):
-        setting, place = replace(SETTING, base=base), replace(place, save_steps=4)
-        with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
-            patches.setattr(Trainer, "evaluate", interrupt)
-            run(BY_NAME["CoLA"], setting, place)
-        with pytest.raises(TaskError, match=r"checkpoint-10: made with seed 0, now asked for with 1: .* or delete it"):
-            run(BY_NAME["CoLA"], replace(setting, seed=1), place)
-
-    def test_a_checkpoint_of_nothing_but_half_a_model_does_not_count(self, base, place):
-        setting = replace(SETTING, base=base)
-        whole = run(BY_NAME["CoLA"], setting, place)
-        half = place.checkpoints / "checkpoint-4"
-        half.mkdir(parents=True)
-        (half / "config.json").write_text("{}")
-        (half / "pytorch_model.bin").write_bytes(b"PK\x03\x04\x00\x00")
-        assert found_alike(run(BY_NAME["CoLA"], setting, replace(place, save_steps=4))) == found_alike(whole)
-
-    def test_goes_on_after_the_last_step(self, base, place, monkeypatch):
-        """Interrupted while it was scored, with nothing left to train."""
-        setting, place = replace(SETTING, base=base), replace(place, save_steps=4)
-        whole = run(BY_NAME["CoLA"], setting, replace(place, save_steps=0))
-
-        with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
-            patches.setattr(Trainer, "evaluate", interrupt)
-            run(BY_NAME["CoLA"], setting, place)
-        taken = counted_steps(monkeypatch)
-        assert found_alike(run(BY_NAME["CoLA"], setting, place)) == found_alike(whole)
-        assert taken == []
-
-    @pytest.mark.parametrize("learning_rate, finite", [(1e-2, True), (1e30, False)])
-    def test_the_training_loss_is_trainers_own(self, base, place, learning_rate, finite, monkeypatch):
-        """Also where losses are not numbers, which Trainer leaves out of the mean."""
-        train, step, own, losses = Trainer.train, Trainer.training_step, [], []
-
-        def trained(*args, **kwargs):
-            own.append(train(*args, **kwargs))
-            return own[-1]
-
-        def stepped(*args, **kwargs):
-            losses.append(step(*args, **kwargs))
-            return losses[-1]
-
-        monkeypatch.setattr(Trainer, "train", trained)
-        monkeypatch.setattr(Trainer, "training_step", stepped)
-        found = run(BY_NAME["RTE"], replace(SETTING, base=base, learning_rate=learning_rate), place)
-        assert all(math.isfinite(loss) for loss in losses) == finite
-        assert found["training_loss"] == own[0].training_loss > 0
-
-
-def found_alike(result):
-    """Of a run's result, what does not depend on time and memory."""
-    return {name: result[name] for name in ("scores", "steps", "training_loss")}
-
-
-def counted_steps(monkeypatch):
-    """A list that grows with each step of training from now on."""
-    step, taken = Trainer.training_step, []
-
-    def counted(*args, **kwargs):
-        taken.append(1)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", counted)
-    return taken
 
 
 class TestTask:
@@ -361,52 +181,3 @@ def test_a_damaged_result_is_one_line(base, data_dir, tmp_path, glue, content, e
     code, _, errors = glue(*options, "--pema", "off", "--output", tmp_path)
     assert (code, errors.count("\n")) == (1, 1)
     assert f"{file}: damaged, no result of a run ({evidence}): delete the file, and the run is done again" in errors
-
-
-def test_a_command_that_is_killed_goes_on(base, data_dir, tmp_path, glue):
-    """And its run dies with it, which would write where the next command works. The figure is in a folder to come."""
-    options = [
-        "--base", base, "--data-dir", data_dir, "--tasks", "CoLA", "--methods", "LoRA", "--pema", "on", "--seeds", 0,
-        "--batch-size", 1, "--epochs", 10, "--threads", 1, "--save-steps", 10,
-    ]  # fmt: skip
-    out, checkpoints = tmp_path / "killed", tmp_path / "killed" / "checkpoints" / "cola-lora-on-seed0"
-    command = subprocess.Popen([sys.executable, str(RECIPES / "glue.py"), *map(str, options), "--output", str(out)])
-    wait_for(lambda: any(checkpoints.glob("checkpoint-*/recipe.json")))
-    os.kill(command.pid, signal.SIGKILL)
-    command.wait()
-    time.sleep(2)
-    left = sorted(path.name for path in checkpoints.iterdir())
-    assert not (out / "runs").exists()
-    time.sleep(1)
-    assert sorted(path.name for path in checkpoints.iterdir()) == left
-    assert glue(*options, "--output", out, "--plot", out / "figure.png")[0] == 0
-    assert glue(*options, "--output", tmp_path / "whole", "--plot", tmp_path / "whole" / "figure.png")[0] == 0
-    killed, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole"))
-    assert found_alike(killed[0]) == found_alike(whole[0])
-    assert not checkpoints.exists()
-
-
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
-def wait_for(happened, seconds=120):
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def glue(monkeypatch, capsys):
-    """The command in this process: exit code, what it printed, and its errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["glue.py", *map(str, arguments)])
-        try:
-            code = main(GLUE, "")
-        except SystemExit as usage:
-            code = usage.code
-        return code, *capsys.readouterr()
-
-    return call
