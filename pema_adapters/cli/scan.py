@@ -175,9 +175,9 @@ def _only_our_errors() -> None:
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.CRITICAL
-    )  # adapters loads it, and it warns on machines without GPU
+    # adapters loads the one, which warns on machines without GPU; the other has lines for each try without network
+    for library in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
