@@ -8,21 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST = 1500
+from pema_adapters.io.text import escape_terminal
 
 
 class PemaError(Exception):
     """Base of all errors of this package. Its message is one line, whatever a damaged file put into it."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(message))
-
-
-def _one_line(message: str) -> str:
-    """Without line breaks and other control characters; the middle of a very long one is left out."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+        super().__init__(escape_terminal(message))
 
 
 class VocabularyError(PemaError, ValueError):
@@ -43,6 +36,10 @@ class TokenRangeError(PemaError, IndexError):
 
 class FormatError(PemaError, ValueError):
     """A file on disk that is missing, damaged or not what its name promises."""
+
+
+class InputChangedError(FormatError):
+    """A base or delta that was replaced, rewritten or cut short while it was read."""
 
 
 class BaseMismatchError(PemaError, ValueError):

@@ -1,0 +1,202 @@
+"""Input files that are held open: what was validated is what is read, or there is an error that says so.
+
+A base or a delta may be replaced, rewritten or cut short while it is read. So each input file is opened once, its
+identity is taken from the open descriptor, and every read compares. Descriptors are few (`ulimit -n`), so the least
+recently used ones are closed and opened again when they are needed; a file that is another one by then is refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from weakref import ReferenceType, ref
+
+import numpy as np
+import numpy.typing as npt
+
+from pema_adapters.errors import FormatError, InputChangedError, reading
+
+RawBytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells one state of a file from another, by `fstat`: sizes in bytes, times in ns."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileIdentity:
+        """The identity of an open file."""
+        found = os.fstat(descriptor)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def difference(self, now: FileIdentity, *, contents_only: bool = False) -> str:
+        """Say how the file differs `now`, "" if it does not.
+
+        contents_only: a change of the inode's metadata alone (a rename, a new link, a mode) is no difference.
+        """
+        if (self.device, self.inode) != (now.device, now.inode):
+            return "another file has taken its name"
+        if self.size != now.size:
+            return f"its size went from {self.size:,} to {now.size:,} bytes"
+        if self.mtime_ns != now.mtime_ns:
+            return "it was written to"
+        if self.ctime_ns != now.ctime_ns and not contents_only:
+            return "it was replaced, or its times were set"
+        return ""
+
+
+class InputFile:
+    """A regular file that is read and never written.
+
+    Args:
+        path: the file; a link is followed once, now.
+
+    Attributes:
+        identity: of the file at the time when this object was made.
+
+    Raises:
+        FormatError: the file is missing, unreadable, or no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: OpenFile | None = _open(path)
+        self.identity = FileIdentity.of(self._handle.descriptor)
+        _open_files.add(self)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.identity.size
+
+    def __deepcopy__(self, memo: object) -> InputFile:
+        return self
+
+    def __repr__(self) -> str:
+        return f"InputFile({str(self.path)!r}, {self.size:,} bytes)"
+
+    def check(self, *, contents_only: bool = False) -> None:
+        """Raise `InputChangedError` if the file has changed since it was opened (see `FileIdentity.difference`)."""
+        self._checked(contents_only)
+
+    def open(self) -> OpenFile:
+        """The open file, for copies by the system; it stays open as long as the result is referenced."""
+        handle = self._handle
+        if handle is None:
+            handle = self._handle = self._reopen()
+        _open_files.add(self)
+        return handle
+
+    def read(self, begin: int, end: int) -> bytes:
+        """The bytes from `begin` to `end`, by `pread`. Raises `InputChangedError` where the file ends before that."""
+        handle, parts, at = self.open(), [], begin
+        with reading(self.path):
+            while at < end:
+                part = os.pread(handle.descriptor, end - at, at)
+                if not part:
+                    raise self.changed(f"it ends at byte {at:,} now")
+                parts.append(part)
+                at += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def view(self, begin: int, end: int, *, contents_only: bool = False) -> RawBytes:
+        """The bytes from `begin` to `end`, uint8, read-only, in a memory map; checked for changes first.
+
+        Use the view at once and let it go: a file that is cut short later would end the process (SIGBUS).
+        """
+        handle = self._checked(contents_only)
+        with reading(self.path):
+            return handle.map()[begin:end]
+
+    def changed(self, how: str) -> InputChangedError:
+        """The error that says how the file has changed."""
+        return InputChangedError(
+            f"{self.path}: changed while it was in use: {how}; run again when nothing writes to it"
+        )
+
+    def _checked(self, contents_only: bool) -> OpenFile:
+        handle = self.open()
+        self._compare(handle, contents_only)
+        return handle
+
+    def _compare(self, handle: OpenFile, contents_only: bool = False) -> None:
+        how = self.identity.difference(FileIdentity.of(handle.descriptor), contents_only=contents_only)
+        if how:
+            raise self.changed(how)
+
+    def _reopen(self) -> OpenFile:
+        handle = _open(self.path)
+        self._compare(handle)
+        return handle
+
+
+class OpenFile:
+    """A descriptor, closed when the last reference goes, and the memory map of the whole file, made when first used."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._map: RawBytes | None = None
+
+    def map(self) -> RawBytes:
+        """All bytes of the file, uint8, read-only."""
+        if self._map is None:
+            size = os.fstat(self.descriptor).st_size
+            data = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ) if size else bytearray()
+            self._map = np.frombuffer(data, dtype=np.uint8)
+        return self._map
+
+    def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def] # bound now: os is gone at exit
+        close(self.descriptor)
+
+
+class _RecentFiles:
+    """The input files used last. One that is pushed out lets go of its descriptor, and opens it again when used."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._recent: OrderedDict[int, ReferenceType[InputFile]] = OrderedDict()
+        self._limit = _max_open_files()
+
+    def add(self, file: InputFile) -> None:
+        """Note that `file`, which is open, was used now."""
+        with self._lock:
+            self._recent[id(file)] = ref(file)
+            self._recent.move_to_end(id(file))
+            while len(self._recent) > self._limit:
+                oldest = self._recent.popitem(last=False)[1]()
+                if oldest is not None:
+                    oldest._handle = None
+
+
+def _max_open_files() -> int:
+    """Half of what the process may open, at two descriptors a file: its own, and that of its memory map."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 64
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 256 if soft == resource.RLIM_INFINITY else max(4, min(256, soft // 4))
+
+
+def _open(path: Path) -> OpenFile:
+    with reading(path):
+        handle = OpenFile(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)))
+        mode = os.fstat(handle.descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "is a directory" if stat.S_ISDIR(mode) else "it is a device or a pipe"
+        raise FormatError(f"{path}: expected a file, but {kind}")
+    return handle
+
+
+_open_files = _RecentFiles()
