@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from pema_adapters.merging.casting import Rounding
-from pema_adapters.merging.segments import CHUNK, Changes, Copy, Literal, Rows, Segment, chunks
+from pema_adapters.merging.segments import CHUNK, Copy, Literal, Rows, Segment, chunks
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,6 @@ class PlannedFile:
             if (origin := segment.origin) is not None
         )
         return same_places and self.size == path.stat().st_size
-
-    def changes(self) -> Changes:
-        """`(offset, bytes)` of all that is not the base's, in order, a few MB at most at a time."""
-        for start, segment in zip(self.starts, self.segments, strict=False):
-            for offset, data in segment.changes():
-                yield start + offset, data
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import singledispatch
 from pathlib import Path
 
-from pema_adapters.errors import FormatError, reading
+from pema_adapters.formats.stored import Bytes
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
-from pema_adapters.merging.segments import BLOCK, CHUNK, Bytes, Copy, Rows, Segment
+from pema_adapters.merging.segments import BLOCK, CHUNK, Copy, Rows, Segment
 
 WINDOW = 256 << 20
 SETTLED = 16 << 20
@@ -136,25 +136,16 @@ def _(segment: Rows, sink: Sink, start: int) -> None:
 
 def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
     """Copy to the offset `start`; give `(begin, end)` of every window that is there."""
-    source = os.open(segment.path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < segment.length:
-            at, to = segment.start + done, start + done
-            left = _to_block(at, to, segment.length - done)
-            count = sink.clone(source, at, to, left) or _by_kernel(source, sink.fd, at, to, left)
-            count = count or sink.write(_read(segment.path, source, min(left, CHUNK), at), to)
-            if not count:
-                raise FormatError(f"{segment.path}: ends at byte {at}; it became shorter meanwhile")
-            yield done, done + count
-            done += count
-    finally:
-        os.close(source)
-
-
-def _read(path: Path, source: int, count: int, at: int) -> bytes:
-    with reading(path):
-        return os.pread(source, count, at)
+    source = segment.file.open()
+    done = 0
+    while done < segment.length:
+        at, to = segment.start + done, start + done
+        left = _to_block(at, to, segment.length - done)
+        descriptor = source.descriptor
+        count = sink.clone(descriptor, at, to, left) or _by_kernel(descriptor, sink.fd, at, to, left)
+        count = count or sink.write(segment.file.read(at, at + min(left, CHUNK)), to)
+        yield done, done + count
+        done += count
 
 
 def _to_block(at: int, to: int, left: int) -> int:
