@@ -18,9 +18,9 @@ from pema_adapters.errors import FormatError
 from pema_adapters.formats.names import canonical
 from pema_adapters.formats.pickled import read_pickle
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, Header, as_float32, read_header
-from pema_adapters.formats.stored import Bytes, Stored
+from pema_adapters.formats.stored import Stored
 from pema_adapters.formats.tied import tied_names
-from pema_adapters.io.input_file import InputFile, RawBytes
+from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
-from pema_adapters.io.input_file import InputFile, RawBytes
-
-Bytes: TypeAlias = "bytes | bytearray | memoryview"
+from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 
 @dataclass(frozen=True)

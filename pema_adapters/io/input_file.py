@@ -12,12 +12,13 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeAlias
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from pema_adapters.errors import FormatError, InputChangedError, reading
 
 RawBytes = npt.NDArray[np.uint8]
+Bytes: TypeAlias = "bytes | bytearray | memoryview"
 
 CLOCK_TICK_NS = 10_000_000
 """File systems stamp with the kernel's coarse clock: two writes within one tick may leave the same times."""
@@ -151,6 +153,12 @@ class InputFile:
         handle = _open(self.path)
         self._compare(handle)
         return handle
+
+
+def check_unchanged(files: Iterable[InputFile]) -> None:
+    """Raise `InputChangedError` if one of the files has changed, or has another content under its name."""
+    for file in files:
+        file.check()
 
 
 @contextmanager

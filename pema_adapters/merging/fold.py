@@ -12,7 +12,7 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES
-from pema_adapters.formats.stored import Bytes
+from pema_adapters.io.input_file import Bytes
 from pema_adapters.merging.casting import Rounding, narrow_noting, wide
 from pema_adapters.merging.segments import CHUNK, Changes, Copy, Segment
 from pema_adapters.merging.weight_space import Adapted

@@ -77,6 +77,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files."""
+        return tuple(file.name for file in self.files)
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)

@@ -14,8 +14,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES
-from pema_adapters.formats.stored import Bytes, Stored
-from pema_adapters.io.input_file import InputFile
+from pema_adapters.formats.stored import Stored
+from pema_adapters.io.input_file import Bytes, InputFile
 from pema_adapters.merging.casting import Rounding, cast
 
 CHUNK = 4 << 20

@@ -1,7 +1,6 @@
 """Plan -> disk: copies by the kernel, rows laid over them window by window, one fsync a file."""
 
 import errno
-import fcntl
 import os
 import struct
 import sys
@@ -10,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import singledispatch
 from pathlib import Path
 
-from pema_adapters.formats.stored import Bytes
+from pema_adapters.io.input_file import Bytes
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
 from pema_adapters.merging.segments import BLOCK, CHUNK, Copy, Rows, Segment
@@ -48,6 +47,19 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def clone_range(target: int, source: int, at: int, to: int, length: int) -> bool:
+    """Share whole blocks of one open file with another. Returns whether the file system can."""
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, at, length, to))
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        return False
+    return True
+
+
 class Sink:
     """A file being written; `advance` hears of every byte. `cloned` counts those that share the source's blocks."""
 
@@ -60,15 +72,9 @@ class Sink:
         """Share whole blocks with the source file. Returns how many bytes; 0 where the file system cannot."""
         if not self.can_clone or at % BLOCK or to % BLOCK or length % BLOCK:
             return 0
-        try:
-            fcntl.ioctl(self.fd, _FICLONERANGE, struct.pack("=qQQQ", source, at, length, to))
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-            self.can_clone = False
-            return 0
-        self.cloned += length
-        return length
+        self.can_clone = clone_range(self.fd, source, at, to, length)
+        self.cloned += length * self.can_clone
+        return length * self.can_clone
 
     def write(self, data: Bytes, at: int) -> int:
         """Write all of `data` at the offset `at`. Returns how much that is."""
