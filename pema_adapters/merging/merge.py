@@ -12,7 +12,7 @@ from pema_adapters.merging.journal import PATCHING, state_of
 from pema_adapters.merging.plan import Plan
 from pema_adapters.merging.planning import Choices, plan_merge
 from pema_adapters.merging.progress import bar
-from pema_adapters.merging.report import MergeReport
+from pema_adapters.merging.report import MANIFEST_VERSION, MergeReport
 from pema_adapters.merging.settings import json_file
 from pema_adapters.merging.target import DEFAULT, check_space, check_target, staged
 from pema_adapters.merging.verify import verify_plan
@@ -154,7 +154,8 @@ def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
         if options.verify:
             verify_plan(plan, stage, advance)
         report = finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
-        write_plan(replace(plan, files=(json_file(MARKER, report.to_dict()),)), stage, lambda count: None)
+        manifest = json_file(MARKER, {"version": MANIFEST_VERSION, **report.to_dict()})
+        write_plan(replace(plan, files=(manifest,)), stage, lambda count: None)
     return replace(report, seconds=time.perf_counter() - start)
 
 

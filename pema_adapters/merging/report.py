@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+MANIFEST_VERSION = 1
+"""Of pema_merge.json: the report, and this number as `version`."""
+
 
 @dataclass(frozen=True)
 class MergeReport:

@@ -200,7 +200,7 @@ def test_the_report_is_ready_for_json(make_base, make_adapter):
     assert isinstance(report, MergeReport)
     assert report.output == str(delta.folder / "merged")
     written = json.loads((delta.folder / "merged" / "pema_merge.json").read_bytes())
-    assert written == json.loads(json.dumps(report.to_dict())) | {"seconds": written["seconds"]}
+    assert written == json.loads(json.dumps(report.to_dict())) | {"version": 1, "seconds": written["seconds"]}
     on_disk = sum(p.stat().st_size for p in (delta.folder / "merged").iterdir() if p.name != "pema_merge.json")
     assert report.bytes_written == on_disk
     assert (report.tensors_changed, report.tensors_copied, report.tensors_folded) == (1, 4, 0)
