@@ -8,6 +8,7 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
+from pema_adapters.merging.base_folder import BaseRequest, locate_base
 from pema_adapters.merging.journal import PATCHING, state_of
 from pema_adapters.merging.plan import Plan
 from pema_adapters.merging.planning import Choices, plan_merge
@@ -31,14 +32,16 @@ class Options:
     verify: bool
     progress: bool | None
     token: str | bool | None = None
+    checkpoint: str | int | None = None
 
 
 def merge_checkpoint(  # noqa: PLR0913 - the public contract
-    base: str | Path,
+    base: str | Path | None,
     delta: str | Path,
     output: str | Path | None = None,
     *,
     adapter: str | None = None,
+    checkpoint: str | int | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     fold: bool = True,
@@ -52,11 +55,13 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
     """Write the full checkpoint that `base` and `delta` make, as a stream (the paper's E with E' written back).
 
     Args:
-        base: a folder with a checkpoint (safetensors or `.bin`, one file or shards), or a Hub id.
+        base: a folder with a checkpoint (safetensors or `.bin`, one file or shards), or a Hub id. None: the one that
+            the delta records, as does a short name that ends it ("xlm-v-base" for "facebook/xlm-v-base").
         delta: what `save_adapter`, `save_delta` or a Trainer wrote, a folder that holds exactly one of these up to two
             levels down, or a Hub id.
         output: the folder to write, `delta/merged` by default. It appears complete, or not at all.
         adapter: which one, where `delta` holds several.
+        checkpoint: which one of a Trainer's output folder: "latest", "best" (by its trainer_state.json), or a step.
         revision: branch, tag or commit of a Hub base.
         dtype: "float32", "bfloat16" or "float16" for all floating-point tensors; "auto" keeps those of the base.
         fold: fold LoRA, DoRA, (IA)^3 and VeRA into the weights; else they stay an adapter.
@@ -76,9 +81,10 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
         BaseMismatchError: the delta was trained on another base.
     """
     choices = Choices(dtype, fold, allow_base_mismatch, in_place)
-    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress)
+    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, checkpoint=checkpoint)
     try:
-        return _merge(str(base), str(delta), None if output is None else Path(output), options)
+        base = None if base is None else str(base)
+        return _merge(base, str(delta), None if output is None else Path(output), options)
     except OSError as error:
         where = error.filename or output or delta
         raise MergeError(f"{where}: {error.strerror or error}; nothing was left behind") from error
@@ -91,7 +97,7 @@ def undo_merge(base: str | Path) -> None:
     undo(Path(base))
 
 
-def _merge(base: str, delta: str, output: Path | None, options: Options) -> MergeReport:
+def _merge(base: str | None, delta: str, output: Path | None, options: Options) -> MergeReport:
     start = time.perf_counter()
     inputs = find_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place)
     if options.choices.in_place:
@@ -104,13 +110,18 @@ def _merge(base: str, delta: str, output: Path | None, options: Options) -> Merg
 
 @dataclass(frozen=True)
 class Inputs:
-    """base_name, delta_name: as given, folders or Hub ids. delta_folder: where the delta lies, or one level above."""
+    """What is merged, found and read.
+
+    base_name: folder or Hub id. delta_name: as given. delta_folder: where the delta lies, or a folder around it.
+    notes: how the base was found.
+    """
 
     base_name: str
     delta_name: str
     base_folder: Path
     delta_folder: Path
     delta: Delta
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,11 +133,13 @@ class Merge:
     target: Path | None
 
 
-def find_inputs(base: str, delta: str, options: Options, is_output_needed: bool) -> Inputs:
+def find_inputs(base: str | None, delta: str, options: Options, is_output_needed: bool) -> Inputs:
     """Get base and delta, from the Hub where they are no folders. Raises `MergeError`, `FormatError`."""
-    base_folder = _base_folder(base, options)
     delta_folder = _delta_folder(delta, options, is_output_needed)
-    return Inputs(base, delta, base_folder, delta_folder, read_delta(delta_folder, options.adapter))
+    read = read_delta(delta_folder, options.adapter, options.checkpoint)
+    request = BaseRequest(base, options.revision, options.token, must_be_folder=options.choices.in_place)
+    found = locate_base(request, read)
+    return Inputs(found.name, delta, found.folder, delta_folder, read, found.notes)
 
 
 def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
@@ -177,16 +190,6 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     return replace(finished(report, plan, start), bytes_written=written)
 
 
-def _base_folder(base: str, options: Options) -> Path:
-    if Path(base).exists():
-        return Path(base)
-    if options.choices.in_place:
-        raise MergeError(f"base {base}: no such folder; a merge in place takes a folder of your own, not a Hub id")
-    from pema_adapters.merging.resolve import from_hub
-
-    return from_hub(base, options.revision, options.token)
-
-
 def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
         return Path(delta)
@@ -223,7 +226,7 @@ def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:
         bytes_written=plan.size,
         max_rounding_error=0.0,
         seconds=0.0,
-        notes=plan.notes,
+        notes=(*inputs.notes, *plan.notes),
     )
 
 
