@@ -75,7 +75,7 @@ def _stands_for(given: str, recorded: str) -> bool:
 
 def _locate_recorded(recorded: str, given: str | None, request: BaseRequest) -> FoundBase:
     folder = _folder_of(recorded)
-    name = recorded if folder is None else str(folder)
+    name = recorded if folder in (None, Path(recorded)) else str(folder)
     note = _describe(escape_terminal(recorded), escape_terminal(name), given)
     return FoundBase(name, folder or _download_recorded(recorded, request), (note,))
 
