@@ -18,9 +18,11 @@ import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, VocabularyError
 from pema_adapters.files import replace_file
+from pema_adapters.formats.versions import UNVERSIONED, check_version
 from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
 
 FORMAT = "pema-vocabulary"
+VERSION = 1
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -138,7 +140,7 @@ class PartialVocabulary:
         """
         from safetensors.numpy import save
 
-        metadata = {"format": FORMAT, "vocab_size": str(self.vocab_size)}
+        metadata = {"format": FORMAT, "version": str(VERSION), "vocab_size": str(self.vocab_size)}
         replace_file(Path(path), save({"token_ids": self._token_ids}, metadata=metadata))
 
     @classmethod
@@ -190,7 +192,8 @@ def _read_file(path: Path) -> tuple[TokenIds, int]:
     try:
         with safe_open(path, framework="numpy") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
-            ids = file.get_tensor("token_ids") if names == ["token_ids"] else None
+            _check_version(path, metadata)
+            ids = file.get_tensor("token_ids") if "token_ids" in names else None
     except SafetensorError as error:
         raise FormatError(f"{path}: damaged, or no safetensors file ({error}); save the vocabulary again") from error
     if ids is None or metadata.get("format") != FORMAT:
@@ -200,6 +203,13 @@ def _read_file(path: Path) -> tuple[TokenIds, int]:
             f"{metadata.get('format')!r}, expected the tensor token_ids and {FORMAT!r}"
         )
     return _checked_content(path, ids, metadata.get("vocab_size", ""))
+
+
+def _check_version(path: Path, metadata: dict[str, str]) -> None:
+    found = metadata.get("version", str(UNVERSIONED))
+    is_number = found.isascii() and found.isdecimal() and len(found) < 10
+    if metadata.get("format") == FORMAT:
+        check_version(int(found) if is_number else found, VERSION, where=f"{path}: ")
 
 
 def _checked_content(path: Path, ids: npt.NDArray[Any], vocab_size: str) -> tuple[TokenIds, int]:

@@ -1,27 +1,100 @@
-"""What both commands share: exit codes, and errors as one line."""
+"""What both commands share: exit codes, errors as one line, standard output, and --version."""
 
+import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
+from pema_adapters import __version__
 from pema_adapters.errors import PemaError
 from pema_adapters.io.interrupts import Terminated, raise_on_sigterm
 
 DONE, FAILED = 0, 1
+_BESIDE = ("numpy", "safetensors")
+"""Packages whose versions --version shows: those that every command needs."""
 
 
-def run(program: str, work: Callable[[], None]) -> int:
-    """Run `work`; print a `PemaError` as one line on stderr. Returns the exit code: 0 done, 1 refused or failed."""
+def run(program: str, work: Callable[[], str], *, is_done_unprinted: bool = False) -> int:
+    """Do `work` and print the text that it returns; print a `PemaError` as one line on stderr.
+
+    is_done_unprinted: what counts is on the disk, so that text which cannot be printed is no failure.
+
+    Returns:
+        The exit code: 0 done, 1 refused or failed. A reader that closes its pipe has read enough: 0.
+    """
     try:
         with raise_on_sigterm():
-            work()
+            text = work()
     except (PemaError, OSError) as error:
-        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        _complain(f"{program}: error: {_one_line(error)}")
         return FAILED
     except KeyboardInterrupt as stop:
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        print(f"{program}: {how}{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+        _complain(f"{program}: {how}{f'; {stop}' if str(stop) else ''}")
         return FAILED
+    try:
+        write_stdout(text)
+    except BrokenPipeError:
+        return DONE
+    except OSError as error:
+        done = "; all else is done" if is_done_unprinted else ""
+        _complain(f"{program}: error: standard output cannot be written ({error.strerror or error}){done}")
+        return DONE if is_done_unprinted else FAILED
     return DONE
+
+
+def write_stdout(text: str) -> None:
+    """Print and flush, with escapes for what the encoding of standard output lacks; nothing for empty text.
+
+    Raises:
+        OSError: it cannot be written. Then nothing more is, so that no second error follows at exit.
+    """
+    stream = sys.stdout
+    if not text or stream is None:  # None: it was closed before the program began
+        return
+    encoding = stream.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        _discard_stdout()
+        raise
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`: this package, Python, and the packages that every command needs, in one line."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of pema-adapters and others")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import platform
+
+        others = ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in _BESIDE)])
+        sys.exit(run(parser.prog, lambda: f"{parser.prog} {__version__} ({others})"))
+
+
+def _installed(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _discard_stdout() -> None:
+    """Lead standard output nowhere: the interpreter would try to flush what is left in it, and fail again."""
+    with contextlib.suppress(OSError, ValueError):  # no file behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _one_line(error: BaseException) -> str:

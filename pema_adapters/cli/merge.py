@@ -6,74 +6,153 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_adapters.cli._run import run
+from pema_adapters.cli._run import add_version, run
+from pema_adapters.io.locking import check_platform
+from pema_adapters.io.text import escape_terminal
 
 if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LONGEST_LINE = 10_000
+"""Characters of a line of the summary; the lines to paste are no use if they are cut."""
 EPILOG = """\
 examples:
-  pema-merge --base facebook/xlm-v-base --delta run/
+  pema-merge --delta run/
+  pema-merge --base xlm-v-base --delta run/ --checkpoint best
   pema-merge --base ./xlm-v-base --delta run/ --adapter task --output merged/ --verify
   pema-merge --base ./xlm-v-base --delta run/ --in-place
   pema-merge --base ./xlm-v-base --undo
-  pema-merge --base facebook/xlm-v-base --delta run/ --push-to-hub me/xlm-v-base-mood --private
+  pema-merge --delta run/ --push-to-hub me/xlm-v-base-mood --private
+
+exit codes:
+  0  done; also where the checkpoint is complete, but the summary could not be printed
+  1  refused or failed: one line on standard error says why
+  2  wrong usage
 """
+_UNDO_TAKES = {"base", "undo", "quiet"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pema-merge`. Returns the exit code: 0 done, 1 refused or failed; argparse exits with 2 on wrong usage."""
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.delta is None and not options.undo:
-        parser.error("the following arguments are required: --delta")
-    if options.in_place and (options.output or options.overwrite or options.push_to_hub):
-        parser.error("--in-place changes the base itself: it goes without --output, --overwrite and --push-to-hub")
+    problem = _find_conflict(options, parser)
+    if problem:
+        parser.error(problem)
+    if options.undo:
+        return run("pema-merge", lambda: _undo(options), is_done_unprinted=True)
+    return run("pema-merge", lambda: _merge(options), is_done_unprinted=not options.dry_run)
+
+
+def _find_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """Why the options do not go together, "" if they do."""
+    if options.undo:
+        given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+        others = [name for name in given if name not in _UNDO_TAKES]
+        if others:
+            return f"--undo takes --base and --quiet alone, found --{others[0].replace('_', '-')}"
+    elif options.delta is None:
+        return "the following arguments are required: --delta"
+    if options.base is None and (options.undo or options.in_place):
+        return f"--{'undo' if options.undo else 'in-place'} changes the base: name its folder with --base"
+    if options.in_place and (options.overwrite or options.push_to_hub):
+        return "--in-place changes the base itself: it goes without --output, --overwrite and --push-to-hub"
     if not options.push_to_hub and (options.private or options.create_pr or options.commit_message or options.token):
-        parser.error("--private, --create-pr, --commit-message and --token go with --push-to-hub")
-    return run("pema-merge", lambda: _undo(options) if options.undo else _merge(options))
+        return "--private, --create-pr, --commit-message and --token go with --push-to-hub"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pema-merge",
-        description="Write the full checkpoint that a base and a delta (a PEMA adapter, or full fine-tuning) make.",
+        usage="pema-merge [--base BASE] --delta DELTA [options]\n       pema-merge --base BASE --undo",
+        description="Merge a delta (a PEMA adapter, or full fine-tuning with PEMA) into its base, and write the full "
+        "checkpoint.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--base", required=True, help="folder with a checkpoint (safetensors or .bin, one file or shards), or a Hub id")
-    add("--delta", help="what save_adapter, save_delta or a Trainer wrote, or a Hub id")
-    add("--output", metavar="DIR", help="folder to write (default: DELTA/merged)")
-    add("--adapter", metavar="NAME", help="which adapter, where DELTA holds several")
-    add("--revision", metavar="REV", help="branch, tag or commit of a Hub base")
-    add("--dtype", choices=DTYPES, default="auto", help="of the output's numbers (default: the base's own)")
-    add(
-        "--no-fold", action="store_true", help="leave LoRA, DoRA, (IA)^3 and VeRA an adapter instead of folding them in"
-    )
-    add("--in-place", action="store_true", help="change the base's own files, with a journal to restore them from")
-    add("--undo", action="store_true", help="restore a base that was merged in place, byte for byte")
-    add("--push-to-hub", metavar="REPO_ID", help="push the result; without --output no merged copy lies on the disk")
-    add("--private", action="store_true", help="make the repository private if it is new")
-    add("--create-pr", action="store_true", help="open a pull request instead of committing")
-    add("--commit-message", metavar="TEXT", help="of the commit that is pushed")
-    add("--token", help="of the Hub (default: that of hf auth login, or HF_TOKEN)")
-    add("--overwrite", action="store_true", help="replace an output that an earlier merge wrote")
-    add("--dry-run", action="store_true", help="check and plan everything, write nothing")
-    add("--verify", action="store_true", help="read the output again and compare every byte with base and delta")
-    add("--allow-base-mismatch", action="store_true", help="merge although the delta was trained on another base")
-    add("--json", action="store_true", help="print the report as JSON")
-    add("--quiet", action="store_true", help="print nothing but errors (and the report with --json)")
+    add_version(parser)
+    _add_inputs(parser.add_argument_group("what to merge"))
+    _add_outputs(parser.add_argument_group("where to write it"))
+    _add_hub(parser.add_argument_group("the Hugging Face Hub"))
+    _add_checks(parser.add_argument_group("how to merge"))
+    _add_reporting(parser.add_argument_group("what to print"))
     return parser
 
 
-def _merge(options: argparse.Namespace) -> None:
+def _add_inputs(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add(
+        "--base",
+        help="folder of a checkpoint (safetensors or .bin, one file or shards), or a Hub id (default: the base that "
+        "DELTA records; a short name that ends it will do, too)",
+    )
+    add("--delta", help="folder written by save_adapter, save_delta or a Trainer, or a Hub id")
+    add("--adapter", metavar="NAME", help="the adapter to merge, if DELTA holds several")
+    add(
+        "--checkpoint",
+        type=_checkpoint,
+        metavar="latest|best|STEP",
+        help="the checkpoint to merge, if DELTA is the output folder of a Trainer",
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a base on the Hub")
+
+
+def _add_outputs(group: "argparse._ArgumentGroup") -> None:
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--output", metavar="DIR", help="folder to write (default: DELTA/merged)")
+    either.add_argument(
+        "--in-place", action="store_true", help="change the files of the base itself; --undo restores them"
+    )
+    either.add_argument(
+        "--undo", action="store_true", help="restore a base that was merged in place, byte for byte, and stop"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an output of an earlier merge")
+
+
+def _add_hub(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add(
+        "--push-to-hub",
+        metavar="REPO_ID",
+        help="upload the result; without --output, no merged copy is written to the disk",
+    )
+    add("--private", action="store_true", help="make the repository private if it is new")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing")
+    add("--commit-message", metavar="TEXT", help="message of the commit")
+    add("--token", help="access token (default: the one of hf auth login, or HF_TOKEN)")
+
+
+def _add_checks(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of the output (default: that of the base)")
+    add("--no-fold", action="store_true", help="keep LoRA, DoRA, (IA)^3 and VeRA as an adapter beside the checkpoint")
+    add("--dry-run", action="store_true", help="check and plan everything, and write nothing")
+    add("--verify", action="store_true", help="read the output back and compare every byte with base and delta")
+    add("--allow-base-mismatch", action="store_true", help="merge even if the delta was trained on another base")
+
+
+def _add_reporting(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--json", action="store_true", help="print the report as JSON")
+    group.add_argument("--quiet", action="store_true", help="print nothing but errors (with --json, the report too)")
+
+
+def _checkpoint(text: str) -> str:
+    from pema_adapters.formats.trainer_checkpoints import is_choice
+
+    if not is_choice(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of latest, best and the number of a step")
+    return text
+
+
+def _merge(options: argparse.Namespace) -> str:
+    """Merge; returns what to print."""
+    check_platform()
     report = _pushed(options) if options.push_to_hub else _merged(options)
     if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    elif not options.quiet:
-        print(_summary(report, options))
+        return json.dumps(report.to_dict(), indent=2)
+    return "" if options.quiet else _summary(report, options)
 
 
 def _merged(options: argparse.Namespace) -> "MergeReport":
@@ -100,17 +179,17 @@ def _pushed(options: argparse.Namespace) -> "MergeReport":
 
 def _how(options: argparse.Namespace) -> dict[str, Any]:
     """What merging and pushing share."""
-    same = ("adapter", "revision", "dtype", "overwrite", "dry_run", "verify", "allow_base_mismatch")
+    same = ("adapter", "checkpoint", "revision", "dtype", "overwrite", "dry_run", "verify", "allow_base_mismatch")
     taken = {name: getattr(options, name) for name in same}
     return {**taken, "fold": not options.no_fold, "progress": False if options.quiet else None}
 
 
-def _undo(options: argparse.Namespace) -> None:
+def _undo(options: argparse.Namespace) -> str:
+    check_platform()
     from pema_adapters.merging.merge import undo_merge
 
     undo_merge(options.base)
-    if not options.quiet:
-        print(f"restored {options.base}")
+    return "" if options.quiet else escape_terminal(f"restored {options.base}")
 
 
 def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
@@ -128,7 +207,7 @@ def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
     if options.verify and not options.dry_run:
         lines.append("  verified: every byte is the base's or the delta's")
     lines += [f"  note:    {note}" for note in report.notes]
-    return "\n".join(lines + _loading(report))
+    return "\n".join(escape_terminal(line, LONGEST_LINE) for line in lines + _loading(report))
 
 
 def _done(options: argparse.Namespace) -> str:
@@ -145,7 +224,7 @@ def _kept(options: argparse.Namespace) -> str:
 
 def _loading(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
-    from pema_adapters.merging.usage import loading_lines
+    from pema_adapters.merging.usage import loading_lines, python_string
 
     output = Path(report.output)
     left = {name: output / "adapters" / name for name in report.adapters_left}
@@ -153,5 +232,5 @@ def _loading(report: "MergeReport") -> list[str]:
         return []
     config = json.loads((output / "config.json").read_bytes()) if (output / "config.json").exists() else {}
     files = {name: [path.name for path in folder.iterdir()] for name, folder in left.items()}
-    lines = loading_lines(report.output, config, files, lambda name: f'"{left[name]}"')
+    lines = loading_lines(report.output, config, files, lambda name: python_string(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_adapters.cli._run import run
+from pema_adapters.cli._run import add_version, run
 
 if TYPE_CHECKING:
     from pema_adapters.cli._scan_figures import Scanned
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     add = parser.add_argument
     add(
         "--tokenizer",
@@ -117,8 +118,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _scan(options: argparse.Namespace) -> None:
-    """Whatever can be refused is, before the first scan; whatever can fail is done before the first output."""
+def _scan(options: argparse.Namespace) -> str:
+    """Scan, or remember; returns what to print. All checks precede the first scan, all work the first output."""
     from pema_adapters.cli._scan_answers import Answers
 
     answers = Answers(options)
@@ -126,7 +127,7 @@ def _scan(options: argparse.Namespace) -> None:
     if figures is None:
         figures = _found(options)
         answers.remember(figures)
-    _print(_text(figures, options.json))
+    return _text(figures, options.json)
 
 
 def _found(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -180,9 +181,3 @@ def _only_our_errors() -> None:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-
-
-def _print(text: str) -> None:
-    """Tokens are of all scripts; a terminal that cannot show one gets its escape."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))

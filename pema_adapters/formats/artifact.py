@@ -29,6 +29,7 @@ from pema_adapters.formats.names import canonical
 from pema_adapters.formats.safetensors_file import FLOATS, NUMPY_DTYPES
 from pema_adapters.formats.stored import Stored
 from pema_adapters.formats.tensors import read_tensors
+from pema_adapters.formats.trainer_checkpoints import pick_checkpoint
 
 HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -108,12 +109,15 @@ class Delta:
         return self.static_head.tensors if self.static_head is not None else self.tensors
 
 
-def read_delta(folder: str | Path, adapter: str | None = None) -> Delta:
+def read_delta(folder: str | Path, adapter: str | None = None, checkpoint: str | int | None = None) -> Delta:
     """Read the delta in `folder`, or the only one a level below it; `adapter` names one of several.
+
+    checkpoint: of a Trainer's output folder "latest", "best", or a step; see `pick_checkpoint`.
 
     Raises `FormatError` where there is none, where there are several, or where it is damaged.
     """
-    found = find_delta(Path(folder), adapter)
+    folder = Path(folder)
+    found = find_delta(folder if checkpoint is None else pick_checkpoint(folder, checkpoint), adapter)
     return _read_adapter(found) if is_adapter(found) else _read_full(found)
 
 

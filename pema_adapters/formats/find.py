@@ -6,6 +6,7 @@ from typing import Any
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json
+from pema_adapters.formats.trainer_checkpoints import suggest_choice
 
 ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = (SINGLE, INDEX, PICKLE_INDEX, PICKLE)
@@ -23,7 +24,8 @@ def find_delta(folder: Path, adapter: str | None) -> Path:
     in `folder`. Raises `FormatError` where there is none, or where there are several.
     """
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder; expected what save_adapter, save_delta or a Trainer wrote")
+        found = "is a file" if folder.exists() else "no such folder"
+        raise FormatError(f"{folder}: {found}; expected the folder that save_adapter, save_delta or a Trainer wrote")
     seen: list[Path] = []
     level = [folder]
     for _ in range(1 + LEVELS):
@@ -46,7 +48,7 @@ def _only(folder: Path, adapter: str | None, found: list[Path]) -> Path:
     called = "" if adapter is None else f" called {adapter!r}"
     raise FormatError(
         f"{folder}: holds {len(different)} deltas{called} ({_listed(folder, different)}); "
-        "pick one with --adapter NAME, or give its folder"
+        f"{suggest_choice(folder, different, adapter)}"
     )
 
 

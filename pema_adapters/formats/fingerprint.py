@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Protocol
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from pema_adapters.errors import BaseMismatchError, FormatError
 from pema_adapters.formats.names import canonical, match
+from pema_adapters.formats.versions import UNVERSIONED, check_version
 
+VERSION = 1
 SAMPLES = 64
 BLOCK_ROWS = 1024
 _WAY_OUT = "give the base that the delta was trained on, or insist with --allow-base-mismatch"
@@ -39,6 +41,7 @@ class Fingerprint:
     `embedding` and the keys of `tensors` are canonical names. Ids >= `base_vocab_size` are rows added by
     `resize_token_embeddings`; they have no base row and are not in the digest. `untied` is the name of the output
     matrix that the trained model does not tie to its input embedding any more, though the base does; "" for none.
+    `base` is the Hub id or folder that the model was loaded from, as its user gave it; "" where nobody knows.
     """
 
     embedding: str
@@ -48,6 +51,7 @@ class Fingerprint:
     rows: str
     tensors: dict[str, tuple[tuple[int, ...], str]]
     untied: str = ""
+    base: str = ""
 
     @classmethod
     def take(  # noqa: PLR0913 - the parts of a fingerprint
@@ -109,18 +113,25 @@ class Fingerprint:
 
     def to_array(self) -> np.ndarray:
         """As UTF-8 JSON, uint8 [n]: the way it travels inside an artifact."""
-        return np.frombuffer(json.dumps(asdict(self), separators=(",", ":")).encode(), dtype=np.uint8)
+        content = {"version": VERSION, **asdict(self)}
+        return np.frombuffer(json.dumps(content, separators=(",", ":")).encode(), dtype=np.uint8)
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> "Fingerprint":
-        """Read what `to_array` wrote; raises `FormatError` on anything else."""
+        """Read what `to_array` wrote, now or before formats had versions; raises `FormatError` on anything else."""
         try:
-            found = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
+            content = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
+            version = content.get("version", UNVERSIONED)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise _unreadable(error) from None
+        check_version(version, VERSION)
+        try:
+            found = {field.name: content[field.name] for field in fields(cls) if field.name in content}
             fingerprint = cls(**found)
             tensors = {name: (tuple(shape), digest) for name, (shape, digest) in fingerprint.tensors.items()}
             fingerprint = cls(**{**found, "tensors": tensors})
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise FormatError(f"fingerprint cannot be read ({error}); the artifact is damaged") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _unreadable(error) from None
         return _validated(fingerprint)
 
     @staticmethod
@@ -133,8 +144,13 @@ class Fingerprint:
         return stored[key]
 
 
+def _unreadable(error: Exception) -> FormatError:
+    return FormatError(f"fingerprint cannot be read ({error}); the artifact is damaged")
+
+
 def _validated(fingerprint: Fingerprint) -> Fingerprint:
     texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows, fingerprint.untied, *fingerprint.tensors]
+    texts.append(fingerprint.base)
     sizes = [fingerprint.vocab_size, fingerprint.base_vocab_size]
     for shape, digest in fingerprint.tensors.values():
         texts.append(digest)

@@ -134,7 +134,8 @@ def _load(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # about its own odd content; what is wrong is an error below
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own odd content; what is wrong is an error below
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever an unpickler meets in a damaged file
         raise FormatError(

@@ -40,12 +40,13 @@ class _Target:
 
 
 def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and those of push_to_hub
-    base: str | Path,
+    base: str | Path | None,
     delta: str | Path,
     repo_id: str,
     output: str | Path | None = None,
     *,
     adapter: str | None = None,
+    checkpoint: str | int | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     fold: bool = True,
@@ -66,8 +67,9 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
     other files are deleted by the same commit.
 
     Args:
-        base, delta, output, adapter, revision, dtype, fold, overwrite, verify, allow_base_mismatch, progress: as for
-            `merge_checkpoint`; `output` and what goes with it only where a copy on the disk is wanted as well.
+        base, delta, output, adapter, checkpoint, revision, dtype, fold, overwrite, verify, allow_base_mismatch,
+            progress: as for `merge_checkpoint`; `output` and what goes with it only where a copy on the disk is wanted
+            as well.
         repo_id: the repository; made if there is none. Its README.md keeps all sections but ours.
         dry_run: plan only; ask nothing of the Hub but base and delta.
         private: whether a new repository is private; by default what the organisation says.
@@ -83,11 +85,10 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
         FormatError, BaseMismatchError: as for `merge_checkpoint`.
     """
     choices = Choices(dtype, fold, allow_base_mismatch)
-    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, token)
+    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, token, checkpoint)
+    base = None if base is None else str(base)
     try:
-        return _push(
-            str(base), str(delta), output, _target(repo_id, private, create_pr, commit_message, token), options
-        )
+        return _push(base, str(delta), output, _target(repo_id, private, create_pr, commit_message, token), options)
     except OSError as error:
         raise MergeError(f"{error.filename or repo_id}: {error.strerror or error}; nothing was pushed") from error
 
@@ -100,7 +101,7 @@ def _target(
     return _Target(repo_id, private, create_pr, message or MESSAGE, HfApi(token=token))
 
 
-def _push(base: str, delta: str, output: str | Path | None, target: _Target, options: Options) -> MergeReport:
+def _push(base: str | None, delta: str, output: str | Path | None, target: _Target, options: Options) -> MergeReport:
     start = time.perf_counter()
     with open_inputs(base, delta, options, is_output_needed=False) as inputs:
         merge = prepare(inputs, None if output is None else Path(output), options)

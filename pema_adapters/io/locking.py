@@ -24,6 +24,15 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, err
 """What network and user-space file systems answer where they have no locks."""
 
 
+def check_platform() -> None:
+    """Raise `MergeError` on a system that cannot merge: one without `flock`, which lacks `pread` as well."""
+    if not IS_AVAILABLE:
+        raise MergeError(
+            "merging needs file locks and positional reads, which this system lacks (no fcntl module); merge on Linux "
+            "or macOS, or on Windows in WSL"
+        )
+
+
 def lock_exclusive(descriptor: int) -> bool:
     """Lock an open file or folder against all other locks, without waiting.
 

@@ -12,6 +12,7 @@ from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
 from pema_adapters.io.locking import locked
+from pema_adapters.merging.base_folder import BaseRequest, locate_base
 from pema_adapters.merging.journal import PATCHING, state_of
 from pema_adapters.merging.manifest import encode_manifest
 from pema_adapters.merging.plan import Plan, PlannedFile
@@ -39,14 +40,16 @@ class Options:
     verify: bool
     progress: bool | None
     token: str | bool | None = None
+    checkpoint: str | int | None = None
 
 
 def merge_checkpoint(  # noqa: PLR0913 - the public contract
-    base: str | Path,
+    base: str | Path | None,
     delta: str | Path,
     output: str | Path | None = None,
     *,
     adapter: str | None = None,
+    checkpoint: str | int | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     fold: bool = True,
@@ -60,11 +63,13 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
     """Write the full checkpoint that `base` and `delta` make, as a stream (the paper's E with E' written back).
 
     Args:
-        base: a folder with a checkpoint (safetensors or `.bin`, one file or shards), or a Hub id.
+        base: a folder with a checkpoint (safetensors or `.bin`, one file or shards), or a Hub id. None: the one that
+            the delta records, as does a short name that ends it ("xlm-v-base" for "facebook/xlm-v-base").
         delta: what `save_adapter`, `save_delta` or a Trainer wrote, a folder that holds exactly one of these up to two
             levels down, or a Hub id.
         output: the folder to write, `delta/merged` by default. It appears complete, or not at all.
         adapter: which one, where `delta` holds several.
+        checkpoint: which one of a Trainer's output folder: "latest", "best" (by its trainer_state.json), or a step.
         revision: branch, tag or commit of a Hub base.
         dtype: "float32", "bfloat16" or "float16" for all floating-point tensors; "auto" keeps those of the base.
         fold: fold LoRA, DoRA, (IA)^3 and VeRA into the weights; else they stay an adapter.
@@ -84,9 +89,10 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
         BaseMismatchError: the delta was trained on another base.
     """
     choices = Choices(dtype, fold, allow_base_mismatch, in_place)
-    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress)
+    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, checkpoint=checkpoint)
     try:
-        return _merge(str(base), str(delta), None if output is None else Path(output), options)
+        base = None if base is None else str(base)
+        return _merge(base, str(delta), None if output is None else Path(output), options)
     except OSError as error:
         raise MergeError(f"{error.filename or output or base}: {error.strerror or error}") from error
 
@@ -101,7 +107,7 @@ def undo_merge(base: str | Path) -> None:
         raise MergeError(f"{error.filename or base}: {error.strerror or error}") from error
 
 
-def _merge(base: str, delta: str, output: Path | None, options: Options) -> MergeReport:
+def _merge(base: str | None, delta: str, output: Path | None, options: Options) -> MergeReport:
     start = time.perf_counter()
     with open_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place) as inputs:
         if options.choices.in_place:
@@ -114,9 +120,10 @@ def _merge(base: str, delta: str, output: Path | None, options: Options) -> Merg
 
 @dataclass(frozen=True)
 class Inputs:
-    """base_name, delta_name: as given, folders or Hub ids. delta_folder: where the delta lies, or one level above.
+    """What is merged, found and read.
 
-    files: those of the delta that were read.
+    base_name: folder or Hub id. delta_name: as given. delta_folder: where the delta lies, or a folder around it.
+    files: those of the delta that were read. notes: how the base was found.
     """
 
     base_name: str
@@ -125,6 +132,7 @@ class Inputs:
     delta_folder: Path
     delta: Delta
     files: tuple[InputFile, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,28 +153,22 @@ class Merge:
 
 
 @contextmanager
-def open_inputs(base: str, delta: str, options: Options, is_output_needed: bool) -> Iterator[Inputs]:
+def open_inputs(base: str | None, delta: str, options: Options, is_output_needed: bool) -> Iterator[Inputs]:
     """Get base and delta, from the Hub where they are no folders, and keep merges in place out of them in the block.
 
     Raises `MergeError`, `FormatError`.
     """
-    base_folder = _base_folder(base, options)
     delta_folder = _delta_folder(delta, options, is_output_needed)
-    with _lock_inputs(base_folder, delta_folder, exclusive=options.choices.in_place and not options.dry_run):
-        with record_inputs() as files:
-            found = read_delta(delta_folder, options.adapter)
-        yield Inputs(base, delta, base_folder, delta_folder, found, tuple(files))
-
-
-@contextmanager
-def _lock_inputs(base: Path, delta: Path, exclusive: bool) -> Iterator[None]:
-    """Lock the base, exclusively to change it, and the delta against changes; what is no folder is refused later."""
     with ExitStack() as stack:
-        if base.is_dir():
-            stack.enter_context(locked(base, exclusive, BUSY))
-        if delta.is_dir() and not (base.is_dir() and base.samefile(delta)):
-            stack.enter_context(locked(delta, False, BUSY))
-        yield
+        if delta_folder.is_dir():
+            stack.enter_context(locked(delta_folder, False, BUSY))
+        with record_inputs() as files:
+            read = read_delta(delta_folder, options.adapter, options.checkpoint)
+        request = BaseRequest(base, options.revision, options.token, must_be_folder=options.choices.in_place)
+        found = locate_base(request, read)
+        if found.folder.is_dir() and not found.folder.samefile(delta_folder):
+            stack.enter_context(locked(found.folder, options.choices.in_place and not options.dry_run, BUSY))
+        yield Inputs(found.name, delta, found.folder, delta_folder, read, tuple(files), found.notes)
 
 
 def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
@@ -226,16 +228,6 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     return replace(finished(merge.report, plan, start), bytes_written=written)
 
 
-def _base_folder(base: str, options: Options) -> Path:
-    if Path(base).exists():
-        return Path(base)
-    if options.choices.in_place:
-        raise MergeError(f"base {base}: no such folder; a merge in place takes a folder of your own, not a Hub id")
-    from pema_adapters.merging.resolve import from_hub
-
-    return from_hub(base, options.revision, options.token)
-
-
 def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
         return Path(delta)
@@ -273,7 +265,7 @@ def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:
         bytes_written=plan.size,
         max_rounding_error=0.0,
         seconds=0.0,
-        notes=plan.notes,
+        notes=(*inputs.notes, *plan.notes),
     )
 
 

@@ -10,7 +10,8 @@ Advance = Callable[[int], None]
 @contextmanager
 def bar(label: str, total: int, shown: bool | None) -> Iterator[Advance]:
     """Give a function to call with the number of bytes done. `shown`: None for where stderr is a terminal."""
-    if not (sys.stderr.isatty() if shown is None else shown):
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if not (on_terminal if shown is None else shown):
         yield lambda count: None
         return
     from tqdm import tqdm

@@ -1,5 +1,6 @@
 """The lines of Python that load a merged checkpoint, and what stays an adapter beside it."""
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -19,14 +20,21 @@ def loading_lines(
         where: a Python expression for the folder of an adapter.
     """
     if any(HEAD_CONFIG in files for files in left.values()):
-        lines = [f'model = adapters.AutoAdapterModel.from_pretrained("{checkpoint}")']
+        lines = [f"model = adapters.AutoAdapterModel.from_pretrained({python_string(checkpoint)})"]
     else:
         start = "; adapters.init(model)" if left else ""
-        lines = [f'model = transformers.{model_class(config)}.from_pretrained("{checkpoint}"){start}']
+        lines = [f"model = transformers.{model_class(config)}.from_pretrained({python_string(checkpoint)}){start}"]
     for name, files in left.items():
         load, active = ("adapter", "set_active=True, ") if ADAPTER_CONFIG in files else ("head", "")
         lines.append(f"model.load_{load}({where(name)}, {active}use_safetensors=True)")
     return lines
+
+
+def python_string(text: str) -> str:
+    r"""A Python literal in double quotes, whatever a file's or adapter's name holds: `python_string('a"b')` is
+    `"a\"b"`. Characters that a terminal cannot show may still be escaped in it.
+    """
+    return json.dumps(text, ensure_ascii=False)
 
 
 def model_class(config: Mapping[str, Any]) -> str:

@@ -154,12 +154,15 @@ def _checkpoint_folder(name: str, commit: str | None) -> Path | None:
 class LiveModel:
     """The base model's tensors as they are in memory, as a `formats.fingerprint.TensorSource`.
 
+    name: the Hub id or folder that it was loaded from, "" where that cannot be printed.
     absent: the shape of the embedding, while `load_model` leaves it out.
     """
 
     def __init__(self, model: Any, embedding: str, absent: tuple[int, int] = (0, 0)) -> None:
         self.prefix = str(model.base_model_prefix or "")
         self.embedding = embedding
+        name = str(model.name_or_path or "")
+        self.name = name if name.isprintable() else ""
         added = _upstream.adapter_tensor_names(model)
         state = _without_quantization(model.base_model)
         state.setdefault(embedding, torch.empty(absent, device="meta"))
@@ -230,6 +233,7 @@ def _stored_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, s
             "checkpoint that has them (model.save_pretrained writes one)", checkpoint.folder, ", ".join(drawn),
         )  # fmt: skip
     fingerprint = _take(checkpoint, stored[live.embedding], live.prefix, len(rows), common)
+    fingerprint = replace(fingerprint, base=live.name)
     return Base(rows, fingerprint, _take(live, live.embedding, live.prefix, len(rows), drawn).tensors)
 
 

@@ -115,7 +115,8 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         if not len(rows) or rows.weight.dtype != torch.float32 or not len(rows.fingerprint):
             return
         fingerprint = Fingerprint.from_array(rows.fingerprint.cpu().numpy())
-        if not torch.equal(refit(fingerprint, rows.token_ids, self.embedding.rows), rows.fingerprint.cpu()):
+        here = Fingerprint.from_array(refit(fingerprint, rows.token_ids, self.embedding.rows).numpy())
+        if here.rows != fingerprint.rows:
             logger.warning(
                 "adapter %r was trained on another base: the embedding rows of its %d tokens are not this model's, "
                 "so it will not compute what it was trained to", adapter_name, len(rows),

@@ -68,13 +68,21 @@ def test_several(tmp_path):
     for step in (1000, 500, 1500):
         adapter(tmp_path / f"checkpoint-{step}" / "task")
     listed = r"\(checkpoint-500/task, checkpoint-1000/task, checkpoint-1500/task\)"
-    refused(tmp_path, None, rf"holds 3 deltas {listed}; pick one with --adapter NAME, or give its folder")
-    refused(
-        tmp_path, "task", rf"holds 3 deltas called 'task' {listed}; pick one with --adapter NAME, or give its folder"
-    )
+    choice = r"pick one with --checkpoint latest\|best\|STEP; the newest is: pema-merge --delta \S+ --checkpoint latest"
+    refused(tmp_path, None, rf"holds 3 deltas {listed}; {choice}$")
+    refused(tmp_path, "task", rf"holds 3 deltas called 'task' {listed}; {choice} --adapter task$")
     refused(tmp_path, "other", r"no adapter 'other' here; found: checkpoint-500/task, ")
     assert find_delta(tmp_path, "checkpoint-1000/task") == tmp_path / "checkpoint-1000" / "task"
     assert find_delta(tmp_path / "checkpoint-500", None) == tmp_path / "checkpoint-500" / "task"
+
+
+def test_adapters_of_one_name(tmp_path):
+    for run in ("one", "the other"):
+        adapter(tmp_path / run / "task")
+    refused(
+        tmp_path, "task", r"holds 2 deltas called 'task' \(.*\); pick one by its path, as in --adapter 'the other/task'"
+    )
+    assert find_delta(tmp_path, "the other/task") == tmp_path / "the other" / "task"
 
 
 def test_a_long_list_is_cut(tmp_path):
@@ -135,5 +143,7 @@ def test_what_cannot_be_read_does_not_stand_in_the_way(tmp_path):
 
 def test_no_folder(tmp_path):
     refused(
-        tmp_path / "nowhere", None, "nowhere: no such folder; expected what save_adapter, save_delta or a Trainer wrote"
+        tmp_path / "nowhere", None, "nowhere: no such folder; expected the folder that save_adapter, save_delta or a"
     )
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", None, "file: is a file; expected the folder that save_adapter, save_delta or a Trainer")

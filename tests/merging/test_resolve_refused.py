@@ -168,7 +168,7 @@ def test_the_environment_counts(hub, pair, tmp_path):
 
     refused = run(hub, home, tmp_path / "none")
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
-    assert "someone/tiny: no such folder, and cannot be had from the Hub (not found, or private)" in refused.stderr
+    assert "someone/task: no such folder, and cannot be had from the Hub (not found, or private)" in refused.stderr
 
     done = run(hub, home, tmp_path / "out", HF_TOKEN="hf_good")
     assert (done.returncode, done.stderr) == (0, "")
@@ -186,7 +186,7 @@ def test_the_environment_counts(hub, pair, tmp_path):
     assert read(tmp_path / "again") == oracle(base, delta)
     empty = run(hub, tmp_path / "empty", tmp_path / "none", HF_HUB_OFFLINE="1", HF_TOKEN="hf_good")
     assert (empty.returncode, empty.stdout, empty.stderr.count("\n")) == (1, "", 1)
-    assert "someone/tiny" in empty.stderr
+    assert "someone/task" in empty.stderr
     assert "offline mode is enabled" in empty.stderr
     assert empty.stderr.endswith("; download it once with a network, or give a folder\n")
     assert len(hub.requests) == asked
