@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._run import run
+from pema_adapters.io.text import escape_terminal, python_literal
 
 if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
@@ -110,7 +111,7 @@ def _undo(options: argparse.Namespace) -> None:
 
     undo_merge(options.base)
     if not options.quiet:
-        print(f"restored {options.base}")
+        print(escape_terminal(f"restored {options.base}"))
 
 
 def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
@@ -128,7 +129,7 @@ def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
     if options.verify and not options.dry_run:
         lines.append("  verified: every byte is the base's or the delta's")
     lines += [f"  note:    {note}" for note in report.notes]
-    return "\n".join(lines + _loading(report))
+    return "\n".join([*map(escape_terminal, lines), *_loading(report)])
 
 
 def _done(options: argparse.Namespace) -> str:
@@ -153,5 +154,5 @@ def _loading(report: "MergeReport") -> list[str]:
         return []
     config = json.loads((output / "config.json").read_bytes()) if (output / "config.json").exists() else {}
     files = {name: [path.name for path in folder.iterdir()] for name, folder in left.items()}
-    lines = loading_lines(report.output, config, files, lambda name: f'"{left[name]}"')
+    lines = loading_lines(report.output, config, files, lambda name: python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]

@@ -8,11 +8,14 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
+from pema_adapters.hub.card import README
 from pema_adapters.merging.journal import PATCHING, state_of
-from pema_adapters.merging.plan import Plan
+from pema_adapters.merging.model_card import folder_card
+from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.planning import Choices, plan_merge
 from pema_adapters.merging.progress import bar
 from pema_adapters.merging.report import MergeReport
+from pema_adapters.merging.segments import Literal
 from pema_adapters.merging.settings import json_file
 from pema_adapters.merging.target import DEFAULT, check_space, check_target, staged
 from pema_adapters.merging.verify import verify_plan
@@ -141,7 +144,15 @@ def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
     plan = plan_merge(Checkpoint.open(base_folder), delta, options.choices)
     if target is not None:
         check_space(target, plan.size)
-    return Merge(plan, _report(plan, str(target or ""), inputs), target)
+    merge = Merge(plan, _report(plan, str(target or ""), inputs), target)
+    return merge if target is None else with_card(merge, folder_card(target, inputs, merge, options))
+
+
+def with_card(merge: Merge, card: str) -> Merge:
+    """The same merge with `card` as the README.md of its output, in place of the base's."""
+    readme = PlannedFile(README, (Literal(card.encode(errors="replace")),))
+    plan = replace(merge.plan, files=(*(file for file in merge.plan.files if file.name != README), readme))
+    return replace(merge, plan=plan, report=replace(merge.report, bytes_written=plan.size))
 
 
 def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
@@ -169,6 +180,7 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     check_in_place(base)
     plan = plan_merge(Checkpoint.open(base), inputs.delta, options.choices)
     report = _report(plan, str(base.resolve()), inputs)
+    report = replace(report, notes=report.notes + _about_card(base))
     if options.dry_run:
         return measured(report, plan, start)
     with bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
@@ -194,6 +206,10 @@ def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     if is_output_needed:
         raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
     return delta_from_hub(delta, token=options.token)
+
+
+def _about_card(base: Path) -> tuple[str, ...]:
+    return ("README.md was left as it is: it describes the base",) if (base / README).exists() else ()
 
 
 def _about_clones(cloned: int) -> tuple[str, ...]:
