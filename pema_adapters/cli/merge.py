@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--in-place changes the base itself: it goes without --output, --overwrite and --push-to-hub")
     if not options.push_to_hub and (options.private or options.create_pr or options.commit_message or options.token):
         parser.error("--private, --create-pr, --commit-message and --token go with --push-to-hub")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the client has two lines for each try without network
     return run("pema-merge", lambda: _undo(options) if options.undo else _merge(options))
 
 

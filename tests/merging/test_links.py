@@ -104,7 +104,9 @@ def a_file_like_those_of_the_cache(base, home):
 def test_a_link_that_leaves_the_base_is_refused(pair, home, hub, monkeypatch, arrange):
     base, delta = pair
     link = arrange(base, home)
-    expected = rf"^{link}: is a link to /.*, outside of .* or hidden in it, and would be copied .*; replace it by a copy"
+    expected = (
+        rf"^{link}: is a link to /.*, outside of .* or hidden in it, and would be copied .*; replace it by a copy"
+    )
     with pytest.raises(FormatError, match=expected):
         merge_checkpoint(base.folder, delta.folder)
     assert not (delta.folder / "merged").exists()
