@@ -179,8 +179,8 @@ def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
     from huggingface_hub import CommitOperationAdd
 
     for file in merge.plan.files:
-        is_on_disk = merge.target is not None and file.name != README
-        yield CommitOperationAdd(file.name, merge.target / file.name if is_on_disk else opened(file, advance))
+        is_planned = merge.target is None or file.name == README
+        yield CommitOperationAdd(file.name, opened(file, advance) if is_planned else merge.target / file.name)
 
 
 def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "CommitInfo | None":

@@ -17,7 +17,7 @@ def check_token(token: str | bool | None) -> str | bool | None:
     Raises:
         MergeError: a token that no header can hold. The message does not hold it.
     """
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     token = token.strip() if isinstance(token, str) else token
     try:
