@@ -179,8 +179,8 @@ def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
     from huggingface_hub import CommitOperationAdd
 
     for file in merge.plan.files:
-        is_planned = merge.target is None or file.name == README
-        yield CommitOperationAdd(file.name, opened(file, advance) if is_planned else merge.target / file.name)
+        written = None if merge.target is None or file.name == README else merge.target / file.name
+        yield CommitOperationAdd(file.name, opened(file, advance) if written is None else written)
 
 
 def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "CommitInfo | None":
