@@ -192,11 +192,17 @@ def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "Co
         operations = [*_additions(merge, advance), *deletions]
         commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
         try:
-            return patiently(lambda: commit(target.name, operations, parent_commit=head.commit))
+            made = patiently(lambda: commit(target.name, operations, parent_commit=head.commit))
         except Exception as error:  # whatever kind of error the client has for it
             if is_conflict(error):
                 return None
             raise
+    return made if made.oid == head.commit or _is_committed(operations) else None
+
+
+def _is_committed(operations: list[Any]) -> bool:
+    """Whether there was anything to commit; else the client returns the newest commit, whatever its parent."""
+    return any(getattr(operation, "_is_committed", True) for operation in operations)
 
 
 def _about(made: "CommitInfo") -> str:

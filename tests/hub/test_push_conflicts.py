@@ -140,3 +140,12 @@ def test_a_card_in_another_encoding_is_not_lost(account, delta):  # noqa: F811
     with pytest.raises(FormatError, match=r"team/merged: README.md is not UTF-8 \(byte 38 of 41\).*; convert it"):
         push_merged_to_hub(BASE, delta, MERGED)
     assert account.files(MERGED) == {"README.md": card}
+
+
+def test_weights_that_came_before_a_push_of_the_same(account, delta):  # noqa: F811
+    """Nothing is left to add, and only what was there when the push was planned is known to need no deletion."""
+    push_merged_to_hub(BASE, delta, MERGED)
+    new = {**account.files(MERGED), "pytorch_model.bin": b"new"}
+    account.fail("POST .*/preupload/", before=lambda: account.publish(MERGED, new))
+    push_merged_to_hub(BASE, delta, MERGED)
+    assert "pytorch_model.bin" not in account.files(MERGED)
