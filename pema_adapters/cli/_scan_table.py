@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pema_adapters.io.text import escape_terminal
+
 Figures = dict[str, Any]
 
 LABELS = {
@@ -50,7 +52,7 @@ def text_of(all_figures: Sequence[Figures]) -> str:
         parts.append(_table(_memory_rows(all_figures)))
     parts += [_unused(figures, len(cells) > 1) for figures in all_figures if figures.get("unused_tokens")]
     if notes := [f"note: {note}" for figures in all_figures for note in _notes(figures)]:
-        parts.append("\n".join(dict.fromkeys(notes)))
+        parts.append("\n".join(dict.fromkeys(map(escape_terminal, notes))))
     return "\n\n".join(parts)
 
 
@@ -67,9 +69,9 @@ def _cells(figures: Figures) -> dict[str, str]:
 
 
 def _cell(key: str, value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(value)
-    return f"{value:.1%}" if key == "reduction" else f"{value:,}" if isinstance(value, int) else str(value)
+    if key == "reduction" or isinstance(value, int):
+        return f"{value:.1%}" if key == "reduction" else f"{value:,}"
+    return escape_terminal(", ".join(value) if isinstance(value, list) else str(value))
 
 
 def _share(part: int, whole: int) -> str:
@@ -95,7 +97,9 @@ def _memory_rows(all_figures: Sequence[Figures]) -> list[list[str]]:
         saved, before = report["saved"], report["before"]["total"]
         amounts = [_bytes(saved[name]) for name in MEMORY]
         share = f"{_bytes(before)} ({saved['total'] / before:.1%})"
-        rows.append([*([report["model"]] if named else []), OPTIMIZERS[report["optimizer"]], *amounts, share])
+        rows.append(
+            [*([escape_terminal(report["model"])] if named else []), OPTIMIZERS[report["optimizer"]], *amounts, share]
+        )
     return rows
 
 
@@ -120,7 +124,8 @@ def _line(row: Iterable[str], widths: Iterable[int], right: Iterable[bool]) -> s
 
 def _unused(figures: Figures, named: bool) -> str:
     """The paper's table 1."""
-    head = f"never used{' of ' + figures['tokenizer'] if named else ''}, the first {len(figures['unused_tokens'])}:"
+    of = f" of {escape_terminal(figures['tokenizer'])}" if named else ""
+    head = f"never used{of}, the first {len(figures['unused_tokens'])}:"
     shown = [
         (f"{token_id:,}", "no token" if text is None else repr(text)) for token_id, text in figures["unused_tokens"]
     ]

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._run import add_version, run
 from pema_adapters.io.locking import check_platform
-from pema_adapters.io.text import escape_terminal
+from pema_adapters.io.text import escape_terminal, python_literal
 
 if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problem = _find_conflict(options, parser)
     if problem:
         parser.error(problem)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the client has two lines for each try without network
     if options.undo:
         return run("pema-merge", lambda: _undo(options), is_done_unprinted=True)
     return run("pema-merge", lambda: _merge(options), is_done_unprinted=not options.dry_run)
@@ -224,7 +226,7 @@ def _kept(options: argparse.Namespace) -> str:
 
 def _loading(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
-    from pema_adapters.merging.usage import loading_lines, python_string
+    from pema_adapters.merging.usage import loading_lines
 
     output = Path(report.output)
     left = {name: output / "adapters" / name for name in report.adapters_left}
@@ -232,5 +234,5 @@ def _loading(report: "MergeReport") -> list[str]:
         return []
     config = json.loads((output / "config.json").read_bytes()) if (output / "config.json").exists() else {}
     files = {name: [path.name for path in folder.iterdir()] for name, folder in left.items()}
-    lines = loading_lines(report.output, config, files, lambda name: python_string(str(left[name])))
+    lines = loading_lines(report.output, config, files, lambda name: python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]

@@ -1,10 +1,12 @@
 """The card of an artifact that `push_adapter_to_hub` pushes: adapters' own, with the base and the rows added."""
 
+import shlex
 from pathlib import Path
 
 from pema_adapters.formats.artifact import Delta, read_delta
-from pema_adapters.hub.card import ADAPTERS_LIBRARY, README, written
-from pema_adapters.hub.provenance import hub_id, methods_of, origin
+from pema_adapters.hub.card import ADAPTERS_LIBRARY, README, decode_card, written
+from pema_adapters.hub.provenance import hub_id, hub_link, methods_of, origin
+from pema_adapters.io.text import escape_markdown, markdown_code_block, python_literal
 
 _REPLACED = (
     ("pip install -U adapters\n", "pip install -U adapters pema-adapters\n"),
@@ -17,7 +19,7 @@ def complete(folder: Path, adapter_name: str, repo_id: str) -> None:
     """Complete the card that adapters wrote beside the adapter just saved in `folder`."""
     delta = read_delta(folder, adapter_name)
     path = folder / README
-    text = path.read_text()
+    text = decode_card(path.read_bytes(), repo_id)
     for theirs, ours in _REPLACED:
         text = text.replace(theirs, ours)
     base = hub_id("", delta.config)
@@ -27,31 +29,30 @@ def complete(folder: Path, adapter_name: str, repo_id: str) -> None:
         "base_model_relation": "adapter" if base else None,
         "tags": methods_of(delta),
     }
-    path.write_text(written(text, repo_id, _section(delta, base, repo_id), made, {}))
+    completed = written(text, repo_id, _section(delta, base, repo_id), made, {})
+    path.write_text(completed, encoding="utf-8")
 
 
 def _section(delta: Delta, base: str | None, repo_id: str) -> str:
+    methods = escape_markdown(", ".join(methods_of(delta)))
     vocab_size = delta.fingerprint.vocab_size if delta.fingerprint else None
     of = f" of {vocab_size:,}" if vocab_size else ""
-    of_base = f" of [{base}](https://huggingface.co/{base})" if base else ""
+    of_base = f" of {hub_link(base)}" if base else ""
+    loading = ["import pema_adapters", f"model.load_adapter({python_literal(repo_id)}, set_active=True)"]
+    merging = shlex.join(["pema-merge", "--base", base or "BASE", "--delta", repo_id, "--output", "merged"])
     lines = [
         "## A partial embedding matrix",
         "",
-        f"Methods: {', '.join(methods_of(delta))}. {len(delta.token_ids):,}{of} embedding rows{of_base} were trained "
-        "and are in this adapter; all other tokens keep the rows of the base.",
+        f"Methods: {methods}. {len(delta.token_ids):,}{of} embedding rows{of_base} were trained and are in this "
+        "adapter; all other tokens keep the rows of the base.",
         "",
         "Load it:",
         "",
-        "```python",
-        "import pema_adapters",
-        f'model.load_adapter("{repo_id}", set_active=True)',
-        "```",
+        *markdown_code_block(loading, "python"),
         "",
         "Or make a complete checkpoint of it:",
         "",
-        "```",
-        f"pema-merge --base {base or 'BASE'} --delta {repo_id} --output merged",
-        "```",
+        *markdown_code_block([merging]),
         "",
     ]
     return "\n".join([*lines, *origin(delta)])

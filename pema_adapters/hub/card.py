@@ -1,10 +1,11 @@
-"""Cards: README.md files of the Hub, with metadata on top. One section is ours; whatever else is there survives."""
+"""Model cards: README.md with YAML metadata on top. One section of a card is ours; all other text is kept."""
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, reading
 
 README = "README.md"
 LIBRARY, ADAPTERS_LIBRARY = "transformers", "adapter-transformers"
@@ -12,8 +13,31 @@ LIBRARY, ADAPTERS_LIBRARY = "transformers", "adapter-transformers"
 INHERITED = ("language", "license", "license_name", "license_link")
 """What a card takes over from the base's, where it says nothing itself."""
 LISTS = ("tags", "datasets", "metrics", "language")
+MAX_BYTES = 1 << 20
+"""Of a card that is only read for its metadata, as much is read."""
 _BEGIN, _END = "<!-- pema: begin -->", "<!-- pema: end -->"
 _OURS = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+_METADATA = re.compile(r"\s*---[ \t]*[\r\n]+(.*?)[\r\n]+---[ \t]*(?:\r\n|\r|\n|\Z)", re.DOTALL)
+
+
+def read_card(folder: Path) -> str:
+    """README.md of a folder, at most its first `MAX_BYTES`; "" where there is none."""
+    path = folder / README
+    if not path.is_file():
+        return ""
+    with reading(path), path.open("rb") as file:
+        return file.read(MAX_BYTES).decode(errors="replace")
+
+
+def decode_card(content: bytes, where: str) -> str:
+    """The text of a card that will be written again. Raises FormatError where it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{where}: README.md is not UTF-8 (byte {error.start:,} of {len(content):,}), and rewriting it would lose "
+            "text; convert it to UTF-8 first"
+        ) from None
 
 
 def metadata(text: str) -> dict[str, Any]:
@@ -38,26 +62,20 @@ def written(existing: str, repo_id: str, section: str, ours: Mapping[str, Any], 
     Raises:
         FormatError: the metadata of `existing` cannot be read, so they would be lost.
     """
-    from huggingface_hub import CardData
-    from huggingface_hub.repocard import RepoCard
-
     try:
         old, text = _parsed(existing)
     except ValueError as error:
         raise FormatError(
-            f"{repo_id}: README.md: its metadata cannot be read ({error}); mend the lines between its ---"
+            f"{repo_id}: README.md: its metadata cannot be read ({error}); fix the YAML front matter"
         ) from None
-    made = {key: value for key, value in inherited.items() if key in INHERITED and value is not None} | old
+    made = {key: value for key, value in inherited.items() if key in INHERITED and _is_plain(value)} | old
     for key, value in ours.items():
         if value is not None:
             made[key] = _joined(made.get(key), value) if key in LISTS else value
-    block = f"{_BEGIN}\n{section.strip()}\n{_END}"
+    block = f"{_BEGIN}\n{_without_comments(section.strip())}\n{_END}"
     body = text.strip() or f"# {repo_id.rpartition('/')[2]}"
     body = _OURS.sub(lambda _: block, body, count=1) if _OURS.search(body) else f"{body}\n\n{block}"
-    card = RepoCard(
-        f"---\n{CardData(**made).to_yaml()}\n---\n\n{body}\n"
-    )  # a ModelCard would drop or refuse results that it does not know
-    return str(card.content)
+    return f"---\n{_to_yaml(made)}---\n\n{body}\n"
 
 
 def is_ours(text: str) -> bool:
@@ -65,19 +83,40 @@ def is_ours(text: str) -> bool:
     return _OURS.search(text) is not None
 
 
+def _without_comments(section: str) -> str:
+    """The section without HTML comments: a name in it that spells our end marker would end it early."""
+    return section.replace("<!--", r"<\!--")
+
+
 def _parsed(text: str) -> tuple[dict[str, Any], str]:
     """The metadata, losing nothing, and the text. Raises ValueError."""
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+    import yaml
 
-    if not REGEX_YAML_BLOCK.search(text):
+    found = _METADATA.match(text)
+    if not found:
         return {}, text
     try:
-        card = RepoCard(text)
-    except Exception as error:  # whatever the YAML parser says
+        data = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())[:200]) from None
-    return dict(card.data.to_dict()), card.text  # type: ignore[no-untyped-call]
+    if not isinstance(data or {}, dict):
+        raise ValueError(f"expected a mapping, found {type(data).__name__}")
+    return {key: value for key, value in (data or {}).items() if value is not None}, text[found.end() :]
+
+
+def _to_yaml(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value of somebody else's metadata is text or a list of texts."""
+    return all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
 
 
 def _joined(old: Any, new: Any) -> list[Any]:
-    both = [item for some in (old, new) for item in (some if isinstance(some, list) else [some]) if item is not None]
-    return list(dict.fromkeys(str(item) for item in both))
+    """Both as one list; of `new`, which may be somebody else's, text alone counts."""
+    ours = [item for item in (new if isinstance(new, list) else [new]) if isinstance(item, str)]
+    theirs = old if isinstance(old, list) else [] if old is None else [old]
+    return [*theirs, *(item for item in dict.fromkeys(ours) if item not in theirs)]

@@ -1,13 +1,14 @@
 """What a card says about where something comes from: its base, methods, versions, and the sums of its files."""
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pema_adapters.files import sum_of_file
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
 from pema_adapters.formats.methods import method_names
+from pema_adapters.io.text import escape_markdown, markdown_code
 from pema_adapters.merging.resolve import HUB_ID
 
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
@@ -33,8 +34,24 @@ def methods_of(delta: Delta) -> list[str]:
     return method_names(delta.config.get("config")) if delta.kind == "adapter" else ["pema"]
 
 
+def versions() -> str:
+    """The installed versions of the packages that matter; a merge needs few of them."""
+    return f"Versions: {', '.join(filter(None, map(_version, PACKAGES)))}."
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
+
+
 def origin(delta: Delta) -> list[str]:
     """The lines that tell versions and sums."""
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    sums = [f"- `{name}`: `{digest}`" for name, digest in sha256_of(delta)]
-    return [f"Versions: {packages}.", "", "sha256 of the trained weights:", "", *sums]
+    sums = [f"- {markdown_code(name)}: `{digest}`" for name, digest in sha256_of(delta)]
+    return [versions(), "", "sha256 of the trained weights:", "", *sums]
+
+
+def hub_link(repo_id: str) -> str:
+    """A Markdown link to the page of a repository."""
+    return f"[{escape_markdown(repo_id)}](https://huggingface.co/{repo_id})"

@@ -9,23 +9,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pema_adapters.errors import MergeError, PemaError
-from pema_adapters.hub.card import README, is_ours
-from pema_adapters.hub.merged_card import merged_card
+from pema_adapters.hub.card import README, decode_card, is_ours
+from pema_adapters.hub.errors import causes, explain, is_conflict
 from pema_adapters.hub.stream import opened
-from pema_adapters.merging.merge import Inputs, Merge, Options, finished, measured, open_inputs, prepare, write_merge
+from pema_adapters.hub.token import check_token
+from pema_adapters.merging.merge import (
+    Inputs,
+    Merge,
+    Options,
+    finished,
+    measured,
+    open_inputs,
+    prepare,
+    with_card,
+    write_merge,
+)
+from pema_adapters.merging.model_card import hub_card
 from pema_adapters.merging.others import ADAPTERS
-from pema_adapters.merging.patience import causes, patiently
-from pema_adapters.merging.plan import Plan, PlannedFile
+from pema_adapters.merging.patience import patiently
+from pema_adapters.merging.plan import Plan
 from pema_adapters.merging.planning import Choices
 from pema_adapters.merging.progress import Advance, bar
 from pema_adapters.merging.report import MergeReport
-from pema_adapters.merging.segments import Literal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 MESSAGE = "Upload a checkpoint merged with pema_adapters"
+TRIES = 5
+"""Commits that are tried where others push to the repository meanwhile."""
 _STALE = (".safetensors", ".bin", ".index.json")
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What a push is planned against: the newest commit of the repository, its files, and its card."""
+
+    commit: str | None
+    files: list[str]
+    card: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,8 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
 
     Without `output` no merged copy lies on the disk: the client reads each file from the plan, once for its sha256 and
     once to upload it. What is uploaded already is not sent again by the next run. Weights that an earlier commit had in
-    other files are deleted by the same commit.
+    other files are deleted by the same commit. Where somebody else commits meanwhile, the card and the deletions are
+    planned again on top of that commit.
 
     Args:
         base, delta, output, adapter, checkpoint, revision, dtype, fold, overwrite, verify, allow_base_mismatch,
@@ -84,6 +107,7 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
         MergeError: refused, or the push failed; the repository has all of it, or is as it was (a new one is empty).
         FormatError, BaseMismatchError: as for `merge_checkpoint`.
     """
+    token = check_token(token)
     choices = Choices(dtype, fold, allow_base_mismatch)
     options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, token, checkpoint)
     base = None if base is None else str(base)
@@ -112,60 +136,78 @@ def _send(merge: Merge, inputs: Inputs, target: _Target, options: Options, start
     with _as_one_line(target.name):
         url = patiently(lambda: target.api.create_repo(target.name, private=target.private, exist_ok=True))
         target = replace(target, name=url.repo_id)
-        there = _files_there(target)
-        old_card = _old_card(target, there)
-    merge = _with_card(merge, target, inputs, options, old_card)
+        head = _head(target)
+    merge = _with_card(merge, target, inputs, options, head)
     report = merge.report
     if merge.target is not None:
         report = write_merge(merge, options, start)
-    stale = _stale(there, merge.plan, is_ours(old_card))
-    with bar("pushing", 2 * merge.plan.size, options.progress) as advance, _as_one_line(target.name), _one_bar():
-        made = _commit(target, _additions(merge, advance), stale, merge)
-    report = finished(report, merge.plan, start)
-    return replace(report, output=report.output or str(url), notes=(*report.notes, _about(made)))
+    for _ in range(TRIES):
+        made = _commit(target, merge, head, options)
+        if made is not None:
+            report = finished(merge.report if merge.target is None else report, merge.plan, start)
+            return replace(report, output=report.output or str(url), notes=(*report.notes, _about(made)))
+        with _as_one_line(target.name):
+            head = _head(target)
+        merge = _with_card(merge, target, inputs, options, head)
+    raise MergeError(
+        f"{target.name}: somebody else pushed to it during each of {TRIES} tries; run again when they have ended, what "
+        "is uploaded is not sent again"
+    )
 
 
-def _with_card(merge: Merge, target: _Target, inputs: Inputs, options: Options, old_card: str) -> Merge:
-    text = merged_card(old_card, target.name, inputs, merge, options)
-    card = PlannedFile(README, (Literal(text.encode()),))
-    files = (*(file for file in merge.plan.files if file.name != README), card)
-    return replace(merge, plan=replace(merge.plan, files=files))
+def _with_card(merge: Merge, target: _Target, inputs: Inputs, options: Options, head: _Head) -> Merge:
+    return with_card(merge, hub_card(head.card, target.name, inputs, merge, options))
 
 
-def _files_there(target: _Target) -> list[str]:
-    return list(target.api.list_repo_files(target.name))
+def _head(target: _Target) -> _Head:
+    """What the repository holds now: files and card of one commit."""
+    commit = patiently(lambda: target.api.model_info(target.name)).sha
+    names = patiently(lambda: list(target.api.list_repo_files(target.name, revision=commit)))
+    if README not in names:
+        return _Head(commit, names, "")
+    path = patiently(lambda: target.api.hf_hub_download(target.name, README, revision=commit))
+    return _Head(commit, names, decode_card(Path(path).read_bytes(), target.name))
 
 
-def _old_card(target: _Target, there: list[str]) -> str:
-    if README not in there:
-        return ""
-    return Path(target.api.hf_hub_download(target.name, README)).read_text()
-
-
-def _stale(there: list[str], plan: Plan, is_merged: bool) -> list[str]:
+def _stale(head: _Head, plan: Plan) -> list[str]:
     """Weights in the repository that the merge does not write: Transformers might load them instead of the new ones."""
-    made = {file.name for file in plan.files}
-    old = [name for name in there if "/" not in name and name.endswith(_STALE)]
-    old += [name for name in there if is_merged and name.startswith(ADAPTERS + "/")]
+    made, is_merged = {file.name for file in plan.files}, is_ours(head.card)
+    old = [name for name in head.files if "/" not in name and name.endswith(_STALE)]
+    old += [name for name in head.files if is_merged and name.startswith(ADAPTERS + "/")]
     return [name for name in old if name not in made]
 
 
 def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
+    """The files, from the folder where they were written to one; the card may be newer than the folder's."""
     from huggingface_hub import CommitOperationAdd
 
     for file in merge.plan.files:
-        written = None if merge.target is None else merge.target / file.name
+        written = None if merge.target is None or file.name == README else merge.target / file.name
         yield CommitOperationAdd(file.name, opened(file, advance) if written is None else written)
 
 
-def _commit(target: _Target, additions: Iterator[Any], stale: list[str], merge: Merge) -> "CommitInfo":
+def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "CommitInfo | None":
+    """Commit all files on top of `head`; None where another commit came first."""
     from huggingface_hub import CommitOperationDelete
 
-    operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-    _upload(target, operations)
-    merge.check_inputs()
-    commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
-    return patiently(lambda: commit(target.name, operations))
+    with bar("pushing", 2 * merge.plan.size, options.progress) as advance, _as_one_line(target.name), _one_bar():
+        deletions = [CommitOperationDelete(name, is_folder=False) for name in _stale(head, merge.plan)]
+        operations = [*_additions(merge, advance), *deletions]
+        commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
+        _upload(target, operations)
+        merge.check_inputs()
+        try:
+            made = patiently(lambda: commit(target.name, operations, parent_commit=head.commit))
+        except Exception as error:  # whatever kind of error the client has for it
+            if is_conflict(error):
+                return None
+            raise
+    return made if made.oid == head.commit or _is_committed(operations) else None
+
+
+def _is_committed(operations: list[Any]) -> bool:
+    """Whether there was anything to commit; else the client returns the newest commit, whatever its parent."""
+    return any(getattr(operation, "_is_committed", True) for operation in operations)
 
 
 def _upload(target: _Target, operations: list[Any]) -> None:
@@ -198,31 +240,12 @@ def _one_bar() -> Iterator[None]:
 
 @contextmanager
 def _as_one_line(name: str) -> Iterator[None]:
-    """What the client raises becomes one line; what the plan raises while the client reads it comes through."""
-    from huggingface_hub import errors
-
+    """Turn an error of the client into one line; an error of the plan, which the client reads, passes through."""
     try:
         yield
     except PemaError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:  # the client's own errors are among them
-        chain = list(causes(error))
-        if ours := next((cause for cause in chain if isinstance(cause, PemaError)), None):
+    except Exception as error:  # whatever the client makes of an answer that it does not expect
+        if ours := next((cause for cause in causes(error) if isinstance(cause, PemaError)), None):
             raise ours from None
-        answer = next((cause for cause in chain if isinstance(cause, errors.HfHubHTTPError)), chain[-1])
-        raise MergeError(f"{name}: cannot be pushed to ({_reason(answer)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The reason, and what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    text = " ".join(str(error).split())[:300]
-    table = {
-        401: "no token, or one that the Hub does not know); log in (hf auth login), or give --token",
-        403: f"{text}); give a token that may write there (hf auth login, --token), or free some quota",
-        404: "no such repository, or no token that may see it); check the name, or log in (hf auth login, --token)",
-        413: f"{text}); it is too large for the Hub",
-        429: f"{text}); too many requests: run again later, what is uploaded is not sent again",
-    }
-    again = f"{text or type(error).__name__}); check the network and run again, what is uploaded is not sent again"
-    return table.get(status, again) if isinstance(status, int) else again
+        raise MergeError(f"{name}: cannot be pushed to {explain(error, 'push')}") from error

@@ -10,11 +10,13 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
+from pema_adapters.hub.card import README
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
 from pema_adapters.io.locking import locked
 from pema_adapters.merging.base_folder import BaseRequest, locate_base
 from pema_adapters.merging.journal import PATCHING, state_of
 from pema_adapters.merging.manifest import encode_manifest
+from pema_adapters.merging.model_card import folder_card
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.planning import Choices, plan_merge
 from pema_adapters.merging.progress import bar
@@ -182,9 +184,19 @@ def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
         check_target(target, base=base_folder.resolve(), deltas=deltas, overwrite=options.overwrite)
     with record_inputs() as files:
         plan = plan_merge(Checkpoint.open(base_folder), delta, options.choices)
-    if target is not None and target.exists():
-        check_replaceable(target, options.overwrite, plan.names)
-    return Merge(plan, _report(plan, str(target or ""), inputs), target, (*inputs.files, *files))
+    merge = Merge(plan, _report(plan, str(target or ""), inputs), target, (*inputs.files, *files))
+    if target is None:
+        return merge
+    merge = with_card(merge, folder_card(target, inputs, merge, options))
+    check_replaceable(target, options.overwrite, merge.plan.names)
+    return merge
+
+
+def with_card(merge: Merge, card: str) -> Merge:
+    """The same merge with `card` as the README.md of its output, in place of the base's."""
+    readme = PlannedFile(README, (Literal(card.encode(errors="replace")),))
+    plan = replace(merge.plan, files=(*(file for file in merge.plan.files if file.name != README), readme))
+    return replace(merge, plan=plan, report=replace(merge.report, bytes_written=plan.size))
 
 
 def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
@@ -219,7 +231,9 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     check_in_place(base)
     with record_inputs() as files:
         plan = plan_merge(Checkpoint.open(base), inputs.delta, options.choices)
-    merge = Merge(plan, _report(plan, str(base.resolve()), inputs), None, (*inputs.files, *files))
+    report = _report(plan, str(base.resolve()), inputs)
+    report = replace(report, notes=report.notes + _about_card(base))
+    merge = Merge(plan, report, None, (*inputs.files, *files))
     if options.dry_run:
         return measured(merge, start)
     with bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
@@ -236,6 +250,10 @@ def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     if is_output_needed:
         raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
     return delta_from_hub(delta, token=options.token)
+
+
+def _about_card(base: Path) -> tuple[str, ...]:
+    return ("README.md was left as it is: it describes the base",) if (base / README).exists() else ()
 
 
 def _about_clones(cloned: int) -> tuple[str, ...]:

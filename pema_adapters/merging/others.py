@@ -11,6 +11,7 @@ from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
 from pema_adapters.formats.safetensors_file import encode_header
 from pema_adapters.formats.stored import Stored
 from pema_adapters.io.input_file import InputFile
+from pema_adapters.io.links import check_link
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import Copy, Literal, joined, stored_bytes
 from pema_adapters.merging.settings import json_file
@@ -26,14 +27,20 @@ ADAPTERS = "adapters"
 INTERFACE = "adapter_interface.json"
 
 
-def carried_files(folder: Path) -> list[PlannedFile]:
+def carried_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
     """Tokenizer, generation configuration, README and other small files of the base, copied as they are.
 
     Weights in any format are left behind, and folders too, but for the modules of a Sentence Transformers model.
+
+    Raises:
+        FormatError: one of them, or config.json, is a link that leads out of the folder, and is not left in place.
     """
-    top = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_carried(path)]
-    below = [path for module in _modules(folder) for path in sorted(module.rglob("*")) if path.is_file()]
-    return [_copied(path, folder) for path in top + below]
+    top = [path for path in sorted(folder.iterdir()) if _is_carried(path) and not path.is_dir()]
+    below = [path for module in _modules(folder) for path in (module, *sorted(module.rglob("[!.]*")))]
+    if not in_place:
+        for path in (folder / CONFIG, *top, *below):
+            check_link(path, folder)
+    return [_copied(path, folder) for path in top + below if path.is_file()]
 
 
 def _is_carried(path: Path) -> bool:
@@ -47,14 +54,14 @@ def _modules(folder: Path) -> list[Path]:
 
 
 def module_paths(path: Path) -> list[str]:
-    """The folders that modules.json names; [] where it is something else."""
+    """The folders that modules.json names, hidden ones (.git, say) left out; [] where it is something else."""
     if not path.is_file():
         return []
     try:
         names = [str(module["path"]) for module in json.loads(path.read_bytes())]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
-    return [name for name in dict.fromkeys(names) if is_plain_name(name)]
+    return [name for name in dict.fromkeys(names) if is_plain_name(name) and not name.startswith(".")]
 
 
 def _copied(path: Path, folder: Path) -> PlannedFile:
@@ -74,7 +81,8 @@ def left_files(delta: Delta) -> list[PlannedFile]:
         files.append(json_file(f"{folder}/{HEAD_CONFIG}", delta.head.config))
         files.append(weights_file(f"{folder}/model_head.safetensors", delta.head.tensors))
     interface = delta.folder / INTERFACE
-    if files and interface.is_file():
+    if files and (interface.is_file() or interface.is_symlink()):
+        check_link(interface, delta.folder)
         files.append(PlannedFile(f"{folder}/{INTERFACE}", (Copy.whole(InputFile(interface), of_base=False),)))
     return files
 

@@ -1,14 +1,18 @@
 """Requests to the Hub that are asked again: its client itself repeats some, but not those that this is for."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
+
+from pema_adapters.hub.errors import causes, status_of
 
 T = TypeVar("T")
 
 TRIES = 4
 LONGEST_WAIT = 300.0
 """Seconds."""
+_CUT_OFF = ("ChunkedEncodingError", "RemoteProtocolError")
+"""What requests and httpx raise where an answer ends too early."""
 _sleep = time.sleep
 
 
@@ -20,7 +24,7 @@ def patiently(ask: Callable[[], T]) -> T:
     for _ in range(TRIES - 1):
         try:
             return ask()
-        except (OSError, RuntimeError) as error:  # the client's own errors are among them
+        except Exception as error:  # httpx's errors have no built-in kind in common
             wait = _worth_waiting(error)
             if wait is None:
                 raise
@@ -28,22 +32,12 @@ def patiently(ask: Callable[[], T]) -> T:
     return ask()
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it came from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _worth_waiting(error: BaseException) -> float | None:
     """Seconds after which another try may do better; None where it will not."""
-    from requests.exceptions import ChunkedEncodingError
-
     for cause in causes(error):
-        if isinstance(cause, ChunkedEncodingError):
+        if type(cause).__name__ in _CUT_OFF:
             return 1.0
-        response = getattr(cause, "response", None)
-        if response is not None and response.status_code == 429:
-            named = response.headers.get("Retry-After", "")
-            return min(float(named), LONGEST_WAIT) if named.isdigit() else 30.0
+        if status_of(cause) == 429:
+            named = str(cause.response.headers.get("Retry-After", ""))  # type: ignore[attr-defined]
+            return min(float(named), LONGEST_WAIT) if named.isdecimal() else 30.0
     return None

@@ -48,7 +48,7 @@ def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> 
     left = left_files(delta)
     settings = [file for file in (config_file(base, delta, layout), index_file(base, layout)) if file]
     return Plan(
-        files=(*carried_files(base.folder), *layout.files(), *left, *settings),
+        files=(*carried_files(base.folder, in_place=choices.in_place), *layout.files(), *left, *settings),
         rounding=layout.rounding,
         rows_merged=len(delta.token_ids),
         vocab_size=layout.vocab_size,

@@ -6,14 +6,27 @@ Of a repository only what a merge needs is downloaded: weights once, in one form
 import fnmatch
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from pema_adapters.errors import FormatError, MergeError
+from pema_adapters.errors import FormatError, MergeError, PemaError
+from pema_adapters.files import replace_file
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
-from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json, weight_files
+from pema_adapters.formats.checkpoint import (
+    CONFIG,
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    is_plain_name,
+    read_json,
+    weight_files,
+)
 from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.hub.errors import explain, is_unreachable
+from pema_adapters.hub.token import check_token
 from pema_adapters.merging.others import MODULES, module_paths
 from pema_adapters.merging.patience import patiently
 
@@ -22,8 +35,9 @@ Fetch = Callable[[str], Path]
 Choose = Callable[[Collection[str], Fetch], list[str]]
 """Of the names of all files of a repository those that a merge needs; an index has to be fetched for that."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _INTERFACE, _CARD = "adapter_interface.json", "README.md"
 
 
@@ -95,22 +109,62 @@ def _cached_delta(repository: _Repository) -> Path | None:
 
 def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None]) -> Path:
     """The snapshot folder with the chosen files; `otherwise` is asked where the Hub cannot be reached."""
+    repository = replace(repository, token=check_token(repository.token))
+    try:
+        folder = _snapshot(repository, choose)
+    except PemaError:
+        raise
+    except Exception as error:  # whatever the client makes of an answer that it does not expect
+        folder = otherwise(repository) if is_unreachable(error) else None
+        if folder is None:
+            where = f"{repository.kind} {repository.name}: no such folder, and cannot be had from the Hub"
+            raise MergeError(f"{where} {explain(error, 'download', repository.revision)}") from error
+        return folder
+    if folder is None:
+        raise MergeError(_holds_none(repository))
+    return folder
+
+
+def _snapshot(repository: _Repository, choose: Choose) -> Path | None:
+    """Download the chosen files, all of one commit, whatever is pushed meanwhile; None where none are chosen."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     name, revision, token = repository.name, repository.revision, repository.token
-    fetch = cache(lambda file: Path(patiently(lambda: hf_hub_download(name, file, revision=revision, token=token))))
-    try:
-        files = choose(patiently(lambda: HfApi().list_repo_files(name, revision=revision, token=token)), fetch)
-        folders = [fetch(file).parents[file.count("/")] for file in files]
-    except (OSError, HFValidationError) as error:  # every error of the client but the latter is an OSError
-        folder = otherwise(repository) if _is_unreachable(error) else None
-        if folder is None:
-            raise _refused(repository, error) from error
-        return folder
+    commit = str(patiently(lambda: HfApi().model_info(name, revision=revision, token=token)).sha)
+    if not _COMMIT.fullmatch(commit):
+        raise MergeError(f"{repository.kind} {name}: the Hub says that it is at {commit!r}, expected a commit's id")
+    names = patiently(lambda: list(HfApi().list_repo_files(name, revision=commit, token=token)))
+    if bad := [file for file in names if not _is_relative(file)]:
+        raise MergeError(
+            f"{repository.kind} {name}: the Hub lists {bad[0]!r}, expected names of files in the repository"
+        )
+    fetch = cache(lambda file: Path(patiently(lambda: hf_hub_download(name, file, revision=commit, token=token))))
+    folders = [fetch(file).parents[file.count("/")] for file in choose(names, fetch)]
     if not folders:
-        raise MergeError(_holds_none(repository))
+        return None
+    if other := next((folder.name for folder in folders if folder.name != commit), None):
+        raise MergeError(
+            f"{repository.kind} {name}: the Hub gave a file of commit {other!r}, expected {commit}; try again"
+        )
+    if revision != commit:
+        _remember(folders[0], revision or "main", commit)
     return folders[0]
+
+
+def _is_relative(file: object) -> bool:
+    """Whether a name is one of a file below its folder."""
+    return isinstance(file, str) and all(map(is_plain_name, file.split("/")))
+
+
+def _remember(snapshot: Path, revision: str, commit: str) -> None:
+    """Note in the client's cache which commit a branch or tag is, for a time without network, as the client does."""
+    refs = snapshot.parents[1] / "refs"
+    path = refs / revision
+    if not _is_relative(revision) or (path.is_file() and path.read_bytes() == commit.encode()):
+        return
+    with suppress(OSError):  # the cache is best-effort
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, commit.encode())
 
 
 def _base_files(names: Collection[str], fetch: Fetch) -> list[str]:
@@ -160,47 +214,6 @@ def _weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
 
 def _first(folder: str, wanted: tuple[str, ...], names: Collection[str]) -> list[str]:
     return [folder + name for name in wanted if folder + name in names][:1]
-
-
-def _is_unreachable(error: Exception) -> bool:
-    """Whether the Hub gave no answer, or is out of order, rather than one that refuses."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    status = getattr(getattr(error, "response", None), "status_code", None) or 0
-    gave_none = not isinstance(error, (HfHubHTTPError, HFValidationError))
-    return isinstance(error, LocalEntryNotFoundError) or gave_none or status == 429 or status >= 500
-
-
-def _refused(repository: _Repository, error: Exception) -> MergeError:
-    from huggingface_hub import errors
-
-    reason = _reason(error)
-    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-    again = (
-        "the token does not count there: log in (hf auth login), or check HF_TOKEN" if refused else "try again later"
-    )
-    offline = f"{reason}), and the cache does not hold it whole; download it once with a network, or give a folder"
-    table: tuple[tuple[type[Exception], str], ...] = (
-        (errors.GatedRepoError, "it is gated); ask for access on its page there and log in (hf auth login)"),
-        (errors.RepositoryNotFoundError, "not found, or private); check the name, or log in (hf auth login)"),
-        (errors.RevisionNotFoundError, f"no revision {repository.revision!r}); give a branch, tag or commit of it"),
-        (errors.LocalEntryNotFoundError, offline),
-        (errors.HfHubHTTPError, f"{reason}); {again}"),
-        (errors.HFValidationError, f"{reason}); check the name"),
-        (Exception, offline),
-    )
-    what = next(text for kind, text in table if isinstance(error, kind))
-    return MergeError(f"{repository.kind} {repository.name}: no such folder, and cannot be had from the Hub ({what}")
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line: of a failed connection the innermost cause, of an answer what the Hub wrote."""
-    inner: object = error
-    while isinstance(inner, Exception):
-        error, inner = inner, getattr(inner, "reason", None) or (inner.args[0] if inner.args else None)
-    text = " ".join((inner if isinstance(inner, str) else str(error)).split()).split(" for url")[0]
-    said = " ".join((getattr(error, "server_message", None) or "").split())
-    return (text if said in text else f"{text}: {said}")[:200]
 
 
 def _holds_none(repository: _Repository) -> str:

@@ -1,15 +1,18 @@
 """The lines of Python that load a merged checkpoint, and what stays an adapter beside it."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pema_adapters.formats.artifact import HEAD_CONFIG
 from pema_adapters.formats.find import ADAPTER_CONFIG
+from pema_adapters.io.text import python_literal
 
 
 def loading_lines(
-    checkpoint: str, config: Mapping[str, Any], left: Mapping[str, Collection[str]], where: Callable[[str], str] = repr
+    checkpoint: str,
+    config: Mapping[str, Any],
+    left: Mapping[str, Collection[str]],
+    where: Callable[[str], str] = python_literal,
 ) -> list[str]:
     """The lines behind the imports.
 
@@ -19,22 +22,16 @@ def loading_lines(
         left: the names of the files in the folder of each adapter that is left.
         where: a Python expression for the folder of an adapter.
     """
+    name = python_literal(checkpoint)
     if any(HEAD_CONFIG in files for files in left.values()):
-        lines = [f"model = adapters.AutoAdapterModel.from_pretrained({python_string(checkpoint)})"]
+        lines = [f"model = adapters.AutoAdapterModel.from_pretrained({name})"]
     else:
         start = "; adapters.init(model)" if left else ""
-        lines = [f"model = transformers.{model_class(config)}.from_pretrained({python_string(checkpoint)}){start}"]
-    for name, files in left.items():
+        lines = [f"model = transformers.{model_class(config)}.from_pretrained({name}){start}"]
+    for adapter, files in left.items():
         load, active = ("adapter", "set_active=True, ") if ADAPTER_CONFIG in files else ("head", "")
-        lines.append(f"model.load_{load}({where(name)}, {active}use_safetensors=True)")
+        lines.append(f"model.load_{load}({where(adapter)}, {active}use_safetensors=True)")
     return lines
-
-
-def python_string(text: str) -> str:
-    r"""A Python literal in double quotes, whatever a file's or adapter's name holds: `python_string('a"b')` is
-    `"a\"b"`. Characters that a terminal cannot show may still be escaped in it.
-    """
-    return json.dumps(text, ensure_ascii=False)
 
 
 def model_class(config: Mapping[str, Any]) -> str:

@@ -232,3 +232,15 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert "--text-column" in done.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--tokenizer", "tok"]])
+def test_names_reach_the_terminal_escaped(folder, capsys, more):
+    """Of the tokenizer, the data and the columns, in a list and in a table."""
+    name = "tok\x1b[31m\nreduction 99%"
+    make_tokenizer().save_pretrained(name)
+    Path("x\x1b[2J.jsonl").write_text(json.dumps({"text\u202e": "a b"}))
+    assert main(["--tokenizer", name, *more, "--data", "x\x1b[2J.jsonl", "--unused", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert r"tok\x1b[31m\nreduction 99%" in out and "\nreduction 99%" not in out

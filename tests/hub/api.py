@@ -163,16 +163,19 @@ def commit(call: Call, id: str, revision: str) -> Answer:
     """Lines of JSON, the header first; nothing is changed before all of them are understood."""
     by_pull_request = "create_pr" in call.query
     repository = call.writable(id, by_pull_request=by_pull_request)
-    base = repository.at(revision)
     lines = ((line["key"], line["value"]) for line in map(json.loads, call.body.lines()))
     _, header = next(lines)
-    changes = {path: blob for key, value in lines for path, blob in _change(call, base, key, value).items()}
     parent, ref, more = header.get("parentCommit"), revision, {}
-    if by_pull_request:
-        number = repository.pull_request(parent or revision)
-        parent, ref = None, f"refs/pr/{number}"
-        more = {"pullRequestUrl": f"{call.hub.url}/{id}/discussions/{number}"}
-    made = repository.commit(ref, header["summary"], changes, header.get("description", ""), parent)
+    with repository.lock:
+        if not by_pull_request:
+            repository.check_parent(ref, parent)
+        base = repository.at((by_pull_request and parent) or revision)
+        changes = {path: blob for key, value in lines for path, blob in _change(call, base, key, value).items()}
+        if by_pull_request:
+            number = repository.pull_request(parent or revision)
+            parent, ref = None, f"refs/pr/{number}"
+            more = {"pullRequestUrl": f"{call.hub.url}/{id}/discussions/{number}"}
+        made = repository.commit(ref, header["summary"], changes, header.get("description", ""), parent)
     url = f"{call.hub.url}/{id}/commit/{made.id}"
     return Answer.of({"success": True, "commitOid": made.id, "commitUrl": url, "hookOutput": "", **more})
 

@@ -2,10 +2,11 @@
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
-from .answers import Refusal
+from .answers import Answer, Refusal
 
 LOGGED = ("authorization", "range", "user-agent", "content-type")
 
@@ -39,7 +40,8 @@ class Fault:
     """What is to go wrong with requests whose "METHOD /path" the pattern is found in.
 
     With `after_bytes` the connection is cut after so many bytes of the body: of the answer to a GET, of what is
-    received by a PUT or POST. Otherwise `status` is answered.
+    received by a PUT or POST. With `before` that is called, and the request answered as ever. With `json` that is
+    answered, whatever its form, or with `status` an error.
     """
 
     match: str
@@ -49,12 +51,20 @@ class Fault:
     after_bytes: int | None = None
     code: str | None = None
     message: str = "a fault that a test asked for"
+    before: Callable[[], object] | None = None
+    json: object = None
     skip: int = 0
     """So many matching requests go through first."""
 
     def __post_init__(self) -> None:
-        if (self.status is None) == (self.after_bytes is None):
-            raise ValueError("a fault has either a status or after_bytes")
+        if sum(one is not None for one in (self.status, self.after_bytes, self.before, self.json)) != 1:
+            raise ValueError("a fault has one of status, after_bytes, before and json")
+
+    def answer(self) -> Answer | None:
+        """The answer in place of the usual one; None for the usual one."""
+        if self.before:
+            self.before()
+        return None if self.json is None else Answer.of(self.json, **self.headers)
 
     @property
     def refusal(self) -> Refusal:

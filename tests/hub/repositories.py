@@ -137,15 +137,20 @@ class Repository:
     ) -> Commit:
         """Put changes (None: deleted) on top of a branch. parent: what the branch has to point to still."""
         with self.lock:
-            head = self.at(ref)
-            if ref not in self.refs:
-                raise Refusal(400, f"{ref} is not a branch")
-            if parent and not head.id.startswith(parent):
-                raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            head = self.check_parent(ref, parent)
             files = {path: blob for path, blob in {**head.files, **changes}.items() if blob}
             made = self._add(head.id, title, description, files)
             self.refs[ref] = made.id
             return made
+
+    def check_parent(self, ref: str, parent: str | None) -> Commit:
+        """The commit that a branch points to, which has to be `parent` where one is named."""
+        head = self.at(ref)
+        if ref not in self.refs:
+            raise Refusal(400, f"{ref} is not a branch")
+        if parent and not head.id.startswith(parent):
+            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+        return head
 
     def pull_request(self, start: str) -> int:
         """A new ref refs/pr/N at a commit; N."""

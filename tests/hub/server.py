@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault and fault.status:
                 raise fault.refusal
-            found = answer(Call.of(self.server.hub, log, self.path, body))
+            found = (fault and fault.answer()) or answer(Call.of(self.server.hub, log, self.path, body))
         except Refusal as refusal:
             found = refusal.answer
         body.drain()

@@ -150,7 +150,9 @@ def test_a_card_that_is_there_survives(account, delta):
 
 def test_a_card_that_cannot_be_read_is_not_lost(account, delta):
     account.publish(MERGED, {"README.md": b"---\n[a: b\n---\n\nWords.\n"})
-    with pytest.raises(FormatError, match=r"team/merged: README.md: its metadata cannot be read .*; mend"):
+    with pytest.raises(
+        FormatError, match=r"team/merged: README.md: its metadata cannot be read .*; fix the YAML front matter"
+    ):
         push_merged_to_hub(BASE, delta, MERGED)
     assert account.files(MERGED) == {"README.md": b"---\n[a: b\n---\n\nWords.\n"}
 
@@ -278,18 +280,14 @@ def test_no_network(account, delta):
         push_merged_to_hub(BASE, delta, MERGED)
 
 
-def test_the_base_changes_meanwhile(account, delta, base, tmp_path, monkeypatch):
+def test_the_base_changes_meanwhile(account, delta, base, tmp_path):
     """What the plan says while the client reads it is what the caller hears."""
     folder = shutil.copytree(base.folder, tmp_path / "mine")
-    from pema_adapters.hub import push
 
-    original = push._old_card
-
-    def shorten(*args):
+    def shorten():
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-        return original(*args)
 
-    monkeypatch.setattr(push, "_old_card", shorten)
+    account.fail("POST .*/repos/create", before=shorten)
     with pytest.raises(Exception, match=r"mine/model.safetensors: .*it became shorter|became shorter during"):
         push_merged_to_hub(folder, delta, MERGED)
     assert account.files(MERGED) == {}
