@@ -115,8 +115,12 @@ def auto_cells(models: tuple[str, ...], methods: tuple[str, ...], heads: tuple[s
         for base in BASES if FAMILIES[model].heads else BASES[:1]:
             kinds = [head for head in heads if head in LM_HEADS or base == "bare"] + ["base"] * (base == "lm")
             groups += [
-                [AutoCell(model, method, head, policy, base) for method in methods for policy in _policies(head)
-                 if base == "bare" or method in METHODS_ON_LM]
+                [
+                    AutoCell(model, method, head, policy, base)
+                    for method in methods
+                    for policy in _policies(head)
+                    if base == "bare" or method in METHODS_ON_LM
+                ]
                 for head in kinds
             ]
     return groups
@@ -236,7 +240,9 @@ def _compare(cell: AutoCell, bench: AutoBench, one: Any, other: Any) -> None:
         with torch.no_grad():
             left, right = (_outputs(bench, each, cell.head, unseen) for each in (one, other))
         if not same(left, right):
-            far = f" by {(left - right).abs().max():.2g} of {right.abs().max():.2g}" if left.shape == right.shape else ""
+            far = (
+                f" by {(left - right).abs().max():.2g} of {right.abs().max():.2g}" if left.shape == right.shape else ""
+            )
             where = "tokens outside the vocabulary" if unseen else "tokens in the vocabulary"
             raise Difference(f"merged: {type(one).__name__} is another function{far} ({where})")
 

@@ -9,7 +9,12 @@ from _compat_models import AUTO_CLASSES, FAMILIES, METHODS, WITHOUT_TEXT
 
 BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 CHANGED = "`adapters.init` alone changes what the model computes; compared with the model after it"
-AUTO_STATUS = {OK: "equal", REFUSED: "refused in one line", THEIRS: "fails in adapters without PEMA, too", OURS: "wrong"}
+AUTO_STATUS = {
+    OK: "equal",
+    REFUSED: "refused in one line",
+    THEIRS: "fails in adapters without PEMA, too",
+    OURS: "wrong",
+}
 Notes = dict[str, int]
 
 

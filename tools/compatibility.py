@@ -132,8 +132,12 @@ def _quiet() -> None:
 
 def main() -> int:
     options = _parser().parse_args()
-    groups = _auto_groups(options) if options.auto else cells(
-        options.models or (*FAMILIES, *WITHOUT_TEXT), options.methods or METHODS, options.heads or HEAD_KINDS
+    groups = (
+        _auto_groups(options)
+        if options.auto
+        else cells(
+            options.models or (*FAMILIES, *WITHOUT_TEXT), options.methods or METHODS, options.heads or HEAD_KINDS
+        )
     )
     total, results = sum(map(len, groups)), []
     with contextlib.suppress(KeyboardInterrupt):  # what there is by then is shown
@@ -149,7 +153,9 @@ def main() -> int:
 
 
 def _auto_groups(options: argparse.Namespace) -> list[list[AutoCell]]:
-    return auto_cells(options.models or AUTO_MODELS, options.methods or AUTO_METHODS, options.heads or tuple(AUTO_HEADS))
+    return auto_cells(
+        options.models or AUTO_MODELS, options.methods or AUTO_METHODS, options.heads or tuple(AUTO_HEADS)
+    )
 
 
 def _show_progress(result: Result, count: int, total: int) -> None:
@@ -166,7 +172,9 @@ def _as_json(result: Result) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, known in (
-        ("models", (*FAMILIES, *WITHOUT_TEXT)), ("methods", METHODS), ("heads", (*HEAD_KINDS, *AUTO_HEADS))
+        ("models", (*FAMILIES, *WITHOUT_TEXT)),
+        ("methods", METHODS),
+        ("heads", (*HEAD_KINDS, *AUTO_HEADS)),
     ):
         parser.add_argument(f"--{name}", type=_some_of(known), metavar="A,B", help="all, if not given")
     parser.add_argument("--processes", type=int, default=PROCESSES)

@@ -1,13 +1,12 @@
 """The files of the output that are not its weights: what is carried over, and what stays an adapter."""
 
 import json
-import os
 from pathlib import Path
 
-from pema_adapters.errors import MergeError
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
 from pema_adapters.formats.artifact import HEAD_CONFIG, Delta
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, is_plain_name
-from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.formats.find import MARKER
 from pema_adapters.formats.safetensors_file import encode_header
 from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.plan import PlannedFile
@@ -18,8 +17,6 @@ WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ggml",
     ".tflite", ".pb", ".npz", ".mlmodel", ".pkl", ".lock", ".incomplete",
 }  # fmt: skip
-LONGEST_NAME = 255
-"""Bytes that the name of a file or folder may have on every usual file system."""
 MODULES = "modules.json"
 ADAPTERS = "adapters"
 INTERFACE = "adapter_interface.json"
@@ -64,10 +61,10 @@ def left_files(delta: Delta) -> list[PlannedFile]:
     """What cannot go into weights yet: `adapters/NAME`, an artifact without PEMA, ready for `load_adapter`."""
     if delta.kind == "full":
         return []
-    folder = f"{ADAPTERS}/{_safe(delta)}"
+    folder = f"{ADAPTERS}/{delta.name}"
     files = []
     if delta.rest.config is not None:
-        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.rest.config))
+        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.rest.config.content))
         files.append(weights_file(f"{folder}/adapter.safetensors", delta.rest.tensors))
     if delta.head is not None and not delta.head.is_static:
         files.append(json_file(f"{folder}/{HEAD_CONFIG}", delta.head.config))
@@ -82,11 +79,3 @@ def weights_file(name: str, tensors: dict[str, Stored]) -> PlannedFile:
     """A safetensors file of tensors as they are."""
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
     return PlannedFile(name, joined([Literal(header), *(Literal(t.raw.data) for t in tensors.values())]))
-
-
-def _safe(delta: Delta) -> str:
-    if not is_plain_name(delta.name) or len(os.fsencode(delta.name)) > LONGEST_NAME:
-        raise MergeError(
-            f"{delta.folder}: adapter name {delta.name!r} cannot be the name of a folder; rename the adapter"
-        )
-    return delta.name

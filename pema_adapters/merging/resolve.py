@@ -11,9 +11,10 @@ from functools import cache
 from pathlib import Path
 
 from pema_adapters.errors import FormatError, MergeError
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json, weight_files
-from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.formats.find import MARKER
 from pema_adapters.merging.others import MODULES, module_paths
 from pema_adapters.merging.patience import patiently
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
 from pema_adapters.formats.artifact import HEAD_CONFIG
-from pema_adapters.formats.find import ADAPTER_CONFIG
 
 
 def loading_lines(
