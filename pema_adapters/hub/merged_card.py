@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from pema_adapters.formats.artifact import Delta
@@ -11,8 +12,9 @@ from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, README, metadata, 
 from pema_adapters.hub.provenance import hub_id, methods_of, origin
 from pema_adapters.merging.merge import Inputs, Merge, Options
 from pema_adapters.merging.others import ADAPTERS
+from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.report import MergeReport
-from pema_adapters.merging.usage import loading_lines
+from pema_adapters.merging.usage import LeftAdapter, loading_lines
 
 
 def merged_card(existing: str, repo_id: str, inputs: Inputs, merge: Merge, options: Options) -> str:
@@ -68,7 +70,7 @@ def _loading(repo_id: str, merge: Merge) -> list[str]:
     """The lines that load the model, or model and adapter."""
     files = {file.name: file for file in merge.plan.files}
     config = json.loads(files[CONFIG].read(0, files[CONFIG].size)) if CONFIG in files else {}
-    left = {name: _below(f"{ADAPTERS}/{name}/", files) for name in merge.report.adapters_left}
+    left = {name: LeftAdapter.read(partial(_content, files, name)) for name in merge.report.adapters_left}
     lines = loading_lines(repo_id, config, left, lambda name: f'folder + "/{ADAPTERS}/{name}"')
     if not left:
         return ["import transformers", *lines]
@@ -76,8 +78,9 @@ def _loading(repo_id: str, merge: Merge) -> list[str]:
             f'folder = huggingface_hub.snapshot_download("{repo_id}")', *lines]  # fmt: skip
 
 
-def _below(folder: str, names: Iterable[str]) -> list[str]:
-    return [name.removeprefix(folder) for name in names if name.startswith(folder)]
+def _content(files: Mapping[str, PlannedFile], adapter: str, name: str) -> bytes | None:
+    found = files.get(f"{ADAPTERS}/{adapter}/{name}")
+    return None if found is None else found.read(0, found.size)
 
 
 def _command(inputs: Inputs, options: Options) -> str:

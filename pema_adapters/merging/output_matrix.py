@@ -12,7 +12,7 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, Head
 from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.stored import Stored
-from pema_adapters.merging.standard import DEFAULTS, STANDARD, Standard
+from pema_adapters.merging.standard import DEFAULTS, STANDARD, Standard, is_language_model
 
 _FLEXIBLE = re.compile(r"heads\.(?P<head>[^.]+)\.\d+\.weight")
 _LM = "_lm"
@@ -29,7 +29,7 @@ def place_output(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
         return delta, []
     if head is not None and head.output:
         return replace(delta, untied=head.output), []
-    if head is not None and is_language_model(head):
+    if head is not None and is_of_language_model(head):
         return replace(delta, untied=_last_layer(head), is_output_in_head=True), []
     name = _output_of_base(base, delta) if head is None else ""
     if name:
@@ -38,7 +38,7 @@ def place_output(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
     return replace(delta, untied=""), [note]
 
 
-def is_language_model(head: Head) -> bool:
+def is_of_language_model(head: Head) -> bool:
     """Whether a flexible head gives logits over the vocabulary."""
     config = head.config.get("config")
     kind = str(config.get("head_type")) if isinstance(config, dict) else ""
@@ -70,7 +70,7 @@ def _output_of_base(base: Checkpoint, delta: Delta) -> str:
         is_known = family is not None and isinstance(head, Standard) and family.name + head.suffix == model_class
         if is_known and isinstance(head, Standard):
             return f"{head.layers[-1]}.weight" if kind.endswith(_LM) else ""
-    if re.search("LM|PreTraining|ConditionalGeneration", model_class):
+    if is_language_model(model_class):
         raise MergeError(
             f"{base.folder / CONFIG}: {model_class} is not known, so there is no place for {delta.untied!r}, which the "
             'delta unties from the embedding; train with PEMAConfig(output_embeddings="tied")'

@@ -4,15 +4,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pema_adapters.errors import BaseMismatchError, MergeError
+from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.artifact import Delta, Head
-from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.safetensors_file import FLOATS, as_float32
 from pema_adapters.merging.heads import StandardHead, standard_head
 from pema_adapters.merging.layout import Layout
 from pema_adapters.merging.names import match_names
 from pema_adapters.merging.others import carried_files, left_files
-from pema_adapters.merging.output_matrix import head_with_output, is_language_model, place_output
+from pema_adapters.merging.output_matrix import head_with_output, is_of_language_model, place_output
 from pema_adapters.merging.plan import Plan
 from pema_adapters.merging.settings import config_file, index_file
 from pema_adapters.merging.standard import TIE
@@ -36,7 +36,7 @@ class Choices:
 
 def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> Plan:
     """Check that the delta belongs to the base, and plan every file of the output."""
-    notes = _check_base(base, delta, choices.allow_base_mismatch)
+    notes = _check_config(base) + _check_base(base, delta, choices.allow_base_mismatch)
     layers, rest = weight_space(delta, choices.fold)
     delta, about_head = _with_standard_head(base, replace(delta, rest=rest))
     delta, about_output = place_output(base, delta)
@@ -66,6 +66,16 @@ def _code(choices: Choices) -> str | None:
     if choices.dtype not in DTYPES:
         raise MergeError(f"dtype {choices.dtype!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[choices.dtype]
+
+
+def _check_config(base: Checkpoint) -> list[str]:
+    """A note where the base has no config.json. Raises `FormatError` where there is one that nobody can read."""
+    path = base.folder / CONFIG
+    if base.config:
+        return []
+    if path.is_symlink() and not path.is_file():
+        raise FormatError(f"{path}: a link that leads to no file; put config.json in its place, or remove the link")
+    return ["the base has no config.json, or an empty one, so the output has none: Transformers needs one to load it"]
 
 
 def _check_base(base: Checkpoint, delta: Delta, allow: bool) -> list[str]:
@@ -125,7 +135,7 @@ def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) 
         return f"{found.model_class} adds {added[0]} of the base, which the flexible head does not"
     if found.prefix not in ("", delta.prefix):
         return f"{found.model_class} calls its backbone {found.prefix!r}, the base {delta.prefix!r}"
-    return _hindrance_of_language_model(names, delta) if is_language_model(head) else ""
+    return _hindrance_of_language_model(names, delta) if is_of_language_model(head) else ""
 
 
 def _hindrance_of_language_model(names: tuple[str, ...], delta: Delta) -> str:

@@ -1,10 +1,12 @@
 """V of the output, after checking that the delta's rows fit the base's matrix."""
 
+import json
+
 import numpy as np
 
-from pema_adapters.errors import BaseMismatchError, MergeError
+from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, Tensor
 from pema_adapters.formats.names import EMBEDDINGS
 from pema_adapters.formats.safetensors_file import FLOATS
 
@@ -16,6 +18,7 @@ def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     """
     weight = delta.weight
     if weight is None:
+        _check_config(base, None)
         return _rows_of_base(base)
     matrix = base.tensors[embedding]
     where = f"{matrix.path}: tensor {matrix.name!r} {matrix.dtype} {list(matrix.shape)}"
@@ -23,6 +26,7 @@ def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
         raise BaseMismatchError(
             f"{where} cannot take rows of {weight.shape[1]} numbers; give the base that the delta was trained on"
         )
+    _check_config(base, matrix)
     rows, fingerprint = matrix.shape[0], delta.fingerprint
     if fingerprint is None or fingerprint.base_vocab_size == fingerprint.vocab_size:
         _check_last(where, delta.token_ids, rows)
@@ -36,6 +40,20 @@ def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     if not np.array_equal(delta.token_ids[delta.token_ids >= rows], added):
         raise MergeError(f"{weight.path}: rows for the new tokens {rows} to {fingerprint.vocab_size - 1} are missing")
     return fingerprint.vocab_size
+
+
+def _check_config(base: Checkpoint, matrix: Tensor | None) -> None:
+    """Raise `FormatError` where config.json tells another V than the matrix has: nothing would load the output."""
+    if "vocab_size" not in base.config:
+        return
+    found, path = base.config["vocab_size"], base.folder / CONFIG
+    if type(found) is not int or found < 1:
+        raise FormatError(f"{path}: vocab_size is {json.dumps(found)[:40]}; expected a number above 0")
+    if matrix is not None and found != matrix.shape[0]:
+        raise FormatError(
+            f"{path}: vocab_size is {found}, but tensor {matrix.name!r} of {matrix.path.name} has {matrix.shape[0]} "
+            "rows; Transformers does not load such a checkpoint: correct config.json first"
+        )
 
 
 def _rows_of_base(base: Checkpoint) -> int:
