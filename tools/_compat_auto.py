@@ -182,6 +182,7 @@ def _check_alone(cell: AutoCell, bench: AutoBench) -> None:
     with tempfile.TemporaryDirectory() as name:
         model = _trained(cell, bench, pema=False)
         if not model.has_adapters():
+            bench.outputs(model, cell.head, unseen=True)
             return
         model.save_adapter(name, NAME, use_safetensors=True)
         fresh = bench.model("base" if cell.head == "base" else "")

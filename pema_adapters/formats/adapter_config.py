@@ -189,7 +189,7 @@ def _settings(text: str, path: Path) -> dict[str, Any]:
     try:
         pairs = re.sub(r"(\w+)\s*=", r"'\1':", (found and found["options"]) or "")
         options: Any = ast.literal_eval("{" + pairs + "}") or {}
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         found = None
     if found is None or not isinstance(options, dict):
         raise FormatError(f'{path}: config holds {_shown(text)}; expected a method such as "lora" or "lora[r=8]"')

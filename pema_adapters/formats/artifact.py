@@ -149,7 +149,7 @@ def _owner(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str
     """The prefix of the base model that the PEMA rows are in. They have to be those of this adapter alone."""
     owners = sorted({(part["prefix"] or "", part["name"]) for part in found})
     if len(owners) > 1:
-        several = ", ".join(repr(f"{prefix}.pema.adapters.{name}".lstrip(".")) for prefix, name in owners)
+        several = ", ".join(sorted(repr(f"{prefix}.pema.adapters.{name}".lstrip(".")) for prefix, name in owners))
         raise FormatError(f"{path}: expected the PEMA rows of one adapter, found those of {several}; nothing to merge")
     if not owners and config.trains_rows:
         raise FormatError(f"{path}: expected the PEMA rows that {ADAPTER_CONFIG} names, found none; save it again")

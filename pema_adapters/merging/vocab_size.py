@@ -14,11 +14,17 @@ from pema_adapters.formats.safetensors_file import FLOATS
 def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     """V of the output: that of the base, or more where the delta's model had tokens added.
 
-    `embedding` is the name of E in the base, "" for a delta without rows. Raises `BaseMismatchError`, `MergeError`.
+    `embedding` is the name of E in the base, "" for a delta without rows. Raises `BaseMismatchError`, `MergeError`, and
+    `FormatError` for a base whose config.json tells another V than its matrix has.
     """
+    found = _size(base, delta, embedding)
+    _check_config(base, base.tensors.get(embedding))
+    return found
+
+
+def _size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     weight = delta.weight
     if weight is None:
-        _check_config(base, None)
         return _rows_of_base(base)
     matrix = base.tensors[embedding]
     where = f"{matrix.path}: tensor {matrix.name!r} {matrix.dtype} {list(matrix.shape)}"
@@ -26,7 +32,6 @@ def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
         raise BaseMismatchError(
             f"{where} cannot take rows of {weight.shape[1]} numbers; give the base that the delta was trained on"
         )
-    _check_config(base, matrix)
     rows, fingerprint = matrix.shape[0], delta.fingerprint
     if fingerprint is None or fingerprint.base_vocab_size == fingerprint.vocab_size:
         _check_last(where, delta.token_ids, rows)
