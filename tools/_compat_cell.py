@@ -27,7 +27,7 @@ from pema_adapters import PartialVocabulary, merge_checkpoint, shrink_embeddings
 from pema_adapters.errors import SurgeryError
 
 NAME, CLASSES, STEPS = "task", 3, 3
-OK, THEIRS, OURS, NONE = "ok", "adapters", "ours", "none"
+OK, THEIRS, OURS, NONE, REFUSED = "ok", "adapters", "ours", "none", "refused"
 
 
 @dataclass(frozen=True)
@@ -262,23 +262,23 @@ def run(cell: Cell, benches: Benches) -> Result:
 
 
 def _judge(cell: Cell, benches: Benches) -> tuple[str, str]:
-    failure = _attempt(lambda: check(cell, benches.get(cell.model, cell.head)))
+    failure = attempt(lambda: check(cell, benches.get(cell.model, cell.head)))
     if failure is None:
         return OK, ""
     if isinstance(failure, SurgeryError) and "PEMA does not apply" in str(failure):
-        return NONE, _short(failure)
-    alone = _attempt(lambda: check(cell, benches.get(cell.model, cell.head), pema=False))
-    return (OURS, _short(failure)) if alone is None else (THEIRS, _short(alone))
+        return NONE, short(failure)
+    alone = attempt(lambda: check(cell, benches.get(cell.model, cell.head), pema=False))
+    return (OURS, short(failure)) if alone is None else (THEIRS, short(alone))
 
 
 def _without_text(cell: Cell) -> tuple[str, str]:
     model = WITHOUT_TEXT[cell.model]()
     adapters.init(model)
-    refusal = _attempt(lambda: model.add_adapter(NAME, config=adapter_config(cell.method, pema=True)))
-    return (NONE if isinstance(refusal, SurgeryError) else OURS), _short(refusal)
+    refusal = attempt(lambda: model.add_adapter(NAME, config=adapter_config(cell.method, pema=True)))
+    return (NONE if isinstance(refusal, SurgeryError) else OURS), short(refusal)
 
 
-def _attempt(work: Callable[[], Any]) -> Exception | None:
+def attempt(work: Callable[[], Any]) -> Exception | None:
     """What `work` raised. Its traceback is let go: it would keep the models alive."""
     try:
         work()
@@ -288,7 +288,7 @@ def _attempt(work: Callable[[], Any]) -> Exception | None:
     return None
 
 
-def _short(error: Exception | None) -> str:
+def short(error: Exception | None) -> str:
     """Kind and first line, without what differs from one config or size to another."""
     if error is None:
         return "no error, where one was expected"

@@ -1,13 +1,20 @@
 """The matrix of tools/compatibility.py as Markdown: rows and columns that are equal throughout stand together."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
-from _compat_cell import NONE, OK, OURS, THEIRS, Result
+from _compat_cell import NONE, OK, OURS, REFUSED, THEIRS, Result
 from _compat_models import AUTO_CLASSES, FAMILIES, METHODS, WITHOUT_TEXT
 
 BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 CHANGED = "`adapters.init` alone changes what the model computes; compared with the model after it"
+AUTO_STATUS = {
+    OK: "equal",
+    REFUSED: "refused in one line",
+    THEIRS: "fails in adapters without PEMA, too",
+    OURS: "wrong",
+}
 Notes = dict[str, int]
 
 
@@ -23,6 +30,25 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n\n".join(
         part for part in (*tables, "\n".join([*footnotes, *_not_applicable(order)]), _count(order)) if part
     )
+
+
+def auto_markdown(results: Sequence[Result]) -> str:
+    """Counts by head and output policy, and the reasons of all that is neither equal nor refused."""
+    there = [each for each in results if each.status != NONE]
+    order = sorted({_auto_row(each) for each in there})
+    lines = [["head", "output", *AUTO_STATUS.values()], ["---"] * (2 + len(AUTO_STATUS))]
+    for row in order:
+        found = [each.status for each in there if _auto_row(each) == row]
+        lines.append([*row, *(str(found.count(status)) for status in AUTO_STATUS)])
+    counts = [f"{sum(each.status == status for each in there)} {word}" for status, word in AUTO_STATUS.items()]
+    reasons = Counter((each.status, each.reason) for each in there if each.reason)
+    listed = [f"{count} x {AUTO_STATUS[status]}: {reason}  " for (status, reason), count in sorted(reasons.items())]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n\n".join([table, "\n".join(listed), f"{len(there)} cells: {', '.join(counts)}."])
+
+
+def _auto_row(result: Result) -> tuple[str, str]:
+    return result.cell.head, getattr(result.cell, "policy", "")
 
 
 def _count(results: Sequence[Result]) -> str:

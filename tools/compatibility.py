@@ -1,10 +1,12 @@
 """PEMA beside every method of adapters, on every model type of it: what works, shown by doing it.
 
     python tools/compatibility.py [--models bert,t5] [--methods lora,compacter] [--heads classification,masked]
-                                  [--json FILE] [--readme]
+                                  [--json FILE] [--readme | --auto]
 
 Every cell is a tiny random model that trains, saves, loads and merges (see _compat_cell.py). A cell that fails is tried
 without PEMA, too: "adapters" means that adapters cannot do it by itself. `--readme` rewrites the table in README.md.
+`--auto` tries AutoAdapterModel instead: flexible heads, what becomes of the output, and the lines that `pema-merge`
+prints (see _compat_auto.py).
 """
 
 import argparse
@@ -20,9 +22,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from _compat_auto import HEADS as AUTO_HEADS
+from _compat_auto import METHODS as AUTO_METHODS
+from _compat_auto import MODELS as AUTO_MODELS
+from _compat_auto import AutoBenches, AutoCell, auto_cells, run_auto
 from _compat_cell import OURS, Benches, Cell, Result, run
 from _compat_models import ALONE, FAMILIES, LM_HEADS, METHODS, WITHOUT_TEXT
-from _compat_table import markdown, write_readme
+from _compat_table import auto_markdown, markdown, write_readme
 
 PROCESSES, SECONDS_A_CELL = 2, 180
 HEAD_KINDS = ("classification", *LM_HEADS)
@@ -103,9 +109,10 @@ def _work(pipe: Connection) -> None:
     """In the process: cells come in, results go out, None ends it."""
     _quiet()
     benches = Benches()
+    auto_benches = AutoBenches(benches.folder)
     try:
         while (cell := pipe.recv()) is not None:
-            pipe.send(run(cell, benches))
+            pipe.send(run_auto(cell, auto_benches) if isinstance(cell, AutoCell) else run(cell, benches))
     finally:
         benches.close()
 
@@ -125,13 +132,19 @@ def _quiet() -> None:
 
 def main() -> int:
     options = _parser().parse_args()
-    groups = cells(options.models, options.methods, options.heads)
+    groups = (
+        _auto_groups(options)
+        if options.auto
+        else cells(
+            options.models or (*FAMILIES, *WITHOUT_TEXT), options.methods or METHODS, options.heads or HEAD_KINDS
+        )
+    )
     total, results = sum(map(len, groups)), []
     with contextlib.suppress(KeyboardInterrupt):  # what there is by then is shown
         for result in run_all(groups, options.processes):
             results.append(result)
             _show_progress(result, len(results), total)
-    print(markdown(results))
+    print(auto_markdown(results) if options.auto else markdown(results))
     if options.json:
         options.json.write_text(json.dumps([_as_json(each) for each in results], indent=1) + "\n")
     if options.readme:
@@ -139,10 +152,16 @@ def main() -> int:
     return 1 if any(each.status == OURS for each in results) else 0
 
 
+def _auto_groups(options: argparse.Namespace) -> list[list[AutoCell]]:
+    return auto_cells(
+        options.models or AUTO_MODELS, options.methods or AUTO_METHODS, options.heads or tuple(AUTO_HEADS)
+    )
+
+
 def _show_progress(result: Result, count: int, total: int) -> None:
     cell = result.cell
     end = "\r" if sys.stderr.isatty() and result.status != OURS else "\n"
-    line = f"{count}/{total} {cell.model}, {cell.method}, {cell.head}: {result.status} {result.reason}"
+    line = f"{count}/{total} {', '.join(vars(cell).values())}: {result.status} {result.reason}"
     print(line[:160].ljust(100), end=end, file=sys.stderr, flush=True)
 
 
@@ -152,11 +171,17 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, known in (("models", (*FAMILIES, *WITHOUT_TEXT)), ("methods", METHODS), ("heads", HEAD_KINDS)):
-        parser.add_argument(f"--{name}", type=_some_of(known), default=known, metavar="A,B", help="all, if not given")
+    for name, known in (
+        ("models", (*FAMILIES, *WITHOUT_TEXT)),
+        ("methods", METHODS),
+        ("heads", (*HEAD_KINDS, *AUTO_HEADS)),
+    ):
+        parser.add_argument(f"--{name}", type=_some_of(known), metavar="A,B", help="all, if not given")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--readme", action="store_true")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--readme", action="store_true")
+    instead.add_argument("--auto", action="store_true", help="flexible heads of AutoAdapterModel")
     return parser
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,13 +227,17 @@ def _kept(options: argparse.Namespace) -> str:
 
 def _loading(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
-    from pema_adapters.merging.usage import loading_lines
+    from pema_adapters.merging.usage import LeftAdapter, loading_lines
 
     output = Path(report.output)
     left = {name: output / "adapters" / name for name in report.adapters_left}
     if not left or not all(folder.is_dir() for folder in left.values()):
         return []
     config = json.loads((output / "config.json").read_bytes()) if (output / "config.json").exists() else {}
-    files = {name: [path.name for path in folder.iterdir()] for name, folder in left.items()}
-    lines = loading_lines(report.output, config, files, lambda name: python_literal(str(left[name])))
+    adapters = {name: LeftAdapter.read(partial(_content, folder)) for name, folder in left.items()}
+    lines = loading_lines(report.output, config, adapters, lambda name: python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]
+
+
+def _content(folder: Path, name: str) -> bytes | None:
+    return (folder / name).read_bytes() if (folder / name).is_file() else None

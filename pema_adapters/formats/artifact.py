@@ -13,17 +13,9 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, PEMA, AdapterConfig
 from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, read_json
-from pema_adapters.formats.find import (
-    ADAPTER_CONFIG,
-    FULL_WEIGHTS,
-    find_delta,
-    first_file,
-    has_method,
-    has_trained_rows,
-    is_adapter,
-    is_method,
-)
+from pema_adapters.formats.find import FULL_WEIGHTS, find_delta, first_file, is_adapter
 from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.formats.names import canonical
 from pema_adapters.formats.safetensors_file import FLOATS, NUMPY_DTYPES
@@ -36,21 +28,26 @@ ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 
 _ROWS = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
+_QUANTIZED = ("U8", "I8")
 _FULL_ROWS = re.compile(r"(?P<embedding>.+)\.token_ids")
 
 
 @dataclass(frozen=True)
 class Head:
-    """A prediction head: `config` as in head_config.json, `tensors` by name.
+    """A prediction head: `config` as in head_config.json, which lies at `path`, `tensors` by name.
 
+    Without any tensors it is one whose output matrix, all that it has, is tied to the embedding.
     settings: what config.json must say for it (None: the key must be absent), and prefix: of the backbone in its
-    class; None for both where nobody but head_config.json says.
+    class; None for both where nobody but head_config.json says. output: the output matrix of a language model in its
+    class, "" where nobody says.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Stored]
     settings: dict[str, Any] | None = None
     prefix: str | None = None
+    path: Path = Path(HEAD_CONFIG)
+    output: str = ""
 
     @property
     def is_static(self) -> bool:
@@ -60,9 +57,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Rest:
-    """The adapter without its PEMA part: `config` as in adapter_config.json, None where PEMA was all."""
+    """The adapter without its PEMA part: its `config`, None where PEMA was all."""
 
-    config: dict[str, Any] | None
+    config: AdapterConfig | None
     tensors: dict[str, Stored]
 
 
@@ -75,6 +72,9 @@ class Delta:
     own_base: the trained model was a base model itself, so its tensor names carry no prefix.
     embedding: canonical name of E; "" where the artifact does not say (it has no fingerprint).
     token_ids: int64 [K], strictly increasing. weight: [K, d]; None for an adapter without PEMA, whose K is 0.
+    untied: name of the output matrix that is not tied to E any more, though the base's is; "" for none.
+    is_output_in_head: that matrix belongs into the flexible head, rather than into the checkpoint.
+    methods: their names, "pema" and the others.
     tensors: full: everything else that was trained. head, rest: adapter: beside the rows.
     config: full: the trained model's config.json; adapter: adapter_config.json.
     """
@@ -92,11 +92,9 @@ class Delta:
     head: Head | None = None
     rest: Rest = field(default_factory=lambda: Rest(None, {}))
     config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def untied(self) -> str:
-        """The name of the output matrix that is not tied to E any more, though the base's is; "" for none."""
-        return self.fingerprint.untied if self.fingerprint is not None else ""
+    untied: str = ""
+    is_output_in_head: bool = False
+    methods: tuple[str, ...] = (PEMA,)
 
     @property
     def static_head(self) -> Head | None:
@@ -122,95 +120,90 @@ def read_delta(folder: str | Path, adapter: str | None = None, checkpoint: str |
 
 
 def _read_adapter(folder: Path) -> Delta:
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = AdapterConfig.read(folder)
     path = first_file(folder, ADAPTER_WEIGHTS)
     if path is None:
         raise FormatError(f"{folder}: {ADAPTER_CONFIG} without weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
     tensors = read_tensors(path)
     parts = {name: found for name in tensors if (found := _ROWS.fullmatch(name))}
-    owners = {name.removesuffix("." + found["part"]) for name, found in parts.items()}
-    if len(owners) > 1:
-        several = ", ".join(map(repr, sorted(owners)))
-        raise FormatError(f"{path}: expected the PEMA rows of one adapter, found those of {several}; nothing to merge")
-    if not owners:
-        return _without_rows(folder, path, config, tensors)
-    first = next(iter(parts.values()))
-    prefix = first["prefix"] or ""
+    prefix = _owner(path, config, list(parts.values()))
     rows = {found["part"]: tensors.pop(name) for name, found in parts.items()}
-    token_ids, weight, fingerprint = _rows(path, rows)
+    token_ids, weight, fingerprint = _rows(path, rows) if rows else (np.empty(0, np.int64), None, None)
     if fingerprint and prefix not in ("", fingerprint.prefix):
         raise FormatError(f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; damaged")
     return Delta(
         folder=folder,
         kind="adapter",
-        name=first["name"],
+        name=config.name,
         prefix=fingerprint.prefix if fingerprint else prefix,
-        own_base=not prefix,
+        own_base=bool(rows) and not prefix,
         embedding=fingerprint.embedding if fingerprint else "",
         token_ids=token_ids,
         weight=weight,
         fingerprint=fingerprint,
         head=_read_head(folder, prefix),
-        rest=Rest(_rest_config(folder, config, bool(tensors)), tensors),
-        config=config,
+        rest=_rest(folder, config, tensors),
+        config=config.content,
+        untied=fingerprint.untied if fingerprint else "",
+        methods=tuple(method.name for method in config.methods),
     )
 
 
-def _without_rows(folder: Path, path: Path, config: dict[str, Any], tensors: dict[str, Stored]) -> Delta:
-    """An adapter without PEMA: other methods, and perhaps a head."""
-    if has_trained_rows(config.get("config")):
+def _owner(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str:
+    """The prefix of the base model that the PEMA rows are in. They have to be those of this adapter alone."""
+    owners = sorted({(part["prefix"] or "", part["name"]) for part in found})
+    if len(owners) > 1:
+        several = ", ".join(sorted(repr(f"{prefix}.pema.adapters.{name}".lstrip(".")) for prefix, name in owners))
+        raise FormatError(f"{path}: expected the PEMA rows of one adapter, found those of {several}; nothing to merge")
+    if not owners and config.trains_rows:
         raise FormatError(f"{path}: expected the PEMA rows that {ADAPTER_CONFIG} names, found none; save it again")
-    name = config.get("name")
-    if not isinstance(name, str):
-        raise FormatError(f"{folder / ADAPTER_CONFIG}: expected the name of the adapter, found {str(name)[:40]!r}")
-    return Delta(
-        folder=folder,
-        kind="adapter",
-        name=name,
-        prefix="",
-        own_base=False,
-        embedding="",
-        token_ids=np.empty(0, np.int64),
-        weight=None,
-        fingerprint=None,
-        head=_read_head(folder, ""),
-        rest=Rest(_rest_config(folder, config, bool(tensors)), tensors),
-        config=config,
-    )
+    prefix, name = owners[0] if owners else ("", config.name)
+    if name != config.name:
+        raise FormatError(
+            f"{path}: holds the PEMA rows of adapter {name!r}, but {ADAPTER_CONFIG} is that of {config.name!r}; "
+            "save the adapter again"
+        )
+    return prefix
 
 
 def _read_head(folder: Path, prefix: str) -> Head | None:
     """The head beside an adapter. Whatever of the base model was saved along with it (T5) is not part of it."""
-    path = first_file(folder, HEAD_WEIGHTS)
+    path, config = first_file(folder, HEAD_WEIGHTS), folder / HEAD_CONFIG
+    if path is None and config.is_file():
+        raise FormatError(f"{config}: a head without weights; expected {' or '.join(HEAD_WEIGHTS)} beside it")
     if path is None:
         return None
-    if not (folder / HEAD_CONFIG).is_file():
+    if not config.is_file():
         raise FormatError(f"{path}: a head without {HEAD_CONFIG} that says which")
-    found = read_tensors(path)
-    tensors = {name: found[name] for name in found if not _is_of_base(name, prefix)}
-    return Head(read_json(folder / HEAD_CONFIG), tensors) if tensors else None
+    found = {name: tensor for name, tensor in read_tensors(path).items() if not _is_of_base(name, prefix)}
+    _check_not_quantized(found)
+    return Head(read_json(config), found, path=config)
+
+
+def _check_not_quantized(head: dict[str, Stored]) -> None:
+    """bitsandbytes stores a layer of 4 bits as U8, one of 8 bits as I8, and what it takes to read it beside it."""
+    for tensor in head.values():
+        if tensor.dtype in _QUANTIZED:
+            layer = tensor.name.rpartition(".")[0]
+            raise FormatError(
+                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}: the head was quantized along with the base, "
+                f'expected floats; train with BitsAndBytesConfig(..., llm_int8_skip_modules=["{layer}"])'
+            )
 
 
 def _is_of_base(name: str, prefix: str) -> bool:
     return name.startswith(prefix + ".") if prefix else _ROWS.fullmatch(name) is not None
 
 
-def _rest_config(folder: Path, config: dict[str, Any], has_tensors: bool) -> dict[str, Any] | None:
-    """adapter_config.json without PEMA; a union with one member left is that member."""
-    method = config.get("config")
-    members = method.get("configs") if isinstance(method, dict) else None
-    if isinstance(method, dict) and isinstance(members, list):
-        left = [member for member in members if not is_method(member)]
-        method = left[0] if len(left) == 1 else {**method, "configs": left} if left else None
-    elif has_method(method):
-        method = None
-    if (method is None) == has_tensors:
-        expected, found = ("no other", "some") if has_tensors else ("more", "none")
+def _rest(folder: Path, config: AdapterConfig, tensors: dict[str, Stored]) -> Rest:
+    left = config.without(lambda method: method.is_pema)
+    if (left is None) == bool(tensors):
+        expected, found = ("no other", "some") if tensors else ("more", "none")
         raise FormatError(
             f"{folder}: {ADAPTER_CONFIG} names {expected} method beside PEMA, but the weights hold {found} of it; "
             "save the adapter again"
         )
-    return None if method is None else {**config, "config": method}
+    return Rest(left, tensors)
 
 
 def _read_full(folder: Path) -> Delta:
@@ -247,6 +240,7 @@ def _read_full(folder: Path) -> Delta:
         fingerprint=fingerprint,
         tensors=tensors,
         config=read_json(folder / CONFIG),
+        untied=fingerprint.untied if fingerprint else "",
     )
 
 

@@ -2,16 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE, read_json
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig
+from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE
 from pema_adapters.formats.trainer_checkpoints import suggest_choice
 
-ADAPTER_CONFIG = "adapter_config.json"
 FULL_WEIGHTS = (SINGLE, INDEX, PICKLE_INDEX, PICKLE)
 MARKER = "pema_merge.json"
-METHOD = "pema"
 LEVELS = 2
 LISTED = 8
 
@@ -107,40 +105,21 @@ def _is_called(delta: Path, adapter: str, folder: Path) -> bool:
 def _names(delta: Path) -> list[str]:
     """The names by which `--adapter` may pick a delta, beside its path; a damaged one has that of its folder only."""
     config = _config(delta)
-    return [delta.name] if config is None else list(dict.fromkeys((str(config.get("name")), delta.name)))
+    return [delta.name] if config is None else list(dict.fromkeys((config.name, delta.name)))
 
 
 def _with_rows(deltas: list[Path]) -> list[Path]:
     """Those that hold PEMA rows by their config, if there are any; a Trainer saves every adapter of a model."""
-    found = [delta for delta in deltas if (config := _config(delta)) is None or has_method(config.get("config"))]
+    found = [delta for delta in deltas if (config := _config(delta)) is None or config.has_pema]
     return found or deltas
 
 
-def _config(delta: Path) -> dict[str, Any] | None:
+def _config(delta: Path) -> AdapterConfig | None:
     """adapter_config.json; None for a full delta, and where it cannot be read: whoever picks that one is told."""
     try:
-        return read_json(delta / ADAPTER_CONFIG) if is_adapter(delta) else None
+        return AdapterConfig.read(delta) if is_adapter(delta) else None
     except FormatError:
         return None
-
-
-def has_method(config: Any) -> bool:
-    """Whether an adapter config, as in adapter_config.json, is PEMA or a union with it."""
-    members = config.get("configs") if isinstance(config, dict) else None
-    return any(is_method(member) for member in members) if isinstance(members, list) else is_method(config)
-
-
-def has_trained_rows(config: Any) -> bool:
-    """The same, for PEMA that trains its rows: others are the base's, and not in the artifact."""
-    members = config.get("configs") if isinstance(config, dict) else None
-    listed = members if isinstance(members, list) else [config]
-    frozen = [isinstance(member, dict) and member.get("trainable") is False for member in listed]
-    return any(is_method(member) and not left for member, left in zip(listed, frozen, strict=True))
-
-
-def is_method(config: Any) -> bool:
-    """Whether one member of a union is PEMA."""
-    return bool((config.get("architecture") if isinstance(config, dict) else config) == METHOD)
 
 
 def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from pema_adapters.files import sum_of_file
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
-from pema_adapters.formats.methods import method_names
 from pema_adapters.io.text import escape_markdown, markdown_code
 from pema_adapters.merging.resolve import HUB_ID
 
@@ -31,7 +30,7 @@ def sha256_of(delta: Delta) -> Iterator[tuple[str, str]]:
 
 def methods_of(delta: Delta) -> list[str]:
     """The delta's methods by name: `["pema", "lora"]`; full fine-tuning has rows alone."""
-    return method_names(delta.config.get("config")) if delta.kind == "adapter" else ["pema"]
+    return list(delta.methods)
 
 
 def versions() -> str:

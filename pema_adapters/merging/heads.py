@@ -12,9 +12,8 @@ from pema_adapters.errors import FormatError
 from pema_adapters.formats.artifact import HEAD_CONFIG, Head
 from pema_adapters.formats.safetensors_file import FLOATS
 from pema_adapters.formats.stored import Stored
+from pema_adapters.merging.labels import label_settings, labels
 from pema_adapters.merging.standard import DEFAULTS, HIDDEN, STANDARD, TIE, Family, Standard
-
-MOST_LABELS = 1_000_000
 
 _OTHERS = {"head_type", "label2id", "dropout_prob", "shift_labels", "vocab_size", "embedding_size"}
 """Settings of a flexible head that change nothing, or only shapes, in evaluation."""
@@ -42,6 +41,7 @@ class StandardHead:
     prefix: of the backbone in that class, "" if it has none (T5's classes differ in that).
     needs: tensors of the backbone, without prefix, that the class reads and not every checkpoint has (the pooler).
     zero: tensors that only the class adds: the base must lack them or have zeros.
+    output: the output matrix of a language model, "" for other heads.
     """
 
     model_class: str
@@ -50,35 +50,22 @@ class StandardHead:
     prefix: str
     needs: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    output: str = ""
 
 
-def standard_head(head: Head, base_config: dict[str, Any]) -> StandardHead | str:
+def standard_head(head: Head, base_config: dict[str, Any], *, keeps_base_output: bool = False) -> StandardHead | str:
     """The class that computes exactly what the flexible `head` does, or a short reason why it stays an adapter head.
 
-    base_config: config.json of the base, but with the `vocab_size` of the output. An output matrix that is tied to the
-    embedding is not among the tensors. Raises `FormatError` where head_config.json or a tensor is damaged.
+    base_config: config.json of the base, but with the `vocab_size` and the `tie_word_embeddings` of the output.
+    keeps_base_output: the output matrix is the base's own. An output matrix that is that, or tied to the embedding, is
+    not among the tensors. Raises `FormatError` where head_config.json or a tensor is damaged.
     """
     found = _settings(head)
     known = _known(base_config.get("model_type"), found["head_type"])
     if isinstance(known, str):
         return known
-    pair = _Pair(head, found, base_config, *known)
+    pair = _Pair(head, found, base_config, *known, keeps_base_output)
     return pair.difference() or pair.converted()
-
-
-def labels(config: dict[str, Any]) -> dict[str, int]:
-    """`{label: number}` in the order of the numbers; "LABEL_0", ... for `num_labels` without names; {} without both."""
-    found, count = config.get("label2id"), config.get("num_labels")
-    if isinstance(found, dict) and found and all(isinstance(number, int) for number in found.values()):
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-    return {f"LABEL_{i}": i for i in range(min(count, MOST_LABELS))} if isinstance(count, int) else {}
-
-
-def label_settings(found: dict[str, int]) -> dict[str, Any]:
-    """What config.json says about labels: nothing (None) for {} and for two that have Transformers' default names."""
-    if not found or found == {"LABEL_0": 0, "LABEL_1": 1}:
-        return {"id2label": None, "label2id": None}
-    return {"id2label": {str(number): label for label, number in found.items()}, "label2id": found}
 
 
 @dataclass(frozen=True)
@@ -90,6 +77,7 @@ class _Pair:
     base: dict[str, Any]
     family: Family
     standard: Standard
+    keeps_base_output: bool
 
     def difference(self) -> str:
         """Why the class cannot take the head's place; "" where it can."""
@@ -106,6 +94,7 @@ class _Pair:
             prefix=self.family.prefix if prefix is None else prefix,
             needs=tuple(f"{standard.pooler}.{part}" for part in ("weight", "bias") if standard.pooler),
             zero=standard.zero,
+            output=f"{standard.layers[-1]}.weight" if self._is_lm else "",
         )
 
     @property
@@ -186,7 +175,7 @@ class _Pair:
 
     def _labels(self) -> dict[str, int]:
         """{} for a language model, and for choices without names: config.json has no place for their number."""
-        found = labels({"num_labels": self.found.get("num_choices", 0), **self.found})
+        found = labels({"num_labels": self.found.get("num_choices", 0), **self.found}, self.head.path)
         is_default = all(label == f"LABEL_{number}" for label, number in found.items())
         return {} if is_default and "num_labels" not in self.found else found
 
@@ -196,13 +185,14 @@ class _Pair:
         return _PROBLEMS.get((kind, count)) or _PROBLEMS.get((kind, "any"))
 
     def _renamed(self) -> dict[str, Stored]:
-        """The head's tensors by their new names, without a tied output matrix. Every one is checked."""
+        """The head's tensors by their new names, without an output matrix of the base. Every one is checked."""
         left, expected = self._own(), self._expected()
         made: dict[str, Stored] = {}
-        tied = f"{self._place(-1)}.weight" if self._is_lm and self._says(TIE) else ""
+        is_of_base = self._is_lm and (self._says(TIE) or self.keeps_base_output)
+        tied = f"{self._place(-1)}.weight" if is_of_base else ""
         for name, (new, shape) in expected.items():
             if name not in left and name != tied:
-                raise FormatError(f"{_where(self.head)}: tensor {name!r} {list(shape)} expected, found none")
+                raise FormatError(f"{self.head.path}: tensor {name!r} {list(shape)} expected, found none")
             if name in left:
                 stored = _checked(left.pop(name), shape)
                 made |= {new: replace(stored, name=new)} if name != tied else {}
@@ -237,7 +227,7 @@ class _Pair:
 
 def _settings(head: Head) -> dict[str, Any]:
     """The settings of a flexible head, checked, with defaults for the absent ones."""
-    where, config, name = _where(head), head.config.get("config"), head.config.get("name")
+    where, config, name = head.path, head.config.get("config"), head.config.get("name")
     kind = config.get("head_type") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(kind, str) or not isinstance(name, str):
         found = json.dumps({"name": name, "config": config})[:200]
@@ -281,7 +271,3 @@ def _checked(stored: Stored, shape: tuple[int, ...]) -> Stored:
             f"expected floats {list(shape)}, by {HEAD_CONFIG} and the base's config.json"
         )
     return stored
-
-
-def _where(head: Head) -> str:
-    return str(next(iter(head.tensors.values())).path.parent / HEAD_CONFIG) if head.tensors else HEAD_CONFIG

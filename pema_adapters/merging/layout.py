@@ -217,7 +217,7 @@ class Layout:
                 f"{name!r} for the new ones; train with output_embeddings='tied'"
             )
         self.notes.append(f"{name} keeps the base's matrix and is no longer tied to the embedding")
-        if name in self.base.tensors:
+        if name in self.base.tensors or self.delta.is_output_in_head:
             return []
         return [Entry(name, self._dtype_of(matrix), matrix.shape, (self._kept(matrix),))]
 

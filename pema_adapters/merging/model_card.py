@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, is_ours, metadata,
 from pema_adapters.hub.provenance import hub_id, hub_link, methods_of, origin, versions
 from pema_adapters.io.text import escape_markdown, markdown_code, markdown_code_block, python_literal
 from pema_adapters.merging.others import ADAPTERS
+from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.report import MergeReport
-from pema_adapters.merging.usage import loading_lines
+from pema_adapters.merging.usage import LeftAdapter, loading_lines
 
 if TYPE_CHECKING:
     from pema_adapters.merging.merge import Inputs, Merge, Options
@@ -108,12 +110,13 @@ def _loading(checkpoint: str, merge: "Merge", where: Callable[[str], str]) -> li
     """The lines that load the model, or model and adapter."""
     files = {file.name: file for file in merge.plan.files}
     config = json.loads(files[CONFIG].read(0, files[CONFIG].size)) if CONFIG in files else {}
-    left = {name: _below(f"{ADAPTERS}/{name}/", files) for name in merge.report.adapters_left}
+    left = {name: LeftAdapter.read(partial(_content, files, name)) for name in merge.report.adapters_left}
     return loading_lines(checkpoint, config, left, where)
 
 
-def _below(folder: str, names: Iterable[str]) -> list[str]:
-    return [name.removeprefix(folder) for name in names if name.startswith(folder)]
+def _content(files: Mapping[str, PlannedFile], adapter: str, name: str) -> bytes | None:
+    found = files.get(f"{ADAPTERS}/{adapter}/{name}")
+    return None if found is None else found.read(0, found.size)
 
 
 def _command(inputs: "Inputs", options: "Options") -> str:

@@ -60,7 +60,8 @@ def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -
         guessed = delta.kind == "full" and delta.fingerprint is None
         own_base = not delta.embedding.startswith(prefix + ".") if guessed else delta.own_base
         names = Names(prefix, embedding, stored, own_base, is_prefixed, add_prefix=False)
-    new_heads = [n for n in delta.ordinary if not names.is_inside(n) and names.in_base(n) is None]
+    untied = [delta.untied] if delta.untied and not delta.is_output_in_head else []
+    new_heads = [n for n in (*delta.ordinary, *untied) if not names.is_inside(n) and names.in_base(n) is None]
     in_class = delta.head.prefix if delta.head and delta.head.prefix is not None else names.prefix
     return replace(names, add_prefix=bool(new_heads) and bool(in_class) and not names.is_prefixed)
 

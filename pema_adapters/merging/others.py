@@ -1,13 +1,13 @@
 """The files of the output that are not its weights: what is carried over, and what stays an adapter."""
 
 import json
-import os
 from pathlib import Path
 
-from pema_adapters.errors import MergeError
+from pema_adapters.errors import reading
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
 from pema_adapters.formats.artifact import HEAD_CONFIG, Delta
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, is_plain_name
-from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.formats.find import MARKER
 from pema_adapters.formats.safetensors_file import encode_header
 from pema_adapters.formats.stored import Stored
 from pema_adapters.io.input_file import InputFile
@@ -20,8 +20,6 @@ WEIGHTS = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ggml",
     ".tflite", ".pb", ".npz", ".mlmodel", ".pkl", ".lock", ".incomplete",
 }  # fmt: skip
-LONGEST_NAME = 255
-"""Bytes that the name of a file or folder may have on every usual file system."""
 MODULES = "modules.json"
 ADAPTERS = "adapters"
 INTERFACE = "adapter_interface.json"
@@ -36,7 +34,7 @@ def carried_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
         FormatError: one of them, or config.json, is a link that leads out of the folder, and is not left in place.
     """
     top = [path for path in sorted(folder.iterdir()) if _is_carried(path) and not path.is_dir()]
-    below = [path for module in _modules(folder) for path in (module, *sorted(module.rglob("[!.]*")))]
+    below = [path for module in _modules(folder) for path in (module, *_walk(module))]
     if not in_place:
         for path in (folder / CONFIG, *top, *below):
             check_link(path, folder)
@@ -53,13 +51,25 @@ def _modules(folder: Path) -> list[Path]:
     return [folder / name for name in module_paths(folder / MODULES) if (folder / name).is_dir()]
 
 
+def _walk(folder: Path) -> list[Path]:
+    """What lies below a folder, but for hidden names. Raises `FormatError` where a folder cannot be listed."""
+    found: list[Path] = []
+    with reading(folder):
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):
+                found += [path, *(_walk(path) if path.is_dir() and not path.is_symlink() else ())]
+    return found
+
+
 def module_paths(path: Path) -> list[str]:
     """The folders that modules.json names, hidden ones (.git, say) left out; [] where it is something else."""
     if not path.is_file():
         return []
+    with reading(path):
+        text = path.read_bytes()
     try:
-        names = [str(module["path"]) for module in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        names = [str(module["path"]) for module in json.loads(text)]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return [name for name in dict.fromkeys(names) if is_plain_name(name) and not name.startswith(".")]
 
@@ -72,10 +82,10 @@ def left_files(delta: Delta) -> list[PlannedFile]:
     """What cannot go into weights yet: `adapters/NAME`, an artifact without PEMA, ready for `load_adapter`."""
     if delta.kind == "full":
         return []
-    folder = f"{ADAPTERS}/{_safe(delta)}"
+    folder = f"{ADAPTERS}/{delta.name}"
     files = []
     if delta.rest.config is not None:
-        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.rest.config))
+        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.rest.config.content))
         files.append(weights_file(f"{folder}/adapter.safetensors", delta.rest.tensors))
     if delta.head is not None and not delta.head.is_static:
         files.append(json_file(f"{folder}/{HEAD_CONFIG}", delta.head.config))
@@ -91,11 +101,3 @@ def weights_file(name: str, tensors: dict[str, Stored]) -> PlannedFile:
     """A safetensors file of tensors as they are."""
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
     return PlannedFile(name, joined([Literal(header), *(stored_bytes(t, of_base=False) for t in tensors.values())]))
-
-
-def _safe(delta: Delta) -> str:
-    if not is_plain_name(delta.name) or len(os.fsencode(delta.name)) > LONGEST_NAME:
-        raise MergeError(
-            f"{delta.folder}: adapter name {delta.name!r} cannot be the name of a folder; rename the adapter"
-        )
-    return delta.name

@@ -4,17 +4,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pema_adapters.errors import BaseMismatchError, MergeError
+from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.artifact import Delta, Head
-from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.methods import method_names
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.safetensors_file import FLOATS, as_float32
 from pema_adapters.merging.heads import StandardHead, standard_head
 from pema_adapters.merging.layout import Layout
 from pema_adapters.merging.names import match_names
 from pema_adapters.merging.others import carried_files, left_files
+from pema_adapters.merging.output_matrix import head_with_output, is_of_language_model, place_output
 from pema_adapters.merging.plan import Plan
 from pema_adapters.merging.settings import config_file, index_file
+from pema_adapters.merging.standard import TIE
 from pema_adapters.merging.weight_space import weight_space
 
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -35,9 +36,10 @@ class Choices:
 
 def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> Plan:
     """Check that the delta belongs to the base, and plan every file of the output."""
-    notes = _check_base(base, delta, choices.allow_base_mismatch)
+    notes = _check_config(base) + _check_base(base, delta, choices.allow_base_mismatch)
     layers, rest = weight_space(delta, choices.fold)
     delta, about_head = _with_standard_head(base, replace(delta, rest=rest))
+    delta, about_output = place_output(base, delta)
     if delta.weight is None and not layers:
         raise MergeError(
             f"{delta.folder}: adapter {delta.name!r} has no PEMA rows and nothing that folds into weights; nothing to "
@@ -45,7 +47,7 @@ def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> 
         )
     names = match_names(base, delta, [layer.module for layer in layers])
     layout = Layout(base, delta, names, layers, dtype=_code(choices), apart=choices.in_place)
-    left = left_files(delta)
+    left = left_files(replace(delta, head=head_with_output(base, delta, names.embedding)))
     settings = [file for file in (config_file(base, delta, layout), index_file(base, layout)) if file]
     return Plan(
         files=(*carried_files(base.folder, in_place=choices.in_place), *layout.files(), *left, *settings),
@@ -56,7 +58,7 @@ def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> 
         tensors_copied=len(base.tensors) - layout.changed,
         tensors_folded=layout.folded,
         adapters_left=(delta.name,) if left else (),
-        notes=(*notes, *layout.notes, *about_head, *_about_values(delta), *_about_left(delta)),
+        notes=(*notes, *layout.notes, *about_head, *about_output, *_about_values(delta), *_about_left(delta)),
     )
 
 
@@ -64,6 +66,16 @@ def _code(choices: Choices) -> str | None:
     if choices.dtype not in DTYPES:
         raise MergeError(f"dtype {choices.dtype!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[choices.dtype]
+
+
+def _check_config(base: Checkpoint) -> list[str]:
+    """A note where the base has no config.json. Raises `FormatError` where there is one that nobody can read."""
+    path = base.folder / CONFIG
+    if base.config:
+        return []
+    if path.is_symlink() and not path.is_file():
+        raise FormatError(f"{path}: a link that leads to no file; put config.json in its place, or remove the link")
+    return ["the base has no config.json, or an empty one, so the output has none: Transformers needs one to load it"]
 
 
 def _check_base(base: Checkpoint, delta: Delta, allow: bool) -> list[str]:
@@ -103,11 +115,14 @@ def _with_standard_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str
     config = base.config
     if delta.fingerprint is not None:
         config = {**config, "vocab_size": delta.fingerprint.vocab_size}
-    found = standard_head(delta.head, config)
+    if delta.untied:
+        config = {**config, TIE: False}
+    found = standard_head(delta.head, config, keeps_base_output=bool(delta.untied))
     reason = found if isinstance(found, str) else _hindrance(base, delta, delta.head, found)
     if isinstance(found, str) or reason:
         return delta, [f"its flexible head stays in adapters/{delta.name}, for AutoAdapterModel's load_head: {reason}"]
-    head = Head({"config": None, "model_class": found.model_class}, found.tensors, found.config, found.prefix)
+    head_config = {"config": None, "model_class": found.model_class}
+    head = Head(head_config, found.tensors, found.config, found.prefix, delta.head.path, found.output)
     return replace(delta, head=head), [f"its flexible head is now that of {found.model_class}"]
 
 
@@ -120,12 +135,11 @@ def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) 
         return f"{found.model_class} adds {added[0]} of the base, which the flexible head does not"
     if found.prefix not in ("", delta.prefix):
         return f"{found.model_class} calls its backbone {found.prefix!r}, the base {delta.prefix!r}"
-    is_language_model = str(head.config["config"].get("head_type")).endswith("_lm")
-    return _hindrance_of_language_model(names, delta) if is_language_model else ""
+    return _hindrance_of_language_model(names, delta) if is_of_language_model(head) else ""
 
 
 def _hindrance_of_language_model(names: tuple[str, ...], delta: Delta) -> str:
-    if '"inv_adapter": {' in str(delta.rest.config).replace("'", '"'):
+    if delta.rest.config is not None and any(method.is_invertible for method in delta.rest.config.methods):
         return "the adapter is invertible, and undone before the head"
     if any(name.endswith("decoder.bias") for name in names):
         return "the base stores the bias of its output twice"
@@ -152,5 +166,5 @@ def _about_values(delta: Delta) -> list[str]:
 def _about_left(delta: Delta) -> list[str]:
     if delta.rest.config is None:
         return []
-    methods = ", ".join(method_names(delta.rest.config.get("config")))
+    methods = ", ".join(method.name for method in delta.rest.config.methods)
     return [f"the other weights of adapter {delta.name!r} stay an adapter, in adapters/{delta.name}: {methods}"]

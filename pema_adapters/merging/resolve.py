@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pema_adapters.errors import FormatError, MergeError, PemaError
 from pema_adapters.files import replace_file
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
 from pema_adapters.formats.checkpoint import (
     CONFIG,
@@ -24,7 +25,7 @@ from pema_adapters.formats.checkpoint import (
     read_json,
     weight_files,
 )
-from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
+from pema_adapters.formats.find import MARKER
 from pema_adapters.hub.errors import explain, is_unreachable
 from pema_adapters.hub.token import check_token
 from pema_adapters.merging.others import MODULES, module_paths

@@ -1,19 +1,17 @@
 """The JSON files of the output: config.json, the index of the shards, the configuration of what stays an adapter."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from pema_adapters.errors import MergeError
-from pema_adapters.formats.artifact import HEAD_CONFIG, Delta, Head
+from pema_adapters.formats.artifact import Delta, Head
 from pema_adapters.formats.checkpoint import CONFIG, INDEX, Checkpoint
+from pema_adapters.merging.labels import labels
 from pema_adapters.merging.layout import Layout
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import Copy, Literal
 
 FROM_DELTA = ("architectures", "id2label", "label2id", "problem_type")
 """What a trained model's config.json says about its head; absent means Transformers' default."""
-MOST_LABELS = 100_000
 DTYPES_BY_CODE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """How config.json calls the dtypes of safetensors files."""
 
@@ -34,7 +32,7 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
     elif delta.static_head is not None and delta.static_head.settings is not None:
         made = _with_settings(made, delta.static_head.settings)
     elif delta.static_head is not None:
-        made = _with_head(made, delta.static_head, delta.folder / HEAD_CONFIG)
+        made = _with_head(made, delta.static_head)
     if layout.names.embedding and layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:
         made["vocab_size"] = layout.vocab_size
     if delta.untied:
@@ -73,25 +71,13 @@ def _with_model(config: dict[str, Any], trained: dict[str, Any]) -> dict[str, An
     return {**kept, **{key: trained[key] for key in FROM_DELTA if key in trained}}
 
 
-def _with_head(config: dict[str, Any], head: Head, path: Path) -> dict[str, Any]:
+def _with_head(config: dict[str, Any], head: Head) -> dict[str, Any]:
     """`head_config.json` names the class and the labels; "LABEL_0", "LABEL_1" are Transformers' default."""
     made = dict(config)
     if isinstance(head.config.get("model_class"), str):
         made["architectures"] = [head.config["model_class"]]
-    labels = _labels(head.config, path)
-    if labels and (labels != {"LABEL_0": 0, "LABEL_1": 1} or "id2label" in config):
-        made["id2label"] = {str(number): label for label, number in labels.items()}
-        made["label2id"] = labels
+    found = labels(head.config, head.path)
+    if found and (found != {"LABEL_0": 0, "LABEL_1": 1} or "id2label" in config):
+        made["id2label"] = {str(number): label for label, number in found.items()}
+        made["label2id"] = found
     return made
-
-
-def _labels(head: dict[str, Any], path: Path) -> dict[str, int]:
-    """`{label: number}` in the order of the numbers; `path` is where `head` was read."""
-    found, count = head.get("label2id"), head.get("num_labels")
-    if isinstance(found, dict) and found and all(isinstance(number, int) for number in found.values()):
-        return dict(sorted(found.items(), key=lambda item: item[1]))
-    if isinstance(count, int) and count > MOST_LABELS:
-        raise MergeError(
-            f"{path}: num_labels is {str(count)[:40]}, expected at most {MOST_LABELS}; the file is damaged"
-        )
-    return {f"LABEL_{i}": i for i in range(count)} if isinstance(count, int) else {}

@@ -1,10 +1,17 @@
 """What the head of each ordinary Transformers class computes, as data: by model type and type of flexible head."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 HIDDEN = "hidden_size"
 TIE = "tie_word_embeddings"
+_LANGUAGE_MODELS = re.compile("LM|PreTraining|ConditionalGeneration|Decoder$")
+
+
+def is_language_model(model_class: str) -> bool:
+    """Whether a Transformers class, by its name, gives logits over the vocabulary."""
+    return _LANGUAGE_MODELS.search(model_class) is not None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """V of the output, after checking that the delta's rows fit the base's matrix."""
 
+import json
+
 import numpy as np
 
-from pema_adapters.errors import BaseMismatchError, MergeError
+from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, Tensor
 from pema_adapters.formats.names import EMBEDDINGS
 from pema_adapters.formats.safetensors_file import FLOATS
 
@@ -12,8 +14,15 @@ from pema_adapters.formats.safetensors_file import FLOATS
 def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     """V of the output: that of the base, or more where the delta's model had tokens added.
 
-    `embedding` is the name of E in the base, "" for a delta without rows. Raises `BaseMismatchError`, `MergeError`.
+    `embedding` is the name of E in the base, "" for a delta without rows. Raises `BaseMismatchError`, `MergeError`, and
+    `FormatError` for a base whose config.json tells another V than its matrix has.
     """
+    found = _size(base, delta, embedding)
+    _check_config(base, base.tensors.get(embedding))
+    return found
+
+
+def _size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     weight = delta.weight
     if weight is None:
         return _rows_of_base(base)
@@ -36,6 +45,20 @@ def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     if not np.array_equal(delta.token_ids[delta.token_ids >= rows], added):
         raise MergeError(f"{weight.path}: rows for the new tokens {rows} to {fingerprint.vocab_size - 1} are missing")
     return fingerprint.vocab_size
+
+
+def _check_config(base: Checkpoint, matrix: Tensor | None) -> None:
+    """Raise `FormatError` where config.json tells another V than the matrix has: nothing would load the output."""
+    if "vocab_size" not in base.config:
+        return
+    found, path = base.config["vocab_size"], base.folder / CONFIG
+    if type(found) is not int or found < 1:
+        raise FormatError(f"{path}: vocab_size is {json.dumps(found)[:40]}; expected a number above 0")
+    if matrix is not None and found != matrix.shape[0]:
+        raise FormatError(
+            f"{path}: vocab_size is {found}, but tensor {matrix.name!r} of {matrix.path.name} has {matrix.shape[0]} "
+            "rows; Transformers does not load such a checkpoint: correct config.json first"
+        )
 
 
 def _rows_of_base(base: Checkpoint) -> int:

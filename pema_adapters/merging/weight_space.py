@@ -4,15 +4,16 @@ adapters keeps them in the linear layers themselves: `<module>.loras.<name>.<par
 """
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pema_adapters.errors import FormatError, MergeError
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, Method
 from pema_adapters.formats.artifact import Delta, Rest
-from pema_adapters.formats.find import ADAPTER_CONFIG
 from pema_adapters.formats.safetensors_file import FLOATS
 from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.casting import wide
@@ -24,10 +25,10 @@ _PARTS = {"lora_A", "lora_B", "vera_D", "vera_B", "m.weight"}
 
 @dataclass(frozen=True)
 class Adapted:
-    """A linear layer that the adapter changes: `module` is its name, `method` the member of the configuration."""
+    """A linear layer that the adapter changes: `module` is its name, `method` the settings of what changes it."""
 
     module: str
-    method: dict[str, Any]
+    method: Mapping[str, Any]
     parts: dict[str, Stored]
 
     @property
@@ -47,37 +48,28 @@ def weight_space(delta: Delta, fold: bool) -> tuple[list[Adapted], Rest]:
     Methods that are not in weight space remain. Raises `MergeError` where nothing but a gated method is there: its
     gate depends on the input, so no weight can replace it.
     """
-    members = _members(delta.rest)
-    foldable = [member for member in members if member.get("architecture") == "lora"]
-    if not fold or not foldable:
+    config = delta.rest.config
+    foldable = [method for method in config.methods if method.is_weight_space] if config else []
+    if not fold or not foldable or config is None:
         return [], delta.rest
-    if any(member.get("use_gating") for member in foldable):
-        if len(foldable) < len(members):
+    if any(method.is_gated for method in foldable):
+        if len(foldable) < len(config.methods):
             return [], delta.rest
         raise MergeError(
             f"{delta.folder}: adapter {delta.name!r} is gated (use_gating): its gate depends on the input, so it "
             "cannot be folded into weights; leave it an adapter beside the merged checkpoint with --no-fold"
         )
-    return _layers(delta, foldable), _without(delta.rest, members, delta.name)
+    return _layers(delta, foldable), _without_weight_space(delta.rest.tensors, config)
 
 
-def _members(rest: Rest) -> list[dict[str, Any]]:
-    method = rest.config.get("config") if rest.config else None
-    members = method.get("configs") if isinstance(method, dict) and "configs" in method else [method]
-    return [member for member in members if isinstance(member, dict)] if isinstance(members, list) else []
-
-
-def _without(rest: Rest, members: list[dict[str, Any]], name: str) -> Rest:
-    """The rest of an adapter whose weight-space members are folded; a union with one member left is that member."""
-    left = [member for member in members if member.get("architecture") != "lora"]
-    kept = {key: tensor for key, tensor in rest.tensors.items() if not _folds(key, name)}
-    if kept and not left:
+def _without_weight_space(tensors: dict[str, Stored], config: AdapterConfig) -> Rest:
+    """The rest of an adapter whose weight-space methods are folded."""
+    left = config.without(lambda method: method.is_weight_space)
+    kept = {key: tensor for key, tensor in tensors.items() if not _folds(key, config.name)}
+    if kept and left is None:
         path = next(iter(kept.values())).path
         raise FormatError(f"{path}: tensor {next(iter(kept))!r} is of no method that {ADAPTER_CONFIG} names")
-    if not left or rest.config is None:
-        return Rest(None, {})
-    method = left[0] if len(left) == 1 else {**rest.config["config"], "configs": left}
-    return replace(rest, config={**rest.config, "config": method}, tensors=kept)
+    return Rest(None, {}) if left is None else Rest(left, kept)
 
 
 def _folds(key: str, name: str) -> bool:
@@ -85,7 +77,7 @@ def _folds(key: str, name: str) -> bool:
     return found is not None and found["name"] == name
 
 
-def _layers(delta: Delta, members: list[dict[str, Any]]) -> list[Adapted]:
+def _layers(delta: Delta, methods: list[Method]) -> list[Adapted]:
     layers: dict[str, dict[str, Stored]] = {}
     shared: dict[str, Stored] = {}
     for key, tensor in delta.rest.tensors.items():
@@ -102,7 +94,7 @@ def _layers(delta: Delta, members: list[dict[str, Any]]) -> list[Adapted]:
             f"{delta.folder}: adapter {delta.name!r} names a weight-space method, but holds no tensor of it"
         )
     return [
-        Adapted(module, _method(module, parts, members), parts | _needed(parts, shared))
+        Adapted(module, _settings(module, parts, methods), parts | _needed(parts, shared))
         for module, parts in layers.items()
     ]
 
@@ -117,30 +109,30 @@ def _needed(parts: dict[str, Stored], shared: dict[str, Stored]) -> dict[str, St
     return shared
 
 
-def _method(module: str, parts: dict[str, Stored], members: list[dict[str, Any]]) -> dict[str, Any]:
-    """The member that made these parts. Several that say the same about them are as good as one."""
+def _settings(module: str, parts: dict[str, Stored], methods: list[Method]) -> Mapping[str, Any]:
+    """Those of the method that made these parts. Several that say the same about them are as good as one."""
     path = next(iter(parts.values())).path
     unknown = parts.keys() - _PARTS
     if unknown:
         raise FormatError(f"{path}: tensor {sorted(unknown)[0]!r} of {module!r} is of no method that can be folded")
-    fitting = [member for member in members if _fits(parts, member)]
-    said = {(_number(path, member, "alpha"), _number(path, member, "r")) for member in fitting}
+    fitting = [method.settings for method in methods if _fits(parts, method.settings)]
+    said = {(_number(path, settings, "alpha"), _number(path, settings, "r")) for settings in fitting}
     if len(said) != 1:
         what = "several members of the union that differ in alpha" if said else "no member of its configuration"
         raise MergeError(f"{path}: the parts of {module!r} fit {what}; leave them an adapter with --no-fold")
     return fitting[0]
 
 
-def _fits(parts: dict[str, Stored], member: dict[str, Any]) -> bool:
-    is_vera = isinstance(member.get("vera_d"), float) or isinstance(member.get("vera_b"), float)
-    is_scale = member.get("composition_mode") == "scale"
+def _fits(parts: dict[str, Stored], settings: Mapping[str, Any]) -> bool:
+    is_vera = isinstance(settings.get("vera_d"), float) or isinstance(settings.get("vera_b"), float)
+    is_scale = settings.get("composition_mode") == "scale"
     expected = {"vera_D", "vera_B"} if is_vera else {"lora_B"} if is_scale else {"lora_A", "lora_B"}
-    expected |= {"m.weight"} if member.get("use_dora") else set()
-    return parts.keys() == expected and parts["vera_D" if is_vera else "lora_B"].shape[-1:] == (member.get("r"),)
+    expected |= {"m.weight"} if settings.get("use_dora") else set()
+    return parts.keys() == expected and parts["vera_D" if is_vera else "lora_B"].shape[-1:] == (settings.get("r"),)
 
 
-def _number(path: Path, member: dict[str, Any], key: str) -> float:
-    value = member.get(key)
+def _number(path: Path, settings: Mapping[str, Any], key: str) -> float:
+    value = settings.get(key)
     if type(value) not in (int, float) or not 0 < float(value) < 1e12:  # type: ignore[arg-type]
         where = path.parent / ADAPTER_CONFIG
         raise FormatError(f"{where}: {key} is {str(value)[:40]!r}; expected a number above 0")

@@ -136,7 +136,10 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
     def average_adapter(
         self, adapter_name: str, input_adapters: dict[str, float], combine_strategy: str, **kwargs: Any
     ) -> bool:
-        """Add the weighted sum of adapters over the union of their vocabularies; missing rows are base rows."""
+        """Add the weighted sum of adapters over the union of their vocabularies; missing rows are base rows.
+
+        Adapters without a vocabulary have none but base rows; the sum of these alone has no vocabulary either.
+        """
         if not self.add_adapter(adapter_name, -1):
             return False
         if combine_strategy != "linear":
@@ -147,10 +150,13 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         average = torch.zeros_like(base_rows)
         for rows, share in tables:
             average += share * _rows_over(base_rows, token_ids, rows)
-        fingerprint = Fingerprint.from_array(tables[0][0].fingerprint.cpu().numpy())
+        known = next((rows for rows, _ in tables if len(rows.fingerprint)), None)
+        if known is None:
+            return True
+        fingerprint = Fingerprint.from_array(known.fingerprint.cpu().numpy())
         mean = self.rows_of(adapter_name)
         mean.set_rows(token_ids, average, refit(fingerprint, token_ids, self.embedding.rows))
-        mean.grows_over = tables[0][0].grows_over if mean.grows else None
+        mean.grows_over = known.grows_over if mean.grows else None
         return True
 
 

@@ -17,7 +17,8 @@ from pema_adapters.errors import FormatError
 from pema_adapters.formats.artifact import Head
 from pema_adapters.formats.stored import Stored
 from pema_adapters.formats.tensors import read_tensors
-from pema_adapters.merging.heads import StandardHead, label_settings, labels, standard_head
+from pema_adapters.merging.heads import StandardHead, standard_head
+from pema_adapters.merging.labels import label_settings, labels
 from pema_adapters.merging.standard import DEFAULTS, STANDARD
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_value. is deprecated:FutureWarning")
@@ -292,8 +293,9 @@ def test_config_json_says_class_labels_and_problem(head, model_class, label2id, 
 
 
 def test_labels_come_in_the_order_of_their_numbers():
-    assert list(labels({"label2id": {"b": 1, "a": 0}, "num_labels": 2})) == ["a", "b"]
-    assert labels({"num_labels": 1}) == {"LABEL_0": 0} and labels({}) == {}
+    where = Path("head_config.json")
+    assert list(labels({"label2id": {"b": 1, "a": 0}, "num_labels": 2}, where)) == ["a", "b"]
+    assert labels({"num_labels": 1}, where) == {"LABEL_0": 0} and labels({}, where) == {}
     assert label_settings({"a": 0}) == {"id2label": {"0": "a"}, "label2id": {"a": 0}}
 
 

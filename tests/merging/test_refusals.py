@@ -239,7 +239,7 @@ def test_an_adapter_whose_name_leaves_the_output(make_base, make_adapter, tmp_pa
     base = make_base()
     rest = {"bert.encoder.adapters.x": T.of([1.0])}
     delta = make_adapter(base, rest=rest, name="/etc").folder
-    refused(tmp_path, MergeError, "adapter name '/etc' cannot be the name of a folder", base.folder, delta)
+    refused(tmp_path, FormatError, "adapter name '/etc' cannot be the name of a folder", base.folder, delta)
 
 
 def test_outputs_that_would_do_harm(make_base, make_adapter, tmp_path):

@@ -106,6 +106,26 @@ def test_average_is_over_the_union_with_base_rows_where_one_has_none(case):
     outputs(model, MIXED)
 
 
+@pytest.mark.parametrize("names", [["task", "empty"], ["empty", "task"]])
+def test_average_with_an_adapter_without_a_vocabulary(case, names):
+    model = shrunk(case)
+    model.add_adapter("empty", config=PEMAConfig())
+    perturb(model)
+    model.average_adapter("mean", names, weights=[0.5, 0.5])
+    task, mean = rows_of(model), rows_of(model, "mean")
+    base = matrix_of(case.plain()).detach()[task.token_ids.long()]
+    assert mean.token_ids.tolist() == task.token_ids.tolist()
+    torch.testing.assert_close(mean.weight.detach(), 0.5 * base + 0.5 * task.weight.detach())
+
+
+def test_average_of_adapters_without_a_vocabulary_has_none(case):
+    model = shrunk(case)
+    for name in ("one", "two"):
+        model.add_adapter(name, config=PEMAConfig())
+    model.average_adapter("mean", ["one", "two"])
+    assert len(rows_of(model, "mean")) == 0
+
+
 def test_average_of_pema_alone_refuses_other_strategies(case):
     model = shrunk(case)
     with pytest.raises(ValueError, match="cannot average PEMA rows"):
