@@ -91,7 +91,9 @@ def test_a_name_that_is_missing_is_one_error_each_time_and_nothing_is_patched():
     )
     assert found[0] == found[1] and found[2:] == ["False False"]
     assert found[0].startswith("PemaError pema_adapters does not work with adapters 1.")
-    assert "adapters.model_mixin has no ModelAdaptersMixin.get_adapter, ModelAdaptersMixin.adapter_summary; " in found[0]
+    assert (
+        "adapters.model_mixin has no ModelAdaptersMixin.get_adapter, ModelAdaptersMixin.adapter_summary; " in found[0]
+    )
     assert found[0].endswith("(pip install --upgrade pema-adapters)")
 
 
