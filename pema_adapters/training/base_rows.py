@@ -127,7 +127,7 @@ class BaseRows:
         return next((path for path in found if self._file.identity.is_of(path)), None)
 
     def _block(self, first: int, last: int) -> Tensor:
-        """The rows from `first` to `last`, copied by the system: a file that is cut meanwhile is an error, no SIGBUS."""
+        """The rows from `first` to `last`, copied by the system: cutting the file meanwhile is an error, no SIGBUS."""
         raw = self._file.read(self._place(first), self._place(last))
         self.check()
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(self.dtype).view(last - first, self.dim)

@@ -15,6 +15,9 @@ from pema_adapters.training.growing import LiveRows
 from pema_adapters.training.layout import Layout, replace_data
 
 
+ID_DTYPES = (torch.int32, torch.int64)
+
+
 class RowSource(Protocol):
     """Where base rows come from."""
 
@@ -143,11 +146,11 @@ class RowTable(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Take another number of rows when the state brings its token ids along; optimizer state survives."""
-        problem = self._make_room(state_dict, prefix)
-        if problem:
-            error_msgs.append(problem)
-            return
+        """Take another number of rows when the state brings its token ids along; optimizer state survives.
+
+        Raises: SurgeryError where ids and rows of the state cannot belong together; the table is as it was.
+        """
+        self._make_room(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -155,22 +158,35 @@ class RowTable(nn.Module):
         self._layout, self.was_loaded = None, True
         self._fingerprint_is_old &= prefix + "fingerprint" not in state_dict
 
-    def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
-        """Change the number of rows to that of the state. Returns what is wrong with the state, if anything."""
+    def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Change the number of rows to that of the state."""
         if self.token_ids is None:
-            return None
+            return
         token_ids, rows = state_dict.get(prefix + "token_ids"), state_dict.get(prefix + "weight")
-        if token_ids is not None and rows is not None:
-            problem = _invalid(token_ids, rows, self.vocab_size)
-            if problem:
-                return f"{prefix}token_ids: {problem}"
-        elif not self.loads_piecewise:
-            return None
+        problem = self._problem_of(token_ids, rows, is_whole=bool(prefix))
+        if problem:
+            raise SurgeryError(
+                f"cannot load embedding rows: {prefix}token_ids: {problem}; the artifact is damaged or of another "
+                "model: save it again, or load it into the model that it was trained on"
+            )
+        if not self.loads_piecewise and (token_ids is None or rows is None):
+            return
         for name in ("weight", "token_ids", "fingerprint"):
             new, current = state_dict.get(prefix + name), getattr(self, name)
             if new is not None and current is not None and new.shape[0] != current.shape[0]:
                 replace_data(current, current.data.new_empty((new.shape[0], *current.shape[1:])))
-        return None
+
+    def _problem_of(self, token_ids: Tensor | None, rows: Tensor | None, is_whole: bool) -> str | None:
+        """What is wrong with the state of a table, if anything; one tensor at a time is right unless it `is_whole`."""
+        if token_ids is not None and rows is not None:
+            return _invalid(token_ids, rows, self.vocab_size)
+        if token_ids is not None and token_ids.dtype not in ID_DTYPES:
+            return _wrong_dtype(token_ids)
+        if not is_whole or not self.loads_piecewise:
+            return None
+        ids = self.token_ids if token_ids is None else token_ids
+        count = self.weight.shape[0] if rows is None else rows.shape[0]
+        return None if ids is None or len(ids) == count else f"{len(ids)} ids for {count} rows, expected as many"
 
 
 class PartialRows(RowTable):
@@ -230,6 +246,8 @@ def check_range(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def _invalid(token_ids: Tensor, rows: Tensor, vocab_size: int) -> str | None:
+    if token_ids.dtype not in ID_DTYPES:
+        return _wrong_dtype(token_ids)
     if token_ids.ndim != 1 or token_ids.shape[0] != rows.shape[0]:
         return f"{tuple(token_ids.shape)} ids do not match {tuple(rows.shape)} rows"
     if token_ids.device.type == "meta" or not len(token_ids):
@@ -239,3 +257,7 @@ def _invalid(token_ids: Tensor, rows: Tensor, vocab_size: int) -> str | None:
     if int(token_ids[0]) < 0 or int(token_ids[-1]) >= vocab_size:
         return f"ids {int(token_ids[0])} to {int(token_ids[-1])} do not fit the model's {vocab_size} embedding rows"
     return None
+
+
+def _wrong_dtype(token_ids: Tensor) -> str:
+    return f"ids of dtype {str(token_ids.dtype).removeprefix('torch.')}, expected int32"
