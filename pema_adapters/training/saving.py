@@ -75,7 +75,7 @@ def full_state_dict(
         for name in OWN:
             state.pop(prefix + name, None)
     for name, head in heads_of(model, owner).items():
-        state[name + ".weight"] = matrix.tensor if owner.ties_output or owner.token_ids is None else head.weight
+        state[name + ".weight"] = matrix.tensor if owner.ties_output or owner.token_ids is None else head.matrix
     with _out_of_the_way(_base(owner).matrix.lies_in(folder)):
         yield state
 
