@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pema_adapters.errors import SurgeryError
 from pema_adapters.training.embedding import PartialEmbedding
-
+from pema_adapters.training.rows import refuse_data_parallel
 
 _METADATA = {
     *(
@@ -47,14 +47,14 @@ class ApartFromRows(Tensor):
     ) -> Any:
         """Answer what the matrix is like. Raises: SurgeryError for what would read or change its numbers."""
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise SurgeryError(
             "the weight of a language-model head was used without calling the head: its trained rows lie apart from "
             "this matrix, so a fused loss would train another function; have the head called (use_liger_kernel=False, "
             'SFTConfig(loss_type="nll") up to TRL 1.9, or transformers.Trainer), or use output_embeddings="full"'
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
@@ -95,6 +95,7 @@ class PartialOutput(nn.Linear):
         """Logits [..., V] of hidden states [..., d]."""
         if self._base is not None and self._base.device != input.device:
             self._base = self._base.to(input.device)  # moved by something that knows Parameters and buffers alone
+        refuse_data_parallel(self)
         logits = functional.linear(input, self.matrix, self.bias)
         for rows in self.embedding.tied_rows():
             assert rows.token_ids is not None
@@ -128,7 +129,7 @@ class PartialOutput(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialOutput:
         """Move and cast the base's matrix as a buffer would be."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._base is not None:
             self._base = fn(self._base)
         return self

@@ -14,7 +14,6 @@ from pema_adapters.training.base import refit
 from pema_adapters.training.growing import LiveRows
 from pema_adapters.training.layout import Layout, replace_data
 
-
 ID_DTYPES = (torch.int32, torch.int64)
 
 
@@ -31,7 +30,7 @@ class RowTable(nn.Module):
     Attributes: `weight` [K, d]; `token_ids` int32 [K], strictly increasing; `fingerprint` uint8 [n], the description of
     the base that `formats.fingerprint` reads; `vocab_size` V; `ties_output`: whether a language-model head that shares
     the matrix uses these rows, too; `grows_over`: the base of a table that gets a row for every token that training
-    meets, None for one that stays as it is.
+    meets, None for one that stays as it is; `grown_by`: see `growing.note_thread`.
     """
 
     weight: Tensor
@@ -42,6 +41,7 @@ class RowTable(nn.Module):
     was_loaded = False  # from a file, and not yet compared with the model's base
     ties_output = True
     grows_over: RowSource | None = None
+    grown_by: int | None = None
     _layout: Layout | None = None
     _fingerprint_is_old = False
     _index: Tensor | None
@@ -229,6 +229,15 @@ class PartialRows(RowTable):
     def extra_repr(self) -> str:
         """K of V, d."""
         return f"{len(self):,} of {self.vocab_size:,} rows, {self.weight.shape[1]}"
+
+
+def refuse_data_parallel(module: nn.Module) -> None:
+    """Raise SurgeryError in a replica of `nn.DataParallel`: its rows are those of the original, on another device."""
+    if "_is_replica" in module.__dict__:
+        raise SurgeryError(
+            "nn.DataParallel cannot replicate a partial embedding: start one process for each GPU (torchrun "
+            "--nproc_per_node=gpu SCRIPT.py), or show one to this process (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def check_range(input_ids: Tensor, vocab_size: int) -> None:

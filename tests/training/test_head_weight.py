@@ -61,9 +61,9 @@ def test_a_fused_loss_is_refused_with_the_way_out(make, prepare):  # noqa: F811
     for use in (
         lambda: chunked_loss(model, SEEN),
         lambda: Fused.apply(hidden, model.lm_head.weight),
-        lambda: torch.compile(lambda: hidden @ model.lm_head.weight.T, backend="eager")(),
-        lambda: model.lm_head.weight.data_ptr(),
-        lambda: model.lm_head.weight.data.normal_(),
+        torch.compile(lambda: hidden @ model.lm_head.weight.T, backend="eager"),
+        lambda: model.lm_head.weight.data_ptr() + 1,
+        lambda: model.lm_head.weight.data.normal_().sum(),
     ):
         with pytest.raises(Exception, match=WAY_OUT):
             use()
