@@ -7,8 +7,7 @@ neither adapters nor torch: the public names below are imported at first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pema_adapters import _hooks
-from pema_adapters.training import _upstream, method
+from pema_adapters.training import method
 
 __version__ = "0.1.0"
 
@@ -56,5 +55,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-for _name in _upstream.MODULES:
-    _hooks.on_import(_name, method.register)
+method.register_on_import()

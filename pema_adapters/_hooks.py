@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -20,20 +19,20 @@ class _Finder(importlib.abc.MetaPathFinder):
         self.actions: dict[str, Action] = {}
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        action = self.actions.pop(name, None)  # popped first: the search below comes through here again
-        if action is None:
+        if name not in self.actions:
             return None
-        spec = importlib.util.find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, action)
+            spec.loader = _Loader(spec.loader, self.actions)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, followed by the action."""
+    """The module's own loader, followed by the action. An import that fails keeps the action for the next attempt."""
 
-    def __init__(self, loader: importlib.abc.Loader, action: Action) -> None:
-        self._loader, self._action = loader, action
+    def __init__(self, loader: importlib.abc.Loader, actions: dict[str, Action]) -> None:
+        self._loader, self._actions = loader, actions
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -43,7 +42,10 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        self._action(module)
+        action = self._actions.get(module.__name__)
+        if action is not None:
+            action(module)
+            self._actions.pop(module.__name__, None)
 
 
 _finder = _Finder()
@@ -53,7 +55,14 @@ def on_import(name: str, action: Action) -> None:
     """Run `action` on module `name` as soon as it is loaded. A second action for the same name replaces the first."""
     if name in sys.modules:
         action(sys.modules[name])
+        _finder.actions.pop(name, None)
         return
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     _finder.actions[name] = action
+
+
+def withdraw(names: Iterable[str]) -> None:
+    """Forget the actions for modules that are not loaded yet."""
+    for name in names:
+        _finder.actions.pop(name, None)

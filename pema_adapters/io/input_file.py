@@ -51,6 +51,14 @@ class FileIdentity:
         found = os.fstat(descriptor)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
+    def is_of(self, path: Path) -> bool:
+        """Whether `path`, or what it links to, is this file, in whatever state."""
+        try:
+            found = path.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self.device, self.inode)
+
     def difference(self, now: FileIdentity, *, contents_only: bool = False) -> str:
         """Say how the file differs `now`, "" if it does not.
 
@@ -82,6 +90,7 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_pinned = False
         self._handle: OpenFile | None = _open(path)
         self.identity = _settled_identity(self._handle.descriptor)
         _open_files.add(self)
@@ -109,8 +118,16 @@ class InputFile:
         handle = self._handle
         if handle is None:
             handle = self._handle = self._reopen()
-        _open_files.add(self)
+        if not self._is_pinned:
+            _open_files.add(self)
         return handle
+
+    def pin(self) -> InputFile:
+        """Keep the descriptor for good: the file stays readable when its name goes, however many others are opened."""
+        self.open()
+        self._is_pinned = True
+        _open_files.discard(self)
+        return self
 
     def read(self, begin: int, end: int) -> bytes:
         """The bytes from `begin` to `end`, by `pread`. Raises `InputChangedError` where the file ends before that."""
@@ -208,6 +225,11 @@ class _RecentFiles:
                 oldest = self._recent.popitem(last=False)[1]()
                 if oldest is not None:
                     oldest._handle = None
+
+    def discard(self, file: InputFile) -> None:
+        """Leave `file` open, however many others are used."""
+        with self._lock:
+            self._recent.pop(id(file), None)
 
 
 def _max_open_files() -> int:

@@ -11,9 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from pema_adapters.errors import PemaError
 
 METHOD = "pema"
 
@@ -74,10 +77,31 @@ _originals: list[tuple[Any, str, Any]] = []
 
 
 def patch(module: ModuleType, wrappers: Mapping[str, Callable[..., Any]]) -> None:
-    """Wrap the points in `module`; a wrapper is called with the original and its arguments."""
-    for point, (where, owner, name) in POINTS.items():
-        if where == module.__name__:
-            _wrap(getattr(module, owner), name, wrappers[point])
+    """Wrap the points in `module`, all or none; a wrapper is called with the original and its arguments.
+
+    Raises: PemaError where a point is missing, which is another version's.
+    """
+    points = {point: (owner, name) for point, (where, owner, name) in POINTS.items() if where == module.__name__}
+    missing = [f"{owner}.{name}" for owner, name in points.values() if name not in vars(getattr(module, owner, object))]
+    if missing:
+        raise PemaError(_version_error(module.__name__, missing))
+    for point, (owner, name) in points.items():
+        _wrap(getattr(module, owner), name, wrappers[point])
+
+
+def _version_error(module: str, missing: list[str]) -> str:
+    found = " and ".join(f"{name} {_version(name)}" for name in ("adapters", "transformers"))
+    return (
+        f"pema_adapters does not work with {found}: {module} has no {', '.join(missing)}; install versions that it "
+        "works with (pip install --upgrade pema-adapters)"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(version unknown)"
 
 
 def unpatch() -> None:

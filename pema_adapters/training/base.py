@@ -247,8 +247,9 @@ def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
     for ours, theirs in zip(blocks(weight[:count], on_disk.block_rows), on_disk.blocks(), strict=True):
         if not torch.equal(ours, theirs.to(ours.dtype)):
             return None
-    added = weight[count:].detach().cpu().clone() if weight.shape[0] > count else None
-    return BaseRows.of(tensor, added)
+    if weight.shape[0] == count:
+        return on_disk
+    return on_disk.followed_by(weight[count:].detach().cpu().clone())
 
 
 def _is_readable(tensor: StoredTensor) -> bool:

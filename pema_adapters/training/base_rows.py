@@ -6,6 +6,7 @@ Never all in memory.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
 from pema_adapters.formats.checkpoint import Tensor as StoredTensor
+from pema_adapters.io.input_file import InputFile
 
 BLOCK_BYTES = 32 << 20
+WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
+"""Files that save_pretrained writes."""
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -35,28 +39,36 @@ class BaseRows:
 
     The latter are rows that `resize_token_embeddings` added to the checkpoint's. A copy of the model shares this
     object: copying a memory map would copy the matrix.
+
+    The file is held open, and compared with what it was before each read: it may be renamed or unlinked, but where its
+    contents were written to or cut short, `rows` and `blocks` raise InputChangedError.
     """
 
-    def __init__(self, path: Path, start: int, shape: tuple[int, int], dtype: torch.dtype, tail: Tensor | None = None):
-        self._path, self._start = path, start
+    def __init__(self, file: InputFile, start: int, shape: tuple[int, int], dtype: torch.dtype):
+        self._file, self._start = file.pin(), start
         self.file_rows, self.dim = shape
         self.dtype = dtype
-        self._tail = tail
-        self._bytes = _map(path, start, self.file_rows, self.dim * dtype.itemsize)
+        self._tail: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: StoredTensor, tail: Tensor | None = None) -> BaseRows:
-        """The rows of a two-dimensional tensor in a file of weights, `tail` [n, d] after them."""
+    def of(cls, tensor: StoredTensor) -> BaseRows:
+        """The rows of a two-dimensional tensor in a file of weights."""
         rows, dim = tensor.shape
         assert tensor.start is not None
-        return cls(tensor.path, tensor.start, (rows, dim), TORCH_DTYPES[tensor.dtype], tail)
+        return cls(InputFile(tensor.path), tensor.start, (rows, dim), TORCH_DTYPES[tensor.dtype])
+
+    def followed_by(self, tail: Tensor) -> BaseRows:
+        """These rows and `tail` [n, d] after them."""
+        rows = BaseRows(self._file, self._start, (self.file_rows, self.dim), self.dtype)
+        rows._tail = tail
+        return rows
 
     @classmethod
     def spill(cls, matrix: Tensor) -> BaseRows:
         """Write `matrix` [V, d] to an unnamed file in the temporary folder (TMPDIR), which goes with this object."""
         with _temporary_file(None) as (file, path):
             _write_blocks(file, blocks(matrix))
-            return cls(path, 0, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
+            return cls(InputFile(path), 0, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
 
     def __len__(self) -> int:
         return self.file_rows + (0 if self._tail is None else len(self._tail))
@@ -84,7 +96,9 @@ class BaseRows:
         """Rows of the file, copied once, into memory that torch allocates: they may become a Parameter."""
         found = torch.empty(len(token_ids), self.dim, dtype=self.dtype)
         raw = found.view(torch.uint8).numpy()
-        np.take(self._bytes, token_ids.numpy(), axis=0, out=raw, mode="clip")  # "raise" would copy once more
+        stored = self._file.view(self._place(0), self._place(self.file_rows), contents_only=True)
+        stored = stored.reshape(self.file_rows, raw.shape[1])
+        np.take(stored, token_ids.numpy(), axis=0, out=raw, mode="clip")  # "raise" would copy once more
         return found
 
     @property
@@ -95,18 +109,32 @@ class BaseRows:
     def blocks(self) -> Iterator[Tensor]:
         """All rows in order, a block [n, d] of at most 32 MiB at a time."""
         for first in range(0, self.file_rows, self.block_rows):
-            yield self._typed(np.array(self._bytes[first : first + self.block_rows]))
+            yield self._block(first, min(first + self.block_rows, self.file_rows))
         if self._tail is not None:
             yield self._tail.to(self.dtype)
 
-    def lies_in(self, folder: Path) -> Path | None:
-        """The file that holds the rows, if it is in `folder`: overwriting it in place would change the base."""
-        if self._path.exists() and folder.exists() and self._path.parent.samefile(folder):
-            return self._path
-        return None
+    def check(self) -> None:
+        """Raise InputChangedError if the rows are no longer what they were."""
+        self._file.check(contents_only=True)
 
-    def _typed(self, raw: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(raw).view(self.dtype)
+    def lies_in(self, folder: Path) -> Path | None:
+        """The file that holds the rows, if it is one of the weights in `folder`, by whatever name or link.
+
+        Overwriting it in place would change the base.
+        """
+        own, weights = self._file.path.name, folder.iterdir() if folder.is_dir() else ()
+        found = (path for path in weights if path.name == own or WEIGHTS.fullmatch(path.name))
+        return next((path for path in found if self._file.identity.is_of(path)), None)
+
+    def _block(self, first: int, last: int) -> Tensor:
+        """The rows from `first` to `last`, copied by the system: cutting the file meanwhile is an error, no SIGBUS."""
+        raw = self._file.read(self._place(first), self._place(last))
+        self.check()
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(self.dtype).view(last - first, self.dim)
+
+    def _place(self, row: int) -> int:
+        """Where in the file a row begins."""
+        return self._start + row * self.dim * self.dtype.itemsize
 
 
 def _block_rows(dim: int, dtype: torch.dtype) -> int:
@@ -157,9 +185,3 @@ def _write_blocks(file: Any, rows: Iterator[Tensor]) -> None:
     for block in rows:
         file.write(block.contiguous().view(torch.uint8).numpy().data)
     file.flush()
-
-
-def _map(path: Path, start: int, rows: int, row_bytes: int) -> np.ndarray[Any, Any]:
-    if not rows * row_bytes:
-        return np.empty((rows, row_bytes), np.uint8)
-    return np.asarray(np.memmap(path, np.uint8, "r", offset=start, shape=(rows, row_bytes)))

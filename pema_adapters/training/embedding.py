@@ -23,16 +23,16 @@ from torch.nn import functional
 
 from pema_adapters.errors import UnseenTokenError
 from pema_adapters.training import optimizer_state
-from pema_adapters.training.growing import grows_now, refuse_replicas
+from pema_adapters.training.growing import GROWTH, grows_now, note_thread, refuse_replicas
 from pema_adapters.training.layout import replace_data
-from pema_adapters.training.rows import PartialRows, RowSource, RowTable, check_range
+from pema_adapters.training.rows import PartialRows, RowSource, RowTable, check_range, refuse_data_parallel
 from pema_adapters.training.watch import UnseenWatch
 
 Lookup = Callable[[Tensor], Tensor]
 
 _OWN_ATTRIBUTES = (
     "base", "_overlay", "_watch", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old", "grows_over",
-    "was_loaded", "ties_output",
+    "was_loaded", "ties_output", "grown_by",
 )  # fmt: skip
 
 
@@ -118,6 +118,7 @@ class PartialEmbedding(RowTable, nn.Embedding):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, input_ids: Tensor) -> Tensor:
         """Rows [..., d] of `input_ids` [...], as the full matrix with the trained rows written in would give."""
+        refuse_data_parallel(self)
         return self.owner._look_up(input_ids)
 
     def _look_up(self, input_ids: Tensor) -> Tensor:
@@ -148,9 +149,16 @@ class PartialEmbedding(RowTable, nn.Embedding):
         scanned. The watch says so at the next step if that was not true. Rows that grow do wait, and so does a forward
         without a graph, which trains nothing.
         """
-        if grows_now(rows, self.training):
+        if rows.grows_over is None:
+            return self._embed_where_seen(input_ids, rows, elsewhere, unseen)
+        with GROWTH:
+            if not grows_now(rows, self.training):
+                return self._embed_where_seen(input_ids, rows, elsewhere, unseen)
             refuse_replicas(rows)
+            note_thread(rows)
             return self._embed(self._grown_positions(input_ids, rows), rows)
+
+    def _embed_where_seen(self, input_ids: Tensor, rows: RowTable, elsewhere: Lookup, unseen: str) -> Tensor:
         positions = rows.positions(input_ids)
         if self.training and input_ids.is_cuda and rows.grows_over is None and torch.is_grad_enabled():
             self._watch.look(input_ids, positions)

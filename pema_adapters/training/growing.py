@@ -8,6 +8,7 @@ AdamW step over the same rows (K = 20,000, d = 768, CPU), and no shape or file e
 
 from __future__ import annotations
 
+from threading import RLock, get_ident
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +17,20 @@ from torch import Tensor
 from pema_adapters.errors import SurgeryError
 from pema_adapters.training.layout import LaidOut
 
+GROWTH = RLock()
+"""Held where rows of a table that grows are found and read, or its gradient is added to: threads take turns."""
+
+SEVERAL = -1
+
 
 class Growing(LaidOut, Protocol):
-    """A table that may get rows; `grows_over`: where their values come from, None while it stays as it is."""
+    """A table that may get rows; `grows_over`: where their values come from, None while it stays as it is.
+
+    grown_by: the thread whose forwards bring rows; SEVERAL once there were two.
+    """
 
     grows_over: Any
+    grown_by: int | None
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add to the gradient of the weight, [K, d] both."""
@@ -31,7 +41,8 @@ class LiveRows(torch.autograd.Function):
 
     Two forwards before one backward (or encoder and decoder): where the second brings rows, the gradient of the first
     has the old shape. It is then carried to the rows of today and added to the weight's gradient here; so the order of
-    additions, and with it the last bit, may differ where encoder and decoder grow while gradients accumulate.
+    additions, and with it the last bit, may differ where encoder and decoder grow while gradients accumulate. Where
+    several threads train, every gradient is added here, under the lock: rows may come before autograd would add it.
     """
 
     @staticmethod
@@ -43,10 +54,22 @@ class LiveRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         """`gradient` [k, d] where the rows are the same, else none, for it is added already."""
-        if ctx.layout.agrees(ctx.table.layout):
-            return gradient, None
-        ctx.table.add_gradient(ctx.table.layout.carry(gradient, ctx.layout))
+        table = ctx.table
+        with GROWTH:
+            agrees = ctx.layout.agrees(table.layout)
+            if agrees and table.grown_by != SEVERAL:
+                return gradient, None
+            table.add_gradient(gradient.clone() if agrees else table.layout.carry(gradient, ctx.layout))
         return None, None
+
+
+def note_thread(table: Growing) -> None:
+    """Note which thread's forward is about to add rows to `table`."""
+    thread = get_ident()
+    if table.grown_by is None:
+        table.grown_by = thread
+    elif table.grown_by != thread:
+        table.grown_by = SEVERAL
 
 
 def grows_now(table: Growing, training: bool) -> bool:

@@ -86,7 +86,7 @@ def replace_data(parameter: nn.Parameter | Tensor, data: Tensor) -> None:
     Graphs that are alive hold the node that adds up its gradient, with the shape it had; torch goes on using that node
     for new graphs, which then fail. It lets go of the node where the dtype changes, so the dtype does, for a moment.
     """
-    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    other = torch.float16 if data.dtype == torch.float32 else torch.float32  # both exist on every device
     parameter.grad = None
     parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data

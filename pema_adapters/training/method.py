@@ -11,7 +11,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pema_adapters import _hooks
 from pema_adapters.training import _upstream, mends
+
+
+def register_on_import() -> None:
+    """Call `register` for every module of theirs, when it is imported: for all of them, or for none.
+
+    Raises: PemaError where a version of theirs lacks a function that PEMA takes part in.
+    """
+    try:
+        for name in _upstream.MODULES:
+            _hooks.on_import(name, register)
+    except BaseException:
+        _hooks.withdraw(_upstream.MODULES)
+        _upstream.unpatch()
+        raise
 
 
 def register(module: ModuleType) -> None:

@@ -14,6 +14,8 @@ from pema_adapters.training.base import refit
 from pema_adapters.training.growing import LiveRows
 from pema_adapters.training.layout import Layout, replace_data
 
+ID_DTYPES = (torch.int32, torch.int64)
+
 
 class RowSource(Protocol):
     """Where base rows come from."""
@@ -28,7 +30,7 @@ class RowTable(nn.Module):
     Attributes: `weight` [K, d]; `token_ids` int32 [K], strictly increasing; `fingerprint` uint8 [n], the description of
     the base that `formats.fingerprint` reads; `vocab_size` V; `ties_output`: whether a language-model head that shares
     the matrix uses these rows, too; `grows_over`: the base of a table that gets a row for every token that training
-    meets, None for one that stays as it is.
+    meets, None for one that stays as it is; `grown_by`: see `growing.note_thread`.
     """
 
     weight: Tensor
@@ -39,6 +41,7 @@ class RowTable(nn.Module):
     was_loaded = False  # from a file, and not yet compared with the model's base
     ties_output = True
     grows_over: RowSource | None = None
+    grown_by: int | None = None
     _layout: Layout | None = None
     _fingerprint_is_old = False
     _index: Tensor | None
@@ -143,11 +146,11 @@ class RowTable(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        """Take another number of rows when the state brings its token ids along; optimizer state survives."""
-        problem = self._make_room(state_dict, prefix)
-        if problem:
-            error_msgs.append(problem)
-            return
+        """Take another number of rows when the state brings its token ids along; optimizer state survives.
+
+        Raises: SurgeryError where ids and rows of the state cannot belong together; the table is as it was.
+        """
+        self._make_room(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -155,22 +158,35 @@ class RowTable(nn.Module):
         self._layout, self.was_loaded = None, True
         self._fingerprint_is_old &= prefix + "fingerprint" not in state_dict
 
-    def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> str | None:
-        """Change the number of rows to that of the state. Returns what is wrong with the state, if anything."""
+    def _make_room(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Change the number of rows to that of the state."""
         if self.token_ids is None:
-            return None
+            return
         token_ids, rows = state_dict.get(prefix + "token_ids"), state_dict.get(prefix + "weight")
-        if token_ids is not None and rows is not None:
-            problem = _invalid(token_ids, rows, self.vocab_size)
-            if problem:
-                return f"{prefix}token_ids: {problem}"
-        elif not self.loads_piecewise:
-            return None
+        problem = self._problem_of(token_ids, rows, is_whole=bool(prefix))
+        if problem:
+            raise SurgeryError(
+                f"cannot load embedding rows: {prefix}token_ids: {problem}; the artifact is damaged or of another "
+                "model: save it again, or load it into the model that it was trained on"
+            )
+        if not self.loads_piecewise and (token_ids is None or rows is None):
+            return
         for name in ("weight", "token_ids", "fingerprint"):
             new, current = state_dict.get(prefix + name), getattr(self, name)
             if new is not None and current is not None and new.shape[0] != current.shape[0]:
                 replace_data(current, current.data.new_empty((new.shape[0], *current.shape[1:])))
-        return None
+
+    def _problem_of(self, token_ids: Tensor | None, rows: Tensor | None, is_whole: bool) -> str | None:
+        """What is wrong with the state of a table, if anything; one tensor at a time is right unless it `is_whole`."""
+        if token_ids is not None and rows is not None:
+            return _invalid(token_ids, rows, self.vocab_size)
+        if token_ids is not None and token_ids.dtype not in ID_DTYPES:
+            return _wrong_dtype(token_ids)
+        if not is_whole or not self.loads_piecewise:
+            return None
+        ids = self.token_ids if token_ids is None else token_ids
+        count = self.weight.shape[0] if rows is None else rows.shape[0]
+        return None if ids is None or len(ids) == count else f"{len(ids)} ids for {count} rows, expected as many"
 
 
 class PartialRows(RowTable):
@@ -215,6 +231,15 @@ class PartialRows(RowTable):
         return f"{len(self):,} of {self.vocab_size:,} rows, {self.weight.shape[1]}"
 
 
+def refuse_data_parallel(module: nn.Module) -> None:
+    """Raise SurgeryError in a replica of `nn.DataParallel`: its rows are those of the original, on another device."""
+    if "_is_replica" in module.__dict__:
+        raise SurgeryError(
+            "nn.DataParallel cannot replicate a partial embedding: start one process for each GPU (torchrun "
+            "--nproc_per_node=gpu SCRIPT.py), or show one to this process (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
 def check_range(input_ids: Tensor, vocab_size: int) -> None:
     """On the CPU refuse ids outside [0, V); elsewhere the device does, as it does for `nn.Embedding`."""
     if input_ids.device.type != "cpu" or not input_ids.numel():
@@ -230,6 +255,8 @@ def check_range(input_ids: Tensor, vocab_size: int) -> None:
 
 
 def _invalid(token_ids: Tensor, rows: Tensor, vocab_size: int) -> str | None:
+    if token_ids.dtype not in ID_DTYPES:
+        return _wrong_dtype(token_ids)
     if token_ids.ndim != 1 or token_ids.shape[0] != rows.shape[0]:
         return f"{tuple(token_ids.shape)} ids do not match {tuple(rows.shape)} rows"
     if token_ids.device.type == "meta" or not len(token_ids):
@@ -239,3 +266,7 @@ def _invalid(token_ids: Tensor, rows: Tensor, vocab_size: int) -> str | None:
     if int(token_ids[0]) < 0 or int(token_ids[-1]) >= vocab_size:
         return f"ids {int(token_ids[0])} to {int(token_ids[-1])} do not fit the model's {vocab_size} embedding rows"
     return None
+
+
+def _wrong_dtype(token_ids: Tensor) -> str:
+    return f"ids of dtype {str(token_ids.dtype).removeprefix('torch.')}, expected int32"

@@ -58,11 +58,14 @@ def full_state_dict(
     written in. An adapter's rows stay in the adapter. If the file that holds the base rows is about to be
     overwritten, it is moved out of the way, so that the model goes on reading the old one. A model that is not
     shrunk: `state_dict` as given.
+
+    Raises: InputChangedError, before anything is written, where the base is no longer what it was.
     """
     owner = shrunk_embedding(model)
     if owner is None:
         yield state_dict
         return
+    _base(owner).matrix.check()
     folder.mkdir(parents=True, exist_ok=True)
     state = dict(model.state_dict() if state_dict is None else state_dict)
     matrix = _mapped_matrix(owner, folder)
@@ -72,7 +75,7 @@ def full_state_dict(
         for name in OWN:
             state.pop(prefix + name, None)
     for name, head in heads_of(model, owner).items():
-        state[name + ".weight"] = matrix.tensor if owner.ties_output or owner.token_ids is None else head.weight
+        state[name + ".weight"] = matrix.tensor if owner.ties_output or owner.token_ids is None else head.matrix
     with _out_of_the_way(_base(owner).matrix.lies_in(folder)):
         yield state
 

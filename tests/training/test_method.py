@@ -182,7 +182,7 @@ def test_rows_of_a_larger_vocabulary_are_refused(case, make_case, tmp_path):
     model.save_adapter(str(tmp_path / "run"), "task")
     small = case.with_adapters()
     small.resize_token_embeddings(50)
-    with pytest.raises(RuntimeError, match="do not fit the model's 50 embedding rows"):
+    with pytest.raises(SurgeryError, match="do not fit the model's 50 embedding rows"):
         small.load_adapter(str(tmp_path / "run"))
 
 
