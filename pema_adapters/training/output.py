@@ -65,6 +65,8 @@ class PartialOutput(nn.Linear):
     def untie(self) -> None:
         """Have the base's matrix as a Parameter of its own."""
         matrix = self.weight.detach()
+        if self.weight is self.embedding._parameters["weight"]:
+            matrix = matrix.clone()
         self._drop_weight()
         self.register_parameter("weight", nn.Parameter(matrix))
 
