@@ -283,6 +283,13 @@ def has_adapters_support(model: Any) -> bool:
     return hasattr(model, "adapters_config")
 
 
+def decayed_parameter_names(model: Any) -> set[str]:
+    """The names of the parameters to which a Trainer applies weight decay."""
+    from transformers import Trainer
+
+    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+
+
 def has_flexible_heads(model: Any) -> bool:
     """Whether the model is an AutoAdapterModel, whose checkpoints bring their adapters back."""
     from adapters.heads import ModelWithFlexibleHeadsAdaptersMixin

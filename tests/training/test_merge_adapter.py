@@ -267,7 +267,9 @@ def test_what_cannot_be_done_while_rows_are_merged(base):
         "training": lambda: train(model),
     }
     for what, call in refused.items():
-        with pytest.raises(SurgeryError, match=f"^{what}: merge_adapter has written the rows of 'task' into the .* call"):
+        with pytest.raises(
+            SurgeryError, match=f"^{what}: merge_adapter has written the rows of 'task' into the .* call"
+        ):
             call()
     model.eval()
     with pytest.raises(SurgeryError, match=r"computing with adapter 'other'.*model\.reset_adapter\(\) first"):
