@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
     from pema_adapters.training.config import PEMAConfig
     from pema_adapters.training.loading import load_model
+    from pema_adapters.training.parameter_groups import parameter_groups
     from pema_adapters.training.saving import save_delta
     from pema_adapters.training.surgery import restore_embeddings, shrink_embeddings
     from pema_adapters.vocabulary import PartialVocabulary
@@ -32,6 +33,7 @@ _PUBLIC = {
     "load_model": "training.loading",
     "memory_report": "memory",
     "merge_checkpoint": "merging.merge",
+    "parameter_groups": "training.parameter_groups",
     "push_merged_to_hub": "hub.push",
     "restore_embeddings": "training.surgery",
     "save_delta": "training.saving",
@@ -41,7 +43,8 @@ _PUBLIC = {
 
 __all__ = [
     "MemoryReport", "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "memory_report",
-    "merge_checkpoint", "push_merged_to_hub", "restore_embeddings", "save_delta", "shrink_embeddings", "undo_merge",
+    "merge_checkpoint", "parameter_groups", "push_merged_to_hub", "restore_embeddings", "save_delta", "shrink_embeddings",
+    "undo_merge",
 ]  # fmt: skip
 
 

@@ -29,6 +29,12 @@ POINTS = {
     "set_active_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "set_active_adapters"),
     "get_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "get_adapter"),
     "supports_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "supports_adapter"),
+    "merge_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "merge_adapter"),
+    "reset_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "reset_adapter"),
+    "delete_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "delete_adapter"),
+    "save_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "save_adapter"),
+    "save_all_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_all_adapters"),
+    "save_with_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_pretrained"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
     "load_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model"),
     "save_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"),
@@ -58,6 +64,9 @@ writing_trainer_checkpoint: ContextVar[bool] = ContextVar("writing_trainer_check
 
 loading_without_matrix: ContextVar[list[Any] | None] = ContextVar("loading_without_matrix", default=None)
 """A list while `load_model` builds a model whose embedding matrix is never allocated: of what was left out."""
+
+saving_all_adapters: ContextVar[bool] = ContextVar("saving_all_adapters", default=False)
+"""True while all adapters of a model are saved, as a Trainer does: those that have not begun to train as well."""
 
 pushing_rows: ContextVar[bool] = ContextVar("pushing_rows", default=False)
 """True while an adapter with PEMA goes to the Hub: as safetensors, which adapters itself cannot be told."""
@@ -217,6 +226,45 @@ def keep_loaded(module: Any, weight: Any) -> None:
     hooks.add_hook_to_module(module, hooks.AlignDevicesHook(weight.device))
 
 
+def lora_layers(model: Any) -> list[Any]:
+    """The linear layers that LoRA, DoRA, (IA)^3 and VeRA may change."""
+    from adapters.methods.lora import LoRALayer
+
+    return [module for module in model.modules() if isinstance(module, LoRALayer)]
+
+
+def is_multi_task(lora: Any) -> bool:
+    """Whether the part of an adapter in a linear layer is multi-task LoRA."""
+    from adapters.methods.lora import MTLLoRA
+
+    return isinstance(lora, MTLLoRA)
+
+
+def is_merged_projection(layer: Any) -> bool:
+    """Whether a linear layer is the projection of q, k and v together."""
+    from adapters.methods.lora import LoRAMergedLinear
+
+    return isinstance(layer, LoRAMergedLinear)
+
+
+@contextmanager
+def shared_parameters(model: Any) -> Iterator[None]:
+    """Have the parameters that all layers share (VeRA's) at hand in the block, as in a forward."""
+    import torch
+    from adapters.context import ForwardContext
+
+    with ForwardContext(model, torch.empty(0, 1)):
+        ForwardContext.get_context().shared_parameters = model.base_model.shared_parameters
+        yield
+
+
+def prefix_pools(model: Any) -> list[tuple[Any, Any]]:
+    """Every layer of prefix tuning, and the pool that it is linked to."""
+    from adapters.methods.prefix_tuning import PrefixTuningLayer
+
+    return [(module, module.pool) for module in model.modules() if isinstance(module, PrefixTuningLayer)]
+
+
 def mark_as_initialized(module: Any) -> None:
     """Have Transformers draw no random weights for `module`."""
     module._is_hf_initialized = True
@@ -257,6 +305,20 @@ def remove_child(base_model: Any) -> None:
 def has_adapters_support(model: Any) -> bool:
     """Whether `adapters.init` was called on the model (or it is an AutoAdapterModel)."""
     return hasattr(model, "adapters_config")
+
+
+def decayed_parameter_names(model: Any) -> set[str]:
+    """The names of the parameters to which a Trainer applies weight decay."""
+    from transformers import Trainer
+
+    return set(Trainer.get_decay_parameter_names(None, model))
+
+
+def has_flexible_heads(model: Any) -> bool:
+    """Whether the model is an AutoAdapterModel, whose checkpoints bring their adapters back."""
+    from adapters.heads import ModelWithFlexibleHeadsAdaptersMixin
+
+    return isinstance(model, ModelWithFlexibleHeadsAdaptersMixin)
 
 
 def adapter_tensor_names(model: Any) -> set[str]:

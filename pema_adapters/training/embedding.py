@@ -26,13 +26,13 @@ from pema_adapters.training import optimizer_state
 from pema_adapters.training.growing import GROWTH, grows_now, note_thread, refuse_replicas
 from pema_adapters.training.layout import replace_data
 from pema_adapters.training.rows import PartialRows, RowSource, RowTable, check_range, refuse_data_parallel
-from pema_adapters.training.watch import UnseenWatch
+from pema_adapters.training.watch import UnseenCount, UnseenWatch
 
 Lookup = Callable[[Tensor], Tensor]
 
 _OWN_ATTRIBUTES = (
-    "base", "_overlay", "_watch", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old", "grows_over",
-    "was_loaded", "ties_output", "grown_by",
+    "base", "_overlay", "_watch", "_count", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old",
+    "grows_over", "was_loaded", "ties_output", "grown_by",
 )  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class PartialEmbedding(RowTable, nn.Embedding):
 
     base: RowSource | None
     _watch: UnseenWatch
+    _count: UnseenCount
     _owner: tuple[PartialEmbedding, ...]
     _overlay: tuple[Overlay, ...]
 
@@ -132,6 +133,7 @@ class PartialEmbedding(RowTable, nn.Embedding):
         if self.is_shrunk or rows.unseen == "error":
             return self._partial(input_ids, rows, self._own, rows.unseen)
         positions = rows.positions(input_ids)
+        self._count_unseen(positions, rows)
         seen = (positions >= 0).unsqueeze(-1)
         return torch.where(seen, self._embed(positions, rows), self._own(input_ids))
 
@@ -163,6 +165,8 @@ class PartialEmbedding(RowTable, nn.Embedding):
         if self.training and input_ids.is_cuda and rows.grows_over is None and torch.is_grad_enabled():
             self._watch.look(input_ids, positions)
             return self._embed(positions, rows)
+        if unseen != "error":
+            self._count_unseen(positions, rows)
         if not _any_negative(positions):
             return self._embed(positions, rows)
         missing = positions < 0
@@ -170,6 +174,12 @@ class PartialEmbedding(RowTable, nn.Embedding):
             raise UnseenTokenError(_unseen_message(input_ids[missing]))
         found = self._embed(positions, rows)
         return found.masked_scatter(missing.unsqueeze(-1), elsewhere(input_ids[missing]).to(found.dtype))
+
+    def _count_unseen(self, positions: Tensor, rows: RowTable) -> None:
+        """Count tokens without a row where rows train; on the CPU alone, where nobody waits for a device."""
+        trains = self.training and rows.weight.requires_grad and torch.is_grad_enabled()
+        if trains and positions.device.type == "cpu" and not self._count.has_warned:
+            self._count.add(positions.numel(), int((positions.numpy() < 0).sum()))
 
     def _grown_positions(self, input_ids: Tensor, rows: RowTable) -> Tensor:
         """The position of each token; one that had no row has one now, as it is without an overlay."""
@@ -219,6 +229,7 @@ def convert(embedding: nn.Embedding, owner: PartialEmbedding | None = None) -> P
     partial.register_buffer("token_ids", None)
     partial.register_buffer("fingerprint", None)
     partial.base, partial._overlay, partial._watch = None, (), UnseenWatch()
+    partial._count = UnseenCount()
     partial._owner = () if owner is None else (owner,)
     partial._forget_index()
     return partial  # type: ignore[no-any-return]

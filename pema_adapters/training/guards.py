@@ -21,7 +21,11 @@ def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
         return
     layer = _upstream.pema_layer(model)
     partial = isinstance(embedding, PartialEmbedding) and embedding.is_shrunk
-    if new_num_tokens in (None, embedding.num_embeddings) or not (partial or (layer and layer.with_rows())):
+    if new_num_tokens in (None, embedding.num_embeddings):
+        return
+    if layer is not None:
+        layer.refuse_while_merged(f"resize_token_embeddings to {new_num_tokens}")
+    if not (partial or (layer and layer.with_rows())):
         return
     raise SurgeryError(
         f"resize_token_embeddings to {new_num_tokens}: the model holds PEMA rows of a vocabulary of "

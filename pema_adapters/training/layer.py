@@ -16,6 +16,7 @@ from pema_adapters.training import _upstream
 from pema_adapters.training.base import refit
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all
+from pema_adapters.training.merged_rows import MergedRows
 from pema_adapters.training.model import input_embedding
 from pema_adapters.training.rows import PartialRows
 
@@ -36,6 +37,8 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         self.adapters_config = adapters_config
         self.adapters = nn.ModuleDict()
         self._embedding = (embedding,)  # in a tuple: the embedding is no submodule of this layer
+        self.merged: MergedRows | None = None
+        """What `merge_adapter` has written into the matrix."""
 
     @property
     def embedding(self) -> PartialEmbedding:
@@ -77,11 +80,30 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         if not names:
             return None
         rows = self.rows_of(names[0])
+        if self.merged is not None:
+            self._check_merged(names[0], rows)
+            return None
         if self.training and rows.trainable and not self._is_ready(rows, rows.weight.requires_grad):
             raise SurgeryError(no_vocabulary(names[0], rows.grows))
         if rows.was_loaded:
             self._compare_base(names[0], rows)
         return rows
+
+    def _check_merged(self, active: str, rows: PartialRows) -> None:
+        """Raise SurgeryError where the matrix, with rows merged into it, would not do as that of the active adapter."""
+        assert self.merged is not None
+        if active != self.merged.adapter_name:
+            self.refuse_while_merged(f"computing with adapter {active!r}, which has rows of its own")
+        if self.training and rows.weight.requires_grad and torch.is_grad_enabled():
+            self.refuse_while_merged("training")
+
+    def refuse_while_merged(self, what: str) -> None:
+        """Raise SurgeryError while the rows of an adapter are merged into the matrix."""
+        if self.merged is not None:
+            raise SurgeryError(
+                f"{what}: merge_adapter has written the rows of {self.merged.adapter_name!r} into the embedding: call "
+                "model.reset_adapter() first"
+            )
 
     def _is_ready(self, rows: PartialRows, train: bool) -> bool:
         """Whether there are rows; of some that grow while they train, whether there is a base to read more from."""
@@ -98,6 +120,12 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
                 "activate one of them, or average them with average_adapter"
             )
         return names
+
+    def refuse_unscanned(self, adapter_name: str) -> None:
+        """Raise SurgeryError where an adapter is to be saved that has PEMA, but no vocabulary: nothing could use it."""
+        rows = self.rows_of(adapter_name) if adapter_name in self.adapters else None
+        if rows is not None and rows.trainable and not len(rows) and not len(rows.fingerprint):
+            raise SurgeryError(no_vocabulary(adapter_name, rows.grows))
 
     def refuse_branch(self, kind: str, adapter_names: list[str]) -> None:
         """Raise SurgeryError where an adapter with rows is one of several that share the inputs of one batch."""
@@ -142,6 +170,7 @@ class PEMALayer(AdapterLayerBase, nn.Module):  # type: ignore[misc]
         """
         if not self.add_adapter(adapter_name, -1):
             return False
+        self.refuse_while_merged("average_adapter")
         if combine_strategy != "linear":
             raise ValueError(f'combine_strategy {combine_strategy!r} cannot average PEMA rows, expected "linear"')
         tables = [(self.rows_of(name), share) for name, share in input_adapters.items()]

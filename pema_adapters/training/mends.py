@@ -68,6 +68,16 @@ def _wrap_merged_projection(original: Callable[..., Any], cls: Any, module: Any,
     return wrapped
 
 
+def _save_with_adapters(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Saving unlinks prefix tuning from its pool and never links it again, so deleting an adapter fails afterwards."""
+    pools = _upstream.prefix_pools(model)
+    try:
+        return original(model, *args, **kwargs)
+    finally:
+        for layer, pool in pools:
+            layer.set_pool(pool)
+
+
 def _config_to_dict(original: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
     """What makes a DiReftConfig is no field of it: saved without, it comes back as a NoReftConfig."""
     found = original(config)
@@ -80,5 +90,6 @@ WRAPPERS: dict[str, Callable[..., Any]] = {
     "head_filter": _head_filter,
     "weights_to_save": _weights_to_save,
     "config_to_dict": _config_to_dict,
+    "save_with_adapters": _save_with_adapters,
     "wrap_merged_projection": _wrap_merged_projection,
 }

@@ -99,6 +99,46 @@ def _get_adapter(original: Callable[..., Any], model: Any, name: str) -> Any:
     return found
 
 
+def _merge_adapter(original: Callable[..., Any], model: Any, name: str) -> None:
+    """adapters merges LoRA and its kin; the rows go into the embedding matrix as well."""
+    from pema_adapters.training.merged_layers import merge_layers
+    from pema_adapters.training.merged_rows import check_merge, merge_rows
+
+    check_merge(model, name)
+    merge_layers(original, model, name)
+    merge_rows(model, name)
+
+
+def _reset_adapter(original: Callable[..., Any], model: Any) -> None:
+    from pema_adapters.training.merged_layers import reset_layers
+    from pema_adapters.training.merged_rows import reset_rows
+
+    reset_layers(original, model)
+    reset_rows(model)
+
+
+def _delete_adapter(original: Callable[..., Any], model: Any, adapter_name: str) -> Any:
+    """Without the adapter, adapters could not take it out of the weights any more, and says KeyError."""
+    layer = _upstream.pema_layer(model)
+    if layer is not None and layer.merged is not None and layer.merged.adapter_name == adapter_name:
+        layer.refuse_while_merged(f"delete_adapter({adapter_name!r})")
+    return original(model, adapter_name)
+
+
+def _save_adapter(
+    original: Callable[..., Any], model: Any, save_directory: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    layer = _upstream.pema_layer(model)
+    if layer is not None and not _upstream.saving_all_adapters.get():
+        layer.refuse_unscanned(adapter_name)
+    return original(model, save_directory, adapter_name, *args, **kwargs)
+
+
+def _save_all_adapters(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _upstream.during(_upstream.saving_all_adapters):
+        return original(*args, **kwargs)
+
+
 def _adapter_summary(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """The last row is the full model, so the rows that are on disk count, too."""
     layer = _upstream.pema_layer(model)
@@ -118,11 +158,12 @@ def _load_pretrained(original: Callable[..., Any], model_class: Any, model: Any,
 
 
 def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    from pema_adapters.training.saving import full_state_dict, own_rows_once
+    from pema_adapters.training.saving import full_state_dict, own_rows_once, warn_of_unmerged_rows
 
     if _upstream.writing_trainer_checkpoint.get():
         state = own_rows_once(model, kwargs.pop("state_dict", None))
         return original(model, save_directory, *args, state_dict=state, **kwargs)
+    warn_of_unmerged_rows(model, save_directory)
     with full_state_dict(model, Path(save_directory), kwargs.pop("state_dict", None)) as state_dict:
         return original(model, save_directory, *args, state_dict=state_dict, **kwargs)
 
@@ -200,6 +241,11 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "set_active_adapters": _set_active_adapters,
     "get_adapter": _get_adapter,
     "supports_adapter": _supports_adapter,
+    "merge_adapter": _merge_adapter,
+    "reset_adapter": _reset_adapter,
+    "delete_adapter": _delete_adapter,
+    "save_adapter": _save_adapter,
+    "save_all_adapters": _save_all_adapters,
     "adapter_summary": _adapter_summary,
     "load_pretrained": _load_pretrained,
     "save_pretrained": _save_pretrained,

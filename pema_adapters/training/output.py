@@ -120,6 +120,8 @@ class PartialOutput(nn.Linear):
     def untie(self) -> None:
         """Have the base's matrix as a Parameter of its own."""
         matrix = self.matrix.detach()
+        if matrix.data_ptr() == self.embedding._parameters["weight"].data_ptr():  # type: ignore[union-attr]
+            matrix = matrix.clone()
         self._drop_weight()
         self._parameters["weight"] = nn.Parameter(matrix)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from pema_adapters.training.base import Base
 from pema_adapters.training.base_rows import MappedMatrix
 from pema_adapters.training.embedding import PartialEmbedding
 from pema_adapters.training.output import heads_of
+
+logger = logging.getLogger(__name__)
 
 OWN = ("token_ids", "fingerprint")
 
@@ -78,6 +81,23 @@ def full_state_dict(
         state[name + ".weight"] = matrix.tensor if owner.ties_output or owner.token_ids is None else head.matrix
     with _out_of_the_way(_base(owner).matrix.lies_in(folder)):
         yield state
+
+
+def warn_of_unmerged_rows(model: Any, folder: Any) -> None:
+    """Say that a checkpoint which a user saves is without the rows of adapters: plain Transformers will not read them.
+
+    AutoAdapterModel does read them.
+    """
+    layer = _upstream.pema_layer(model)
+    if layer is None or layer.merged is not None or _upstream.has_flexible_heads(model):
+        return
+    names = [name for name in layer.with_rows() if layer.rows_of(name).trainable]
+    if names:
+        logger.warning(
+            "save_pretrained: the embedding in %s is the base's, without the trained rows of adapter %s: call "
+            "model.merge_adapter(%r) before (and reset_adapter() after), or save_adapter and merge with pema-merge",
+            folder, ", ".join(map(repr, names)), names[0],
+        )  # fmt: skip
 
 
 def own_rows_once(model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -15,8 +15,9 @@ from pema_adapters.training import _upstream
 from pema_adapters.training.base import Base, find_base
 from pema_adapters.training.config import PEMAConfig
 from pema_adapters.training.embedding import PartialEmbedding, convert_all, parts_of, revert, sites
+from pema_adapters.training.full_matrix import load_full_matrix
 from pema_adapters.training.model import complete_vocabulary, input_embedding
-from pema_adapters.training.output import convert_heads, has_tied_head, heads_of, revert_heads
+from pema_adapters.training.output import convert_heads, has_tied_head, revert_heads
 from pema_adapters.training.rows import RowTable
 from pema_adapters.vocabulary import PartialVocabulary
 
@@ -57,6 +58,9 @@ def shrink_embeddings(
         VocabularyError: a vocabulary of another size than the model's V, or data that cannot be scanned.
     """
     embedding = input_embedding(model)
+    layer = _upstream.pema_layer(model)
+    if layer is not None:
+        layer.refuse_while_merged("shrink_embeddings")
     holder = None if adapter_name is None else _rows_of(model, adapter_name)
     grows = _grows(model, adapter_name, vocabulary)
     ties = _output_policy(model, adapter_name, output_embeddings) != "full"
@@ -95,22 +99,18 @@ def restore_embeddings(model: Any) -> None:
     left alone.
 
     Raises:
-        SurgeryError: other adapters have rows of their own, which lie over the base and not over the matrix to be.
+        SurgeryError: other adapters have rows of their own, which lie over the base and not over the matrix to be; or
+            `merge_adapter` has merged rows already.
     """
     embedding = input_embedding(model)
     if not isinstance(embedding, PartialEmbedding):
         return
     owner, layer = embedding.owner, _upstream.pema_layer(model)
+    if layer is not None:
+        layer.refuse_while_merged("restore_embeddings")
     name = _active_name(layer)
     _refuse_other_rows(layer, name)
-    matrix = _full_matrix(owner)
-    if name is not None:
-        active = layer.adapters[name]
-        matrix[active.token_ids.long()] = active.weight.detach()
-    is_untied = model.config.tie_word_embeddings is False
-    owner.restore(matrix)
-    for head in heads_of(model, owner).values():
-        head.untie() if is_untied else head.tie()
+    load_full_matrix(model, owner, None if name is None else layer.rows_of(name))
     if name is not None:
         _drop_pema_part(model, name)
     if layer is None or not len(layer.adapters):
@@ -232,21 +232,6 @@ def _refuse_other_rows(layer: Any, active: str | None) -> None:
             f"writing the rows of {active!r} into the matrix would change what lies under the rows of "
             f"{', '.join(others)}: save and delete those adapters first, or deactivate {active!r}"
         )
-
-
-def _full_matrix(owner: PartialEmbedding) -> Tensor:
-    """The matrix [V, d] in memory, own rows written in."""
-    if not isinstance(owner.base, Base):
-        return owner.weight.data
-    weight = owner.weight
-    matrix = torch.empty(owner.num_embeddings, owner.embedding_dim, dtype=weight.dtype, device=weight.device)
-    first = 0
-    for block in owner.base.matrix.blocks():
-        matrix[first : first + len(block)] = block.to(weight.dtype)
-        first += len(block)
-    if owner.token_ids is not None:
-        matrix[owner.token_ids.long()] = weight.detach()
-    return matrix
 
 
 def _drop_pema_part(model: Any, name: str) -> None:

@@ -1,11 +1,34 @@
-"""Noticing unseen tokens in training on an accelerator, without a synchronisation a step."""
+"""Noticing unseen tokens in training: on an accelerator without a synchronisation a step, on the CPU as they are met."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
 
 from pema_adapters.errors import UnseenTokenError
+
+logger = logging.getLogger(__name__)
+
+
+class UnseenCount:
+    """How many of the tokens that training met have no row. Warns once, at the first step with such a token."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self.has_warned = False
+
+    def add(self, tokens: int, unseen: int) -> None:
+        """Count the tokens of one forward."""
+        self._tokens += tokens
+        if unseen:
+            self.has_warned = True
+            logger.warning(
+                "%d of the first %d tokens in training (%.1f%%) are outside the partial vocabulary: they get the "
+                "base's rows, which do not train: give shrink_embeddings all of the training data (every split and "
+                'column), or use PEMAConfig(vocabulary="grow")', unseen, self._tokens, 100 * unseen / self._tokens,
+            )  # fmt: skip
 
 
 class UnseenWatch:

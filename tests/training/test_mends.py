@@ -17,7 +17,7 @@ from transformers import (
     T5Config,
 )  # fmt: skip
 
-from pema_adapters import PartialVocabulary, PEMAConfig, shrink_embeddings
+from pema_adapters import PartialVocabulary, PEMAConfig, restore_embeddings, shrink_embeddings
 from pema_adapters.training.mends import without_shared_memory
 
 from ..models import CONFIGS, MIXED, USED, V, assert_same, bert_like, outputs
@@ -183,3 +183,20 @@ def test_direft_stays_direft():
     assert again.match("di", reft).subtract_projection is False
     assert again.match("no", reft).subtract_projection is True
     assert "subtract_projection" not in adapters.NoReftConfig().to_dict()
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save_adapter"])
+def test_adapters_can_be_deleted_and_restored_after_they_were_saved(tmp_path, save):
+    load = bert(AutoModelForSequenceClassification, tmp_path / "base")
+    model = with_adapter(load(), ConfigUnion(PEMAConfig(), adapters.PrefixTuningConfig(bottleneck_size=8)))
+    model.add_adapter("other", config=adapters.PrefixTuningConfig(bottleneck_size=8))
+    before = first(model)
+    model.save_pretrained(tmp_path / "out") if save == "save_pretrained" else model.save_adapter(
+        str(tmp_path / "out"), "task"
+    )
+    assert_same(first(model), before)
+    restore_embeddings(model)
+    assert_same(first(model), before)
+    model.delete_adapter("other")
+    assert list(model.adapters_config.adapters) == ["task"]
+    model.delete_adapter("task")

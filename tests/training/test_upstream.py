@@ -46,6 +46,11 @@ SIGNATURES = {
     ("adapters.loading", "AdapterLoader.rename_func"): ["self", "old_name", "new_name"],
     ("adapters.loading", "PredictionHeadLoader.filter_func"): ["self", "head_name"],
     ("adapters.configuration.adapter_config", "AdapterConfig.to_dict"): ["self"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.merge_adapter"): ["self", "name"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.reset_adapter"): ["self"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.delete_adapter"): ["self", "adapter_name"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.save_pretrained"): ["self", "save_directory", "kwargs"],
+    ("transformers.trainer", "Trainer.get_decay_parameter_names"): ["self", "model"],
     ("transformers.trainer", "Trainer._save_checkpoint"): ["self", "model", "trial"],
 }
 
@@ -146,3 +151,37 @@ def test_weights_are_moved_away_after_all_are_loaded():
     """`load_model` fingerprints those that were drawn between the two."""
     source = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
     assert source.index("cls._load_pretrained_model(") < source.index("dispatch_model(model"), VERSIONS
+
+
+def test_adapters_are_saved_by_folder_and_name_and_all_of_them_through_the_same_function():
+    mixin = adapters.ModelAdaptersMixin
+    assert list(inspect.signature(inspect.unwrap(mixin.save_adapter)).parameters)[:3] == [
+        "self", "save_directory", "adapter_name",
+    ], VERSIONS  # fmt: skip
+    assert "self.save_adapter(" in inspect.getsource(inspect.unwrap(mixin.save_all_adapters)), VERSIONS
+
+
+def test_what_is_merged_into_a_linear_layer(case):
+    """`merged_layers` completes what `LoRALinear.merge_adapter` does, and finds DoRA's first weight where it left it."""
+    lora = importlib.import_module("adapters.methods.lora")
+    model = case.with_adapters()
+    model.add_adapter("task", config=adapters.DoRAConfig(r=2, alpha=8), set_active=True)
+    layer = next(each for each in _upstream.lora_layers(model) if "task" in each.loras)
+    assert layer.merged is False and layer.loras["task"].scaling == 4 and layer.loras["task"].use_dora, VERSIONS
+    model.merge_adapter("task")
+    assert layer.merged == "task" and layer.loras["task"].dora_w_o.shape == layer.weight.shape, VERSIONS
+    assert issubclass(lora.LoRAMergedLinear, lora.LoRALayer) and hasattr(lora.LoRAMergedLinear, "pad"), VERSIONS
+    assert issubclass(lora.MTLLoRA, lora.LoRA), VERSIONS
+    assert list(inspect.signature(lora.dora_merge).parameters) == ["weights", "added", "m"], VERSIONS  # no scaling
+
+
+def test_activating_adapters_resets_what_is_merged():
+    source = inspect.getsource(inspect.unwrap(adapters.ModelAdaptersMixin.set_active_adapters))
+    assert "self.reset_adapter()" in source, VERSIONS
+
+
+def test_prefix_tuning_is_unlinked_from_its_pool_when_saved(case):
+    model = case.with_adapters()
+    assert {id(pool) for _, pool in _upstream.prefix_pools(model)} == {id(model.base_model.prefix_tuning)}, VERSIONS
+    source = inspect.getsource(inspect.unwrap(adapters.ModelAdaptersMixin.save_pretrained))
+    assert "layer.set_pool(None)" in source, VERSIONS
