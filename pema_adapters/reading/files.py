@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, PemaError
 
 _AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
 BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder of datasets, its options
@@ -21,6 +21,7 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
 }
 
 _KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
+_SPEAKING = (OSError, ValueError, EOFError, zlib.error)  # whose messages need no name before them
 NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
 
 
@@ -46,15 +47,29 @@ def load_data(names: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def reading_data(name: str) -> Iterator[None]:
-    """What goes wrong in `datasets` is a FormatError that names the data; a stream meets damage when it gets there."""
-    from datasets.exceptions import DatasetsError
+    """Turn what goes wrong in `datasets` into a FormatError that names the data.
 
+    Any exception: of damaged data, Arrow and datasets raise what they happen to stumble over, KeyError and TypeError
+    among it. A stream meets damage when it gets there.
+    """
     try:
         yield
-    except FormatError:
+    except PemaError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
-        raise FormatError(f"{name}: cannot be read as a data set: {error}") from error
+    except Exception as error:
+        kind = "" if isinstance(error, _SPEAKING) and str(error) else f"{type(error).__name__}: "
+        raise FormatError(f"{name}: cannot be read as a data set: {kind}{error}") from error
+
+
+def read_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
+    """The items of a stream of `datasets`; what goes wrong in it is a FormatError that names the data."""
+    while True:
+        with reading_data(name):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def _parts_of(name: str) -> list[str]:

@@ -50,7 +50,12 @@ class Encoder:
 
         Raises:
             VocabularyError: there is nothing to tokenize; the message lists the columns.
+            FormatError: the data are damaged.
         """
+        if is_a(split, "datasets", "Dataset"):
+            from pema_adapters.reading.integrity import check_columns
+
+            check_columns(split, split.data.column_names, name)
         first = next(_batches(split, name), {})
         kinds = {column: _kind_of(split, column, values) for column, values in first.items()}
         self.present.update(kinds)
