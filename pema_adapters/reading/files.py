@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError, PemaError
+from pema_adapters.reading.pretrained import NEEDS_CODE
 
 _AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
 BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder of datasets, its options
@@ -25,21 +26,22 @@ _SPEAKING = (OSError, ValueError, EOFError, zlib.error)  # whose messages need n
 NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
 
 
-def load_data(names: list[str]) -> dict[str, Any]:
+def load_data(names: list[str], trust_remote_code: bool = False) -> dict[str, Any]:
     """`datasets.Dataset`s and `IterableDataset`s by what errors call them: the name as given, and the split.
 
     Args:
         names: a file (a suffix of BUILDERS, .gz behind it or not), a folder that `save_to_disk` wrote, a folder
             of both at any depth, each read as by itself, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`.
             Files are streamed, so that no copy goes into the cache of datasets.
+        trust_remote_code: run the loading script of a data set of the Hub, in versions of datasets that still can.
 
     Raises:
         FormatError: nothing there, or not readable as what the name promises.
     """
     found: dict[str, Any] = {}
     for name in [one for given in names for one in _parts_of(given)]:
-        with reading_data(name):
-            data = _load(name)
+        with reading_data(name), _naming_remote_code(name, trust_remote_code):
+            data = _load(name, trust_remote_code)
         splits = data if isinstance(data, Mapping) else {"": data}
         found.update({f"{name} {split}".rstrip(): part for split, part in splits.items()})
     return found
@@ -59,6 +61,17 @@ def reading_data(name: str) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, _SPEAKING) and str(error) else f"{type(error).__name__}: "
         raise FormatError(f"{name}: cannot be read as a data set: {kind}{error}") from error
+
+
+@contextmanager
+def _naming_remote_code(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """Refuse a loading script with the option that allows it, in versions of datasets that still run them."""
+    try:
+        yield
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise FormatError(f"{name}: the data set {NEEDS_CODE}") from error
 
 
 def read_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
@@ -96,7 +109,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _load(name: str) -> Any:
+def _load(name: str, trust_remote_code: bool) -> Any:
     import datasets
 
     path = Path(name)
@@ -107,7 +120,7 @@ def _load(name: str) -> Any:
     if path.suffix in {*BUILDERS, ".gz"} or path.is_absolute():
         raise FormatError(f"{name}: no such file or folder")
     repository, _, configuration = name.partition(":")
-    return datasets.load_dataset(repository, configuration or None)
+    return datasets.load_dataset(repository, configuration or None, trust_remote_code=trust_remote_code)
 
 
 def _saved(name: str) -> Any:

@@ -273,3 +273,59 @@ def test_interrupted_in_a_stream(folder):
     done = run_in_child(folder, before=before)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "pema-scan: interrupted; the same command goes on from row 1,000\n"
+
+
+# ---- code of a repository
+
+CODE = "from pathlib import Path\nPath({canary!r}).touch()\n"
+CONFIG_CLASS = """
+from transformers import PretrainedConfig
+class Own(PretrainedConfig):
+    model_type = "own"
+"""
+TOKENIZER_CLASS = """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def with_code(folder, monkeypatch):
+    """A tokenizer and a config that need code of their own, which says that it ran; "y" stands on stdin."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.syspath_prepend(folder / "modules")
+    canary = folder / "ran"
+    for name, kind in (("configuration_own", CONFIG_CLASS), ("tokenization_own", TOKENIZER_CLASS)):
+        (folder / "large" / f"{name}.py").write_text(CODE.format(canary=str(canary)) + kind)
+    settings = json.loads((folder / "large" / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    (folder / "large" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own").mkdir()
+    (folder / "own" / "configuration_own.py").write_text(CODE.format(canary=str(canary)) + CONFIG_CLASS)
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}, "vocab_size": 400, "d_model": 8}
+    (folder / "own" / "config.json").write_text(json.dumps(config))
+    return canary
+
+
+NEEDS_CODE = {
+    "tokenizer": (["--tokenizer", "large"], "large: the tokenizer needs code of its repository, which is not run"),
+    "model": (["--tokenizer", "small", "--model", "own"], "own: the model config needs code of its repository, which"),
+}
+
+
+@pytest.mark.parametrize("kind", NEEDS_CODE)
+def test_code_of_a_repository_is_run_on_demand_alone(kind, with_code, capsys):
+    arguments, message = NEEDS_CODE[kind]
+    assert main(["--data", "x.txt", "--no-cache", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert "--trust-remote-code" in err
+    assert not with_code.exists()
+    assert main(["--data", "x.txt", "--no-cache", "--trust-remote-code", *arguments]) == 0
+    assert with_code.exists()
