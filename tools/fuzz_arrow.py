@@ -5,9 +5,10 @@
 Small data sets with ids in columns of several kinds, as Arrow files that `save_to_disk` writes and as Parquet, one file
 of which is cut, or has bits, bytes, words or stretches changed. The same seed gives the same mutations. Each is read in
 three ways: `PartialVocabulary.from_dataset` on the loaded data set and on a stream of it, and `pema-scan`. The ids must
-be those of the undamaged file. Where the damage lies within the ids themselves, which no checksum guards, in Parquet,
-or in a stream, which does not tell of its files, they must be those that Arrow reads. Exits with 1 if a case escaped:
-another exception than the package's own, a crash, a hang, a wrong vocabulary, a message of several lines.
+be those of the undamaged file. Where the damage lies within the ids, nulls and lengths of rows, which no checksum
+guards, in Parquet, or in a stream, which does not tell of its files, they must be those that Arrow reads. Exits with 1
+if a case escaped: another exception than the package's own, a crash, a hang, a wrong vocabulary, a message of several
+lines.
 """
 
 import argparse
@@ -99,13 +100,14 @@ def flatten(value: Any) -> list[int]:
 
 
 def arrow_values(file: Path) -> tuple[tuple[int, int], ...]:
-    """Where in an Arrow file the ids are, and the text behind them: from their buffer to the last one of each batch."""
+    """Where in an Arrow file the bodies of the batches are: from the first buffer to the last one of each."""
     import pyarrow as pa
 
     content = pa.py_buffer(file.read_bytes())
     read = pa.ipc.open_stream(content).read_all()
     ids, texts = (read.column(name).chunks for name in ("input_ids", "text"))
-    pairs = [(_storage(one).buffers()[-1], text.buffers()[-1]) for one, text in zip(ids, texts, strict=True)]
+    firsts = [next(filter(None, _storage(chunk).buffers())) for chunk in ids]
+    pairs = [(first, text.buffers()[-1]) for first, text in zip(firsts, texts, strict=True)]
     return tuple((a.address - content.address, b.address - content.address + b.size) for a, b in pairs)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError, PemaError
+from pema_adapters.reading.limits import check_limits
 from pema_adapters.reading.pretrained import NEEDS_CODE
 
 _AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
@@ -18,7 +19,7 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
     ".jsonl": ("json", {}),
     ".csv": ("csv", _AS_IT_IS),
     ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_AS_IT_IS}),  # a quotation mark is a letter there
-    ".parquet": ("parquet", {}),
+    ".parquet": ("parquet", {"batch_size": 1_000}),  # default: a whole row group
 }
 
 _KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
@@ -142,6 +143,7 @@ def _file(path: Path) -> Any:
         raise FormatError(f"{path}: datasets takes '::' in a name for a chain of addresses; rename the file")
     if not path.stat().st_size:
         return datasets.Dataset.from_dict({})
+    check_limits(path, suffix)
     builder, options = BUILDERS[suffix]
     pattern = glob.escape(str(path))  # datasets would take a name with [1] or * for several files
     try:
