@@ -103,6 +103,18 @@ class MemoryReport:
         """before - after."""
         return self.before - self.after
 
+    def __str__(self) -> str:
+        """Format as a table: rows, parameters, and bytes without PEMA, with it, and saved."""
+        head = (
+            f"{self.model} ({self.built}), {self.optimizer}: {self.partial_vocab_size:,} of {self.vocab_size:,} rows "
+            f"of {self.embedding_dim:,}, {self.parameters_saved:,} of {self.parameters:,} parameters saved"
+        )
+        lines = [f"{'':16}  {'before':>10}  {'after':>10}  {'saved':>10}"]
+        for name in ("weights", "gradients", "optimizer_states", "total"):
+            sizes = [getattr(part, name) / 1e6 for part in (self.before, self.after, self.saved)]
+            lines.append(f"{name.replace('_', ' '):16}  " + "  ".join(f"{size:>7,.1f} MB" for size in sizes))
+        return "\n".join([head, *lines])
+
     def to_dict(self) -> dict[str, Any]:
         """As a dictionary that `json.dumps` takes, with what is saved, and totals."""
         sums = {name: getattr(self, name).to_dict() for name in ("before", "after", "saved")}

@@ -14,7 +14,7 @@ from pema_adapters.remembered import Remembered
 from pema_adapters.scan import Scan
 from pema_adapters.text_scan import scan_text
 
-FORMAT = 2  # of what is remembered: a scan that means something else gets another number
+FORMAT = 3  # of what is remembered: a scan that means something else gets another number
 READERS = ("datasets", "tokenizers", "transformers")  # another version may read or tokenize otherwise
 FROM_CACHE = "the figures are those of an earlier scan of the same data, from {}; --no-cache scans again"
 

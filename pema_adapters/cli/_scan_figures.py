@@ -46,8 +46,11 @@ class Scanned:
         return Curve(self.subject.name, self.scan.growth, self.vocabulary.vocab_size)
 
     def unused(self) -> Iterator[tuple[int, str | None]]:
-        """Ids that are never used, increasing, with the text of the token; None for a row without a token."""
-        used = set(self.vocabulary)
+        """Ids that training never uses, increasing, with the text of the token; None for a row without a token.
+
+        The pad token, which collators put between the texts of a batch, is used.
+        """
+        used = {*self.vocabulary, self.subject.tokenizer.pad_token_id}
         for token_id in range(self.vocabulary.vocab_size):
             if token_id not in used:
                 yield token_id, _text(self.subject.tokenizer, token_id)
@@ -90,7 +93,9 @@ def figures_of(found: Scanned, options: argparse.Namespace) -> dict[str, Any]:
         "notes": [*found.scan.notes, *([note_of(found.cache)] if found.cache else [])],
     }
     if options.unused is not None:
-        figures["unused"] = vocabulary.vocab_size - len(vocabulary)
+        pad = found.subject.tokenizer.pad_token_id
+        is_added = pad is not None and pad < vocabulary.vocab_size and pad not in vocabulary
+        figures["unused"] = vocabulary.vocab_size - len(vocabulary) - is_added
         figures["unused_tokens"] = [list(token) for token in islice(found.unused(), options.unused)]
     return {**figures, **_model_figures(found, options.trust_remote_code)}
 
