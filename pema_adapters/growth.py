@@ -20,7 +20,8 @@ from pema_adapters.files import check_replaceable
 
 Points = Sequence[tuple[int, int]]
 
-FITTED_SPAN = 1_000  # the law is fitted to the last three powers of ten: of the first tokens nearly each is new
+FITTED_SPAN = 3  # the law is fitted to the last third of the curve's tokens and more: before, it is steeper
+"""From half of a text to all of it, over GLUE and three tokenizers: 10% too much in the median, with 1,000: 61%."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Curve:
 
 
 def heaps_law(points: Points) -> HeapsLaw | None:
-    """The law that fits points (tokens, distinct ids) best: least squares of the logarithms; None for less than two."""
+    """Fit the end of a curve of points (tokens, distinct ids): least squares of logarithms; None for one point."""
     fitted = _fitted(points)
     if len(fitted) < 2:
         return None
@@ -55,7 +56,8 @@ def heaps_law(points: Points) -> HeapsLaw | None:
 
 
 def _fitted(points: Points) -> Points:
-    return [point for point in points if point[0] * FITTED_SPAN >= points[-1][0]]
+    fitted = [point for point in points if point[0] * FITTED_SPAN >= points[-1][0]]
+    return fitted if len(fitted) > 1 else points[-2:]
 
 
 def format_of(path: str) -> str:
@@ -87,14 +89,14 @@ def drawn(kind: str, curves: Iterable[Curve]) -> bytes:
     for number, curve in enumerate(curves):
         _draw(axes, curve, f"C{number}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)  # beside the curves
     figure.savefig(content, format=kind, dpi=150)
     return content.getvalue()
 
 
 def _draw(axes: Any, curve: Curve, color: str) -> None:
     tokens, distinct = zip(*curve.points, strict=True) if curve.points else ((), ())
-    axes.plot(tokens, distinct, color=color, marker=".", label=_plain(curve.name))
+    axes.plot(tokens, distinct, color=color, marker=".", label=_plain(Path(curve.name).name or curve.name))
     law = heaps_law(curve.points)
     if law is not None:
         label = f"Heaps' law, K = {law.factor:.3g} n^{law.exponent:.3f}"

@@ -103,6 +103,18 @@ class MemoryReport:
         """before - after."""
         return self.before - self.after
 
+    def __str__(self) -> str:
+        """Format as a table: rows, parameters, and bytes without PEMA, with it, and saved."""
+        head = (
+            f"{self.model} ({self.built}), {self.optimizer}: {self.partial_vocab_size:,} of {self.vocab_size:,} rows "
+            f"of {self.embedding_dim:,}, {self.parameters_saved:,} of {self.parameters:,} parameters saved"
+        )
+        lines = [f"{'':16}  {'before':>10}  {'after':>10}  {'saved':>10}"]
+        for name in ("weights", "gradients", "optimizer_states", "total"):
+            sizes = [getattr(part, name) / 1e6 for part in (self.before, self.after, self.saved)]
+            lines.append(f"{name.replace('_', ' '):16}  " + "  ".join(f"{size:>7,.1f} MB" for size in sizes))
+        return "\n".join([head, *lines])
+
     def to_dict(self) -> dict[str, Any]:
         """As a dictionary that `json.dumps` takes, with what is saved, and totals."""
         sums = {name: getattr(self, name).to_dict() for name in ("before", "after", "saved")}
@@ -157,8 +169,10 @@ def memory_report(
     )
 
 
-def build_on_meta(config: Any, model_class: Any = None) -> Any:
-    """A model of a config, or of the config of a folder or Hub id, whose weights have shapes and no memory.
+def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bool = False) -> Any:
+    """Build a model of a config, or of the config of a folder or Hub id; its weights have shapes and no memory.
+
+    Code of a repository runs with `trust_remote_code` alone.
 
     Raises:
         FormatError: no config of that name, or one that no model can be built of.
@@ -173,11 +187,13 @@ def build_on_meta(config: Any, model_class: Any = None) -> Any:
             f"found a {type(config).__name__}, expected a Transformers model, a config, a folder or a Hub id"
         )
     name = config if isinstance(config, str) else config.name_or_path or type(config).__name__
-    config = load_config(config) if isinstance(config, str) else config
+    config = load_config(config, trust_remote_code) if isinstance(config, str) else config
     kind = model_class or _class_of(config)
     try:
         with torch.device("meta"):
-            return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+            if hasattr(kind, "from_config"):
+                return kind.from_config(config, trust_remote_code=trust_remote_code)
+            return kind(config)
     except Exception as error:  # whatever the code of a model says of a config that it was not made for
         raise FormatError(f"{name}: no {kind.__name__} can be built of this config: {error}") from error
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from operator import add
 from typing import Any, NoReturn
 
@@ -93,24 +94,38 @@ class Scanner:
             self.row(data, where, partial(_row_of_batch, 0))
         elif is_a(data, "datasets", "IterableDataset") and data.features is not None:
             self.alone("a stream")
-            for number, table in enumerate(data.with_format("arrow").iter(BATCH)):
-                self.table(table, where, partial(add, number * BATCH))
+            self.stream(data, where)
         else:
             self.items(data, where)
 
     def dataset(self, data: Any, where: Where) -> None:
         """A `datasets.Dataset`: below every format but a transform lies the same table."""
-        if data.format["type"] == "custom":
+        from pema_adapters.reading import arrow, integrity
+
+        is_transformed = data.format["type"] == "custom"
+        columns = [name for name in data.data.column_names if is_transformed or name in self.columns]
+        integrity.check_columns(data, columns, _name_of(where))
+        if is_transformed:
             self.alone("a data set with a transform")
             for start in range(0, len(data), BATCH):
                 self.row(data[start : start + BATCH], where, partial(_row_of_batch, start))
                 self.steps.done(min(BATCH, len(data) - start))
             return
-        from pema_adapters.reading import arrow
-
         indices = None if data._indices is None else data._indices.column(0)
         picked = arrow.picked_rows(indices, data.data.num_rows)
         self.table(data.data, where, partial(arrow.picked_as, indices), picked)
+
+    def stream(self, data: Any, where: Where) -> None:
+        """A `datasets.IterableDataset` with features, as Arrow tables."""
+        from pema_adapters.reading import integrity
+        from pema_adapters.reading.files import read_stream
+
+        tables = read_stream(data.with_format("arrow").iter(BATCH), _name_of(where))
+        for first, table in zip(count(0, BATCH), tables):
+            for name in self.columns_in(table.column_names):
+                for chunk in table.column(table.column_names.index(name)).chunks:
+                    integrity.check_array(chunk, f"{_name_of(where)}, column {name!r}")
+            self.table(table, where, partial(add, first))
 
     def table(self, table: Any, where: Where, number_of: Callable[[int], int], picked: Any = None) -> None:
         """An Arrow table; `number_of` turns its rows' positions into the numbers that the caller knows."""
@@ -159,7 +174,12 @@ class Scanner:
 
     def items(self, data: Any, where: Where) -> None:
         """Any iterable of rows, batches, or further data sets."""
-        for number, item in enumerate(walk(data, ", ".join(where) or "data")):
+        found = walk(data, _name_of(where))
+        if is_a(data, "datasets", "IterableDataset"):
+            from pema_adapters.reading.files import read_stream
+
+            found = read_stream(found, _name_of(where))
+        for number, item in enumerate(found):
             if self.steps.skips():
                 continue
             if isinstance(item, Mapping) and not self.is_splits(item):
@@ -281,6 +301,10 @@ def _mark_array(bitmap: Bitmap, array: Any, column: str) -> int | None:
         if (wrong := bitmap.mark(ids, _is_labels(column))) is not None:
             return wrong
     return None
+
+
+def _name_of(where: Where) -> str:
+    return ", ".join(where) or "data"
 
 
 def _is_labels(column: str) -> bool:

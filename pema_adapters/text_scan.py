@@ -58,7 +58,7 @@ def scan_text(  # noqa: PLR0913 - the settings of one call, by name
     bitmap = GrowingBitmap(checked_vocab_size(vocab_size))
     num_proc = checked_num_proc(num_proc)
     plans = [encoder.planned(split, str(name)) for name, split in splits.items()]
-    encoder.check()
+    encoder.check(list(map(str, splits)))
     with progress_bar(length(data), progress) as bar, as_it_was(encoder.tokenizer), Workers(num_proc) as workers:
         scan = _TextScan(
             encoder, workers, Scanner(bitmap, DEFAULT_COLUMNS, Steps(bitmap, bar, resuming, encoder.used), num_proc)

@@ -49,8 +49,15 @@ def test_two_points_by_hand():
 
 
 def test_the_first_tokens_do_not_count():
-    late = [(10_000, 100), (1_000_000, 1_000)]
+    late = [(10_000, 100), (20_000, 140)]
     assert heaps_law([(1, 1), (10, 10), *late]) == heaps_law(late)
+
+
+def test_the_end_of_a_curve_that_bends_is_what_goes_on():
+    """K = n / (1 + (n / 1000) ** 0.4): steep first, as text is. From half of the tokens to all of them."""
+    points = [(round(10 ** (i / 10)), round(n / (1 + (n / 1000) ** 0.4))) for i in range(51) for n in [10 ** (i / 10)]]
+    law = heaps_law(points)
+    assert law(2e5) == pytest.approx(2e5 / (1 + 200**0.4), rel=0.05)
 
 
 @pytest.mark.parametrize("points", [(), ((7, 3),)])

@@ -130,6 +130,15 @@ def test_data_in_place_of_a_vocabulary():
     assert memory_report(generates, rows).partial_vocab_size == 7  # its labels are scanned, too
 
 
+def test_as_text():
+    report = memory_report(BertConfig(vocab_size=1_000, hidden_size=12), PartialVocabulary([1, 2], 1_000))
+    lines = str(report).splitlines()
+    assert "(BertModel), adamw_fp32: 3 of 1,000 rows of 12, 11,964 of " in lines[0]
+    assert [line.split("  ")[0].strip() for line in lines[2:]] == ["weights", "gradients", "optimizer states", "total"]
+    assert lines[-1].endswith(f"{report.saved.total / 1e6:,.1f} MB")
+    assert repr(report).startswith("MemoryReport(model=")
+
+
 def test_ready_for_json():
     report = memory_report(bert_like(BertConfig), VOCABULARY)
     read = json.loads(json.dumps(report.to_dict()))

@@ -14,7 +14,7 @@ from pema_adapters.remembered import Remembered
 from pema_adapters.scan import Scan
 from pema_adapters.text_scan import scan_text
 
-FORMAT = 2  # of what is remembered: a scan that means something else gets another number
+FORMAT = 3  # of what is remembered: a scan that means something else gets another number
 READERS = ("datasets", "tokenizers", "transformers")  # another version may read or tokenize otherwise
 FROM_CACHE = "the figures are those of an earlier scan of the same data, from {}; --no-cache scans again"
 
@@ -24,11 +24,12 @@ class Data:
     """Data sets by the names that were given, loaded when they are needed."""
 
     names: tuple[str, ...]
+    trust_remote_code: bool = False
 
     @cached_property
     def loaded(self) -> dict[str, Any]:
         """As `load_data` gives them."""
-        return load_data(list(self.names))
+        return load_data(list(self.names), self.trust_remote_code)
 
     def identity(self, store: Store) -> list[Any] | None:
         """What tells whether it is the same data; None where nothing does."""

@@ -46,8 +46,11 @@ class Scanned:
         return Curve(self.subject.name, self.scan.growth, self.vocabulary.vocab_size)
 
     def unused(self) -> Iterator[tuple[int, str | None]]:
-        """Ids that are never used, increasing, with the text of the token; None for a row without a token."""
-        used = set(self.vocabulary)
+        """Ids that training never uses, increasing, with the text of the token; None for a row without a token.
+
+        The pad token, which collators put between the texts of a batch, is used.
+        """
+        used = {*self.vocabulary, self.subject.tokenizer.pad_token_id}
         for token_id in range(self.vocabulary.vocab_size):
             if token_id not in used:
                 yield token_id, _text(self.subject.tokenizer, token_id)
@@ -56,15 +59,19 @@ class Scanned:
 def subjects(options: argparse.Namespace) -> list[Subject]:
     """All tokenizers and configs, loaded."""
     models = options.model or [None] * len(options.tokenizer)
-    shapes = [embedding_shape(model) if model else None for model in models]
-    tokenizers = [load_tokenizer(name) for name in options.tokenizer]
+    trusted = options.trust_remote_code
+    shapes = [embedding_shape(model, trusted) if model else None for model in models]
+    tokenizers = [load_tokenizer(name, trusted) for name in options.tokenizer]
     return [Subject(*one) for one in zip(options.tokenizer, tokenizers, models, shapes, strict=True)]
 
 
 def scanned(subject: Subject, options: argparse.Namespace) -> Scanned:
     """Read all the data with one tokenizer, unless that was done before."""
     encoder = Encoder(subject.tokenizer, tuple(options.text_column), options.max_length)
-    data, how = Data(tuple(options.data)), {"num_proc": options.num_proc, "use_cache": options.cache}
+    data, how = (
+        Data(tuple(options.data), options.trust_remote_code),
+        {"num_proc": options.num_proc, "use_cache": options.cache},
+    )
     scan, cache = cached_scan(data, encoder, subject.vocab_size, **how)
     return Scanned(subject, scan, PartialVocabulary(scan.token_ids, subject.vocab_size), cache)
 
@@ -86,12 +93,14 @@ def figures_of(found: Scanned, options: argparse.Namespace) -> dict[str, Any]:
         "notes": [*found.scan.notes, *([note_of(found.cache)] if found.cache else [])],
     }
     if options.unused is not None:
-        figures["unused"] = vocabulary.vocab_size - len(vocabulary)
+        pad = found.subject.tokenizer.pad_token_id
+        is_added = pad is not None and pad < vocabulary.vocab_size and pad not in vocabulary
+        figures["unused"] = vocabulary.vocab_size - len(vocabulary) - is_added
         figures["unused_tokens"] = [list(token) for token in islice(found.unused(), options.unused)]
-    return {**figures, **_model_figures(found)}
+    return {**figures, **_model_figures(found, options.trust_remote_code)}
 
 
-def _model_figures(found: Scanned) -> dict[str, Any]:
+def _model_figures(found: Scanned, trust_remote_code: bool) -> dict[str, Any]:
     """Of the embedding alone, from the config; of the whole model, where one can be built of it."""
     model, shape = found.subject.model, found.subject.shape
     if model is None or shape is None:
@@ -103,7 +112,7 @@ def _model_figures(found: Scanned) -> dict[str, Any]:
         "partial_embedding_parameters": len(found.vocabulary) * shape[1],
     }
     try:
-        built = build_on_meta(model)
+        built = build_on_meta(model, trust_remote_code=trust_remote_code)
         reports = [memory_report(built, found.vocabulary, optimizer) for optimizer in OPTIMIZERS]
     except PemaError as error:
         return {**figures, "note": f"the embedding alone is counted, not the model: {error}"}

@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="cache",
         help="scan anew what was scanned before, even in part, and remember nothing (default: in HF_HOME/pema)",
     )
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the repositories or folders of --tokenizer, --model and --data bring along, with "
+        "your rights; read it first (default: refuse what needs it, and never ask)",
+    )
     add("--save", metavar="FILE", help="write the vocabulary, for PartialVocabulary.load")
     add(
         "--unused",

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, PemaError
+from pema_adapters.reading.limits import check_limits
+from pema_adapters.reading.pretrained import NEEDS_CODE
 
 _AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
 BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder of datasets, its options
@@ -17,28 +19,30 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
     ".jsonl": ("json", {}),
     ".csv": ("csv", _AS_IT_IS),
     ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_AS_IT_IS}),  # a quotation mark is a letter there
-    ".parquet": ("parquet", {}),
+    ".parquet": ("parquet", {"batch_size": 1_000}),  # default: a whole row group
 }
 
 _KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
+_SPEAKING = (OSError, ValueError, EOFError, zlib.error)  # whose messages need no name before them
 NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
 
 
-def load_data(names: list[str]) -> dict[str, Any]:
+def load_data(names: list[str], trust_remote_code: bool = False) -> dict[str, Any]:
     """`datasets.Dataset`s and `IterableDataset`s by what errors call them: the name as given, and the split.
 
     Args:
         names: a file (a suffix of BUILDERS, .gz behind it or not), a folder that `save_to_disk` wrote, a folder
             of both at any depth, each read as by itself, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`.
             Files are streamed, so that no copy goes into the cache of datasets.
+        trust_remote_code: run the loading script of a data set of the Hub, in versions of datasets that still can.
 
     Raises:
         FormatError: nothing there, or not readable as what the name promises.
     """
     found: dict[str, Any] = {}
     for name in [one for given in names for one in _parts_of(given)]:
-        with reading_data(name):
-            data = _load(name)
+        with reading_data(name), _naming_remote_code(name, trust_remote_code):
+            data = _load(name, trust_remote_code)
         splits = data if isinstance(data, Mapping) else {"": data}
         found.update({f"{name} {split}".rstrip(): part for split, part in splits.items()})
     return found
@@ -46,15 +50,40 @@ def load_data(names: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def reading_data(name: str) -> Iterator[None]:
-    """What goes wrong in `datasets` is a FormatError that names the data; a stream meets damage when it gets there."""
-    from datasets.exceptions import DatasetsError
+    """Turn what goes wrong in `datasets` into a FormatError that names the data.
 
+    Any exception: of damaged data, Arrow and datasets raise what they happen to stumble over, KeyError and TypeError
+    among it. A stream meets damage when it gets there.
+    """
     try:
         yield
-    except FormatError:
+    except PemaError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
-        raise FormatError(f"{name}: cannot be read as a data set: {error}") from error
+    except Exception as error:
+        kind = "" if isinstance(error, _SPEAKING) and str(error) else f"{type(error).__name__}: "
+        raise FormatError(f"{name}: cannot be read as a data set: {kind}{error}") from error
+
+
+@contextmanager
+def _naming_remote_code(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """Refuse a loading script with the option that allows it, in versions of datasets that still run them."""
+    try:
+        yield
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise FormatError(f"{name}: the data set {NEEDS_CODE}") from error
+
+
+def read_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
+    """The items of a stream of `datasets`; what goes wrong in it is a FormatError that names the data."""
+    while True:
+        with reading_data(name):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 def _parts_of(name: str) -> list[str]:
@@ -81,7 +110,7 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _load(name: str) -> Any:
+def _load(name: str, trust_remote_code: bool) -> Any:
     import datasets
 
     path = Path(name)
@@ -92,7 +121,7 @@ def _load(name: str) -> Any:
     if path.suffix in {*BUILDERS, ".gz"} or path.is_absolute():
         raise FormatError(f"{name}: no such file or folder")
     repository, _, configuration = name.partition(":")
-    return datasets.load_dataset(repository, configuration or None)
+    return datasets.load_dataset(repository, configuration or None, trust_remote_code=trust_remote_code)
 
 
 def _saved(name: str) -> Any:
@@ -114,6 +143,7 @@ def _file(path: Path) -> Any:
         raise FormatError(f"{path}: datasets takes '::' in a name for a chain of addresses; rename the file")
     if not path.stat().st_size:
         return datasets.Dataset.from_dict({})
+    check_limits(path, suffix)
     builder, options = BUILDERS[suffix]
     pattern = glob.escape(str(path))  # datasets would take a name with [1] or * for several files
     try:

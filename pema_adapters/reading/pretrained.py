@@ -4,14 +4,18 @@ from typing import Any
 
 from pema_adapters.errors import FormatError
 
+NEEDS_CODE = (
+    "needs code of its repository, which is not run; read that code, then allow it with --trust-remote-code "
+    "(trust_remote_code=True)"
+)
 WIDTHS = ("embedding_size", "word_embed_proj_dim", "hidden_size", "d_model")  # d in a config; the first there counts
 
 
-def load_tokenizer(name: str) -> Any:
-    """The fast tokenizer of a folder or Hub id, where there is one."""
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Load the fast tokenizer of a folder or Hub id, where there is one."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name, "tokenizer")
+    return _from_pretrained(AutoTokenizer, name, "tokenizer", trust_remote_code)
 
 
 def tokenizer_rows(tokenizer: Any) -> int:
@@ -25,20 +29,20 @@ def tokenizer_rows(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
-def load_config(name: str) -> Any:
-    """The config of a model in a folder or on the Hub."""
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """Load the config of a model in a folder or on the Hub."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, name, "model config")
+    return _from_pretrained(AutoConfig, name, "model config", trust_remote_code)
 
 
-def embedding_shape(name: str) -> tuple[int, int]:
-    """V and d of a model, from its config.
+def embedding_shape(name: str, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Read V and d of a model from its config.
 
     Raises:
         FormatError: no config there, or one without these figures.
     """
-    config = load_config(name).get_text_config()
+    config = load_config(name, trust_remote_code).get_text_config()
     sizes = [getattr(config, width, None) for width in WIDTHS]
     rows, width = getattr(config, "vocab_size", None), next((size for size in sizes if size), None)
     if not rows or not width:
@@ -49,8 +53,11 @@ def embedding_shape(name: str) -> tuple[int, int]:
     return rows, width
 
 
-def _from_pretrained(kind: Any, name: str, what: str) -> Any:
+def _from_pretrained(kind: Any, name: str, what: str, trust_remote_code: bool) -> Any:
+    """Load without asking: Transformers runs the code of a repository if somebody answers "y", or a pipe does."""
     try:
-        return kind.from_pretrained(name)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the latter: JSON that is no object
+        return kind.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:  # the middle ones: JSON, no object
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise FormatError(f"{name}: the {what} {NEEDS_CODE}") from error
         raise FormatError(f"{name}: no {what} found, here or on the Hub: {error}") from error

@@ -50,7 +50,12 @@ class Encoder:
 
         Raises:
             VocabularyError: there is nothing to tokenize; the message lists the columns.
+            FormatError: the data are damaged.
         """
+        if is_a(split, "datasets", "Dataset"):
+            from pema_adapters.reading.integrity import check_columns
+
+            check_columns(split, split.data.column_names, name)
         first = next(_batches(split, name), {})
         kinds = {column: _kind_of(split, column, values) for column, values in first.items()}
         self.present.update(kinds)
@@ -70,13 +75,14 @@ class Encoder:
             self._refuse(f"{name}: holds token ids already, which max_length {self.max_length} does not truncate")
         return Plan(name, split)
 
-    def check(self) -> None:
-        """Refuse a named column that was in none of the splits."""
+    def check(self, names: list[str]) -> None:
+        """Refuse a named column that was in none of the splits, which have these names."""
         if any(wanted not in self.used for wanted in self.text_columns):
             missing = self._wanted({column: [] for column in self.present})
             self._refuse(f"no column {missing} anywhere in the data" if missing else "no split has both of a pair")
         if not self.used:
-            self._refuse("no text and no token ids anywhere in the data")
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            self._refuse(f"{shown}: no text and no token ids anywhere in the data")
 
     def tokenizing(self, sample: Batch) -> Tokenizing:
         """The way to tokenize, tried on a sample; the same object while the way is the same."""

@@ -153,10 +153,10 @@ def test_save(folder, capsys):
 
 
 def test_unused(folder, capsys):
-    used, tokenizer = set(ids_by_hand("large")), AutoTokenizer.from_pretrained("large")
+    used, tokenizer = {*ids_by_hand("large"), 0}, AutoTokenizer.from_pretrained("large")
     unused = [token_id for token_id in range(400) if token_id not in used]
     figures = figures_of(capsys, "--tokenizer", "large", "--model", "large", "--unused", "999")
-    assert figures["unused"] == len(unused) == 400 - figures["partial_vocab_size"]
+    assert figures["unused"] == len(unused) == 400 - figures["partial_vocab_size"] - 1  # but for <pad>
     assert figures["unused_tokens"] == [[i, tokenizer.convert_ids_to_tokens(i)] for i in unused]
     assert figures["unused_tokens"][-1] == [399, None]
     assert "unused" not in figures_of(capsys, "--tokenizer", "large")
@@ -165,12 +165,12 @@ def test_unused(folder, capsys):
 def test_unused_as_text(folder, capsys):
     alone = printed(capsys, "--tokenizer", "large", "--unused")
     assert (
-        f"tokens never used          {len(AutoTokenizer.from_pretrained('large')) - len(set(ids_by_hand('large')))}\n"
+        f"tokens never used          {len(AutoTokenizer.from_pretrained('large')) - len({0, *ids_by_hand('large')})}\n"
         in alone
     )
     assert "the first" not in alone
     assert printed(capsys, "--tokenizer", "large", "--unused", "2").endswith(
-        "\nnever used, the first 2:\n  0  '<pad>'\n  1  '!'\n"
+        "\nnever used, the first 2:\n  1  '!'\n  2  '\"'\n"
     )
     assert "\n  399  no token\n" in printed(capsys, "--tokenizer", "large", "--model", "large", "--unused", "999")
 
@@ -273,3 +273,59 @@ def test_interrupted_in_a_stream(folder):
     done = run_in_child(folder, before=before)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "pema-scan: interrupted; the same command goes on from row 1,000\n"
+
+
+# ---- code of a repository
+
+CODE = "from pathlib import Path\nPath({canary!r}).touch()\n"
+CONFIG_CLASS = """
+from transformers import PretrainedConfig
+class Own(PretrainedConfig):
+    model_type = "own"
+"""
+TOKENIZER_CLASS = """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def with_code(folder, monkeypatch):
+    """A tokenizer and a config that need code of their own, which says that it ran; "y" stands on stdin."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.syspath_prepend(folder / "modules")
+    canary = folder / "ran"
+    for name, kind in (("configuration_own", CONFIG_CLASS), ("tokenization_own", TOKENIZER_CLASS)):
+        (folder / "large" / f"{name}.py").write_text(CODE.format(canary=str(canary)) + kind)
+    settings = json.loads((folder / "large" / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    (folder / "large" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own").mkdir()
+    (folder / "own" / "configuration_own.py").write_text(CODE.format(canary=str(canary)) + CONFIG_CLASS)
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}, "vocab_size": 400, "d_model": 8}
+    (folder / "own" / "config.json").write_text(json.dumps(config))
+    return canary
+
+
+NEEDS_CODE = {
+    "tokenizer": (["--tokenizer", "large"], "large: the tokenizer needs code of its repository, which is not run"),
+    "model": (["--tokenizer", "small", "--model", "own"], "own: the model config needs code of its repository, which"),
+}
+
+
+@pytest.mark.parametrize("kind", NEEDS_CODE)
+def test_code_of_a_repository_is_run_on_demand_alone(kind, with_code, capsys):
+    arguments, message = NEEDS_CODE[kind]
+    assert main(["--data", "x.txt", "--no-cache", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert "--trust-remote-code" in err
+    assert not with_code.exists()
+    assert main(["--data", "x.txt", "--no-cache", "--trust-remote-code", *arguments]) == 0
+    assert with_code.exists()

@@ -1,0 +1,155 @@
+"""Refuse data files that would take memory or time without end, before `datasets` reads them.
+
+A file is read once for that, decompressed, a megabyte at a time: a small part of the time of tokenizing it.
+"""
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pema_adapters.errors import FormatError
+
+CHUNK = 1 << 20  # bytes read at a time
+MAX_LINE = 1 << 26  # bytes of a line of text: it is tokenized in one piece
+MAX_JSON_LINE = 1 << 28  # bytes of a line of JSON, which may be a whole file
+MAX_JSON_DEPTH = 200  # brackets within brackets: the parser calls itself for each
+MAX_COLUMNS = 10_000  # the time grows with their square
+MAX_VALUES = 1 << 30  # of a column in a row group of Parquet: a few bytes may stand for all of them
+MAX_EXPANSION = 1_000  # times the size on disk, of a column in a row group of more than MAX_PAGES bytes
+MAX_PAGES = 1 << 30
+
+_GZIP = b"\x1f\x8b"
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
+_STEPS = np.zeros(256, dtype=np.int64)
+_STEPS[[*b"[{"]], _STEPS[[*b"]}"]] = 1, -1
+
+
+def check_limits(path: Path, suffix: str) -> None:
+    """Refuse a data file beyond one of the limits above.
+
+    Args:
+        path: the file.
+        suffix: its format, a key of `files.BUILDERS`.
+
+    Raises:
+        FormatError: the message names the file, what was found, the limit, and what to do.
+    """
+    if suffix == ".parquet":
+        _check_parquet(path)
+        return
+    is_json = suffix in (".json", ".jsonl")
+    checks = [_line_check(path, MAX_JSON_LINE if is_json else MAX_LINE)]
+    if is_json:
+        checks.append(_depth_check(path))
+    elif suffix in (".csv", ".tsv"):
+        checks.append(_column_check(path, b"\t" if suffix == ".tsv" else b","))
+    for chunk in _chunks(path):
+        for check in checks:
+            check(chunk)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        is_compressed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        content: Any = gzip.GzipFile(fileobj=file) if is_compressed else file
+        while chunk := content.read(CHUNK):
+            yield chunk
+
+
+def _line_check(path: Path, limit: int) -> Callable[[bytes], None]:
+    """Count the bytes since the last line break."""
+    length = 0
+
+    def check(chunk: bytes) -> None:
+        nonlocal length
+        breaks = [at for at in (chunk.find(b"\n"), chunk.find(b"\r")) if at >= 0]
+        length += min(breaks, default=len(chunk))
+        if length > limit:
+            raise FormatError(
+                f"{path}: a line of more than {limit:,} bytes; break the text into lines (fold -s), write JSON with "
+                "a row on each line"
+            )
+        if breaks:
+            length = len(chunk) - 1 - max(chunk.rfind(b"\n"), chunk.rfind(b"\r"))
+
+    return check
+
+
+def _depth_check(path: Path) -> Callable[[bytes], None]:
+    """Count open brackets outside of strings."""
+    depth, quotes, rest = 0, 0, b""
+
+    def check(chunk: bytes) -> None:
+        nonlocal depth, quotes, rest
+        text = rest + chunk
+        cut = (len(text) - len(text.rstrip(b"\\"))) % 2  # the first half of an escape
+        rest = text[len(text) - cut :]
+        text = text[: len(text) - cut].replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE)
+        marks = np.frombuffer(text, dtype=np.uint8)
+        before = quotes + np.cumsum(marks == ord('"'))
+        depths = depth + np.cumsum(np.where(before % 2, 0, _STEPS[marks]))
+        if not len(marks):
+            return
+        if int(depths.max()) > MAX_JSON_DEPTH:
+            raise FormatError(f"{path}: JSON nested more than {MAX_JSON_DEPTH} deep; expected rows with fields of text")
+        depth, quotes = int(depths[-1]), int(before[-1]) % 2
+
+    return check
+
+
+def _column_check(path: Path, separator: bytes) -> Callable[[bytes], None]:
+    """Count the separators of the first line."""
+    found, is_over = 1, False
+
+    def check(chunk: bytes) -> None:
+        nonlocal found, is_over
+        if is_over:
+            return
+        line, end, _ = chunk.partition(b"\n")
+        found, is_over = found + line.count(separator), bool(end)
+        if found > MAX_COLUMNS:
+            _refuse_columns(path, found if is_over else found + 1)
+
+    return check
+
+
+def _refuse_columns(path: Path, found: int) -> None:
+    raise FormatError(
+        f"{path}: {found:,} columns or more, expected at most {MAX_COLUMNS:,}; write the columns of text to a file of "
+        "their own"
+    )
+
+
+def _check_parquet(path: Path) -> None:
+    """Refuse by what the footer says of row groups, and a footer that contradicts itself."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        footer = file.metadata
+    if footer.num_columns > MAX_COLUMNS:
+        _refuse_columns(path, footer.num_columns)
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    if (rows := sum(group.num_rows for group in groups)) != footer.num_rows:
+        raise FormatError(
+            f"{path}: damaged: the footer counts {footer.num_rows:,} rows, its row groups {rows:,}; write it again"
+        )
+    for number, group in enumerate(groups):
+        for column in map(group.column, range(group.num_columns)):
+            _check_column_chunk(f"{path}, row group {number}, column {column.path_in_schema!r}", column)
+
+
+def _check_column_chunk(where: str, column: Any) -> None:
+    size, expanded = column.total_compressed_size, column.total_uncompressed_size
+    if column.num_values > MAX_VALUES:
+        raise FormatError(
+            f"{where}: {column.num_values:,} values, expected at most {MAX_VALUES:,}; write smaller row groups"
+        )
+    if expanded > max(MAX_PAGES, MAX_EXPANSION * size):
+        raise FormatError(
+            f"{where}: {size:,} bytes that expand to {expanded:,}, expected at most {MAX_EXPANSION:,} times as many; "
+            "write the file again, without compression"
+        )

@@ -1,0 +1,327 @@
+"""Hundreds of damaged data files: each is refused in one line that names it, or scanned right.
+
+    python tools/fuzz_arrow.py [--mutations 1000] [--seed 0] [--only NUMBER ...] [--limit SECONDS] [--json FILE]
+
+Small data sets with ids in columns of several kinds, as Arrow files that `save_to_disk` writes and as Parquet, one file
+of which is cut, or has bits, bytes, words or stretches changed. The same seed gives the same mutations. Each is read in
+three ways: `PartialVocabulary.from_dataset` on the loaded data set and on a stream of it, and `pema-scan`. The ids must
+be those of the undamaged file. Where the damage lies within the ids, nulls and lengths of rows, which no checksum
+guards, in Parquet, or in a stream, which does not tell of its files, they must be those that Arrow reads. Exits with 1
+if a case escaped: another exception than the package's own, a crash, a hang, a wrong vocabulary, a message of several
+lines.
+"""
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from _bench import table, write_json
+
+V = 300
+ROWS = 60
+KINDS = ("refused", "scanned", "escaped")
+DOORS = ("from_dataset", "stream", "pema-scan")
+COLUMNS = ("list", "nulls", "large list", "fixed-size list", "nested", "Array2D")
+WORDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 255, 1000)
+LONG_WORDS = (0, 1, 2**62, 2**63, 2**64 - 1, 1000)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An undamaged data set: its file, the content, its ids, the bytes that nothing guards (ids, or Parquet pages)."""
+
+    name: str
+    folder: Path
+    file: Path
+    content: bytes
+    ids: frozenset[int]
+    unguarded: tuple[tuple[int, int], ...]
+
+
+def rows_of(column: str) -> tuple[list[Any], Any]:
+    """Values of a column and their feature."""
+    from datasets import Array2D, LargeList, List, Value
+
+    random = Random(7)
+    ragged = [[random.randrange(V) for _ in range(random.randrange(9))] for _ in range(ROWS)]
+    squares = [[[random.randrange(V) for _ in range(2)] for _ in range(2)] for _ in range(ROWS)]
+    missing = [
+        None if i % 7 == 3 else [one if j % 5 else None for j, one in enumerate(row)] for i, row in enumerate(ragged)
+    ]
+    return {
+        "list": (ragged, List(Value("int32"))),
+        "nulls": (missing, List(Value("int64"))),
+        "large list": (ragged, LargeList(Value("uint16"))),
+        "fixed-size list": ([one for one, _ in squares], List(Value("int32"), length=2)),
+        "nested": ([ragged[i : i + 2] for i in range(ROWS)], List(List(Value("int32")))),
+        "Array2D": (squares, Array2D((2, 2), "int32")),
+    }[column]
+
+
+def write_sources(folder: Path) -> list[Source]:
+    """A data set of each column in each format, in two batches."""
+    import datasets
+
+    sources = []
+    for column in COLUMNS:
+        values, feature = rows_of(column)
+        features = datasets.Features({"input_ids": feature, "text": datasets.Value("string")})
+        data = datasets.Dataset.from_dict({"input_ids": values, "text": ["a b"] * ROWS}, features=features)
+        ids = frozenset(flatten(values))
+        saved = folder / f"saved {column}"
+        datasets.config.DEFAULT_MAX_BATCH_SIZE = ROWS // 2
+        data.save_to_disk(saved)
+        file = next(saved.glob("*.arrow"))
+        sources.append(Source(f"Arrow, {column}", saved, file, file.read_bytes(), ids, arrow_values(file)))
+        file = folder / f"parquet {column}" / "x.parquet"
+        file.parent.mkdir()
+        data.to_parquet(file, batch_size=ROWS // 2)
+        sources.append(Source(f"Parquet, {column}", file, file, file.read_bytes(), ids, parquet_values(file)))
+    return sources
+
+
+def flatten(value: Any) -> list[int]:
+    """All integers in nested lists, None left out."""
+    if isinstance(value, list):
+        return [one for part in value for one in flatten(part)]
+    return [] if value is None else [int(value)]
+
+
+def arrow_values(file: Path) -> tuple[tuple[int, int], ...]:
+    """Where in an Arrow file the bodies of the batches are: from the first buffer to the last one of each."""
+    import pyarrow as pa
+
+    content = pa.py_buffer(file.read_bytes())
+    read = pa.ipc.open_stream(content).read_all()
+    ids, texts = (read.column(name).chunks for name in ("input_ids", "text"))
+    firsts = [next(filter(None, _storage(chunk).buffers())) for chunk in ids]
+    pairs = [(first, text.buffers()[-1]) for first, text in zip(firsts, texts, strict=True)]
+    return tuple((a.address - content.address, b.address - content.address + b.size) for a, b in pairs)
+
+
+def _storage(array: Any) -> Any:
+    return getattr(array, "storage", array)
+
+
+def parquet_values(file: Path) -> tuple[tuple[int, int], ...]:
+    """Where in a Parquet file the pages of all columns are: encoded and compressed, lengths and ids in one."""
+    import pyarrow.parquet as pq
+
+    groups = pq.ParquetFile(file).metadata
+    chunks = [groups.row_group(i).column(j) for i in range(groups.num_row_groups) for j in range(groups.num_columns)]
+    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+    return tuple((start, start + chunk.total_compressed_size) for start, chunk in zip(starts, chunks, strict=True))
+
+
+def damage(content: bytes, random: Random) -> tuple[str, bytes]:
+    """One mutation, and its name."""
+    changed, kind = bytearray(content), random.choice(("bit", "byte", "word", "long word", "stretch", "zeros", "cut"))
+    at = random.randrange(len(content) - 16)
+    if kind == "bit":
+        changed[at] ^= 1 << random.randrange(8)
+    elif kind == "byte":
+        changed[at] = random.choice((0, 1, 127, 128, 255))
+    elif kind == "word":
+        at -= at % 4
+        changed[at : at + 4] = random.choice((*WORDS, random.randrange(3000))).to_bytes(4, "little")
+    elif kind == "long word":
+        at -= at % 8
+        changed[at : at + 8] = random.choice((*LONG_WORDS, random.randrange(3000))).to_bytes(8, "little")
+    elif kind == "stretch":
+        source = random.randrange(len(content) - 16)
+        changed[at : at + 16] = content[source : source + 16]
+    elif kind == "zeros":
+        changed[at : at + 64] = bytes(len(changed[at : at + 64]))
+    else:
+        del changed[at:]
+    return f"{kind} at {at}", bytes(changed)
+
+
+def is_unguarded(source: Source, content: bytes) -> bool:
+    """Whether all changed bytes are such."""
+    changed = [i for i, (old, new) in enumerate(zip(source.content, content, strict=False)) if old != new]
+    spans = source.unguarded
+    return len(content) == len(source.content) and all(any(a <= i < b for a, b in spans) for i in changed)
+
+
+def read_by_arrow(source: Source) -> frozenset[int]:
+    """The ids that Arrow itself reads, slowly."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if source.file.suffix == ".parquet":
+        found = pq.read_table(source.file)
+    else:
+        found = pa.ipc.open_stream(source.file.read_bytes()).read_all()
+    if "input_ids" not in found.column_names:  # its name is damaged, and the command tokenizes the text beside it
+        return frozenset({0})
+    found.column("input_ids").validate(full=True)
+    return frozenset(flatten([_storage(chunk).to_pylist() for chunk in found.column("input_ids").chunks]))
+
+
+def scan(source: Source, door: str, folder: Path) -> frozenset[int]:
+    """The ids that we find, or the error that we raise."""
+    import datasets
+
+    from pema_adapters import PartialVocabulary
+    from pema_adapters.errors import FormatError, PemaError
+
+    if door == "pema-scan":
+        return scan_by_command(source, folder)
+    try:
+        if source.file.suffix == ".parquet":
+            options = {"streaming": True} if door == "stream" else {"cache_dir": str(folder / "cache")}
+            data = datasets.load_dataset("parquet", data_files=[str(source.file)], split="train", **options)
+        else:
+            data = datasets.load_from_disk(str(source.folder))
+            data = data.to_iterable_dataset() if door == "stream" else data
+    except Exception as error:  # the caller's own line, not ours
+        raise FormatError(f"not loaded: {type(error).__name__}") from error
+    finally:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+    try:
+        return frozenset(PartialVocabulary.from_dataset(data, vocab_size=V))
+    except PemaError as error:
+        if "input_ids" not in str(error) and str(source.folder) not in str(error) and "data: " not in str(error):
+            raise AssertionError(f"names neither the column nor the file: {error}") from error
+        raise
+
+
+def scan_by_command(source: Source, folder: Path) -> frozenset[int]:
+    from pema_adapters import PartialVocabulary
+    from pema_adapters.cli.scan import main
+    from pema_adapters.errors import FormatError
+
+    saved, err = folder / "x.vocabulary", io.StringIO()
+    arguments = ["--tokenizer", str(folder / "tok"), "--data", str(source.folder), "--save", str(saved), "--no-cache"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    if code == 0:
+        return frozenset(PartialVocabulary.load(saved))
+    text = err.getvalue()
+    if code != 1 or text.count("\n") != 1 or str(source.folder) not in text:
+        raise AssertionError(f"exit code {code}, and on stderr: {text!r}")
+    raise FormatError(text)
+
+
+def judge(source: Source, content: bytes, door: str, folder: Path) -> tuple[str, str]:
+    """Kind and text of an outcome."""
+    from pema_adapters.errors import PemaError
+
+    source.file.unlink()  # a map of the last case may be open
+    source.file.write_bytes(content)
+    try:
+        found = scan(source, door, folder)
+        is_excused = is_unguarded(source, content) or door == "stream" or source.file.suffix == ".parquet"
+        if found == source.ids or (is_excused and found == read_by_arrow(source)):
+            return "scanned", ""
+        return "escaped", f"a wrong vocabulary: {sorted(found ^ source.ids)[:9]} more or less"
+    except PemaError as error:
+        return ("refused" if content != source.content and "\n" not in str(error) else "escaped"), str(error)
+    except BaseException:
+        return "escaped", traceback.format_exc()
+
+
+def work(pipe: Connection, folder: Path, seed: int) -> None:
+    """A process of its own, which a case may kill: answers numbers with outcomes."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    words = {f"w{i}": i for i in range(V)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))).save_pretrained(
+        folder / "tok"
+    )
+    sources = write_sources(folder / str(os.getpid()))
+    while (number := pipe.recv()) is not None:
+        random = Random(f"{seed} {number}")
+        source, door = sources[number % len(sources)], DOORS[number // len(sources) % len(DOORS)]
+        name, content = (
+            damage(source.content, random) if number >= len(sources) * len(DOORS) else ("none", source.content)
+        )
+        pipe.send((f"{source.name.split(',')[0]}, {door}", f"{number}: {source.name}, {door}, {name}"))
+        pipe.send(judge(source, content, door, folder))
+
+
+class Worker:
+    """The process; started again after a case that killed it."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.options = folder, options
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, self.folder, self.options.seed), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def judge(self, number: int) -> tuple[str, str, tuple[str, str]]:
+        self.pipe.send(number)
+        family, name = self.pipe.recv()
+        try:
+            if self.pipe.poll(self.options.limit):
+                return family, name, self.pipe.recv()
+            text = f"hangs: no answer after {self.options.limit} s"
+        except EOFError:
+            self.process.join()
+            text = f"the process died with exit code {self.process.exitcode}"
+        self.process.kill()
+        self.process.join()
+        self.start()
+        return family, name, ("escaped", text)
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    counts: dict[str, Counter[str]] = {}
+    escapes = []
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        worker = Worker(Path(folder), options)
+        for number in options.only or range(options.mutations):
+            family, name, (kind, text) = worker.judge(number)
+            counts.setdefault(family, Counter())[kind] += 1
+            if kind == "escaped" or options.only:
+                print(f"{kind.upper()} {name}\n    {text.strip()}", flush=True)
+            escapes += [{"name": name, "what": text}] if kind == "escaped" else []
+        worker.pipe.send(None)
+        worker.process.join()
+    print(
+        table(["family", *KINDS], [[name, *(found[kind] for kind in KINDS)] for name, found in sorted(counts.items())])
+    )
+    write_json(
+        options.json, {"seed": options.seed, "counts": {k: dict(v) for k, v in counts.items()}, "escapes": escapes}
+    )
+    return 1 if escapes else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mutations", type=int, default=1_000, help="how many cases (default 1,000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="only these cases, with their outcome")
+    parser.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="for one case (default 60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
