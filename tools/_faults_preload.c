@@ -162,7 +162,13 @@ static enum outcome at_socket(int fd)
     errno = kept;
     if (found || (address.sa_family != AF_INET && address.sa_family != AF_INET6))
         return GO_ON;
-    return at_fd(SOCKET, 0, fd);
+    enum outcome outcome = at_fd(SOCKET, 0, fd);
+    if (outcome == FAILED) { /* the other side must know */
+        kept = errno;
+        shutdown(fd, SHUT_RDWR);
+        errno = kept;
+    }
+    return outcome;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))

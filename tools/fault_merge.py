@@ -68,11 +68,9 @@ ACTIONS: dict[str, tuple[str, ...]] = {
 class Bench:
     """A server of its own with all that the runs of one process need. For `with`."""
 
-    def __init__(self, parent: Path | None, names: set[str]) -> None:
+    def __init__(self, library: Path, parent: Path | None, names: set[str]) -> None:
         with ExitStack() as stack:
             self.kept = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent))).resolve()
-            library = build(self.kept)
-            assert library is not None
             root = self.kept / "root"
             variables = {"TMPDIR": str(root / "tmp"), "HF_HOME": str(root / "home"), "HF_TOKEN": "hf_good"}
             variables |= {"FAULTS_TORCH": "1"} if "bin" in names else {}
@@ -170,21 +168,21 @@ def _take_in_turn(groups: list[list[tuple[str, int, str]]], count: int) -> Itera
                 yield group.pop()
 
 
-def work(parent: Path | None, names: set[str], faults: list[tuple[str, str, int, str]], results: Any) -> None:
-    """In a process of its own: all faults, one after another."""
-    with Bench(parent, names) as bench:
+def work(place: tuple[Path, Path | None, set[str]], faults: list[tuple[str, str, int, str]], results: Any) -> None:
+    """In a process of its own: all faults, one after another. `place`: the arguments of `Bench`."""
+    with Bench(*place) as bench:
         for fault in faults:
             results.put(bench.disturb(*fault))
 
 
-def run_all(options: argparse.Namespace, faults: list[tuple[str, str, int, str]]) -> list[dict[str, Any]]:
+def run_all(
+    library: Path, options: argparse.Namespace, faults: list[tuple[str, str, int, str]]
+) -> list[dict[str, Any]]:
     """Spread the faults over the processes; print each wrong one as it is found."""
     results: Any = multiprocessing.Queue()
-    names = {name for name, *_ in faults}
+    place = (library, options.dir, {name for name, *_ in faults})
     shares = [faults[number :: options.jobs] for number in range(options.jobs)]
-    workers = [
-        multiprocessing.Process(target=work, args=(options.dir, names, share, results)) for share in shares if share
-    ]
+    workers = [multiprocessing.Process(target=work, args=(place, share, results)) for share in shares if share]
     for worker in workers:
         worker.start()
     found: list[dict[str, Any]] = []
@@ -195,6 +193,8 @@ def run_all(options: argparse.Namespace, faults: list[tuple[str, str, int, str]]
             time.sleep(0.05)
             continue
         found.append(results.get())
+        if len(found) % 100 == 0:
+            print(f"{len(found)} of {len(faults)} faults", file=sys.stderr, flush=True)
         for line in found[-1]["wrong"]:
             print(f"WRONG --only {found[-1]['fault']} ({found[-1]['where']}): {line}", flush=True)
     return found
@@ -214,15 +214,11 @@ def main() -> int:
     options = _parser().parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        if build(Path(folder)) is None:
+        library = build(Path(folder))
+        if library is None:
             print("no C compiler for Linux here: nothing to do")
             return 0
-    if options.only:
-        faults = [(name, kind, int(at), action) for name, kind, at, action in (one.split(":") for one in options.only)]
-    else:
-        with Bench(options.dir, set(options.modes)) as bench:
-            faults = sample(all_faults(bench, options.modes, options.kinds), options.faults, options.seed)
-    found = run_all(options, faults)
+        found = run_all(library, options, choose(library, options))
     if options.only:
         print(*(f"{one['fault']}: {one['outcome']}, at {one['where']}: {one['said']}" for one in found), sep="\n")
     show(found)
@@ -230,6 +226,14 @@ def main() -> int:
     print(f"{len(found)} faults in {time.perf_counter() - start:.0f} s, {wrong} wrong")
     write_json(options.json, {"seed": options.seed, "faults": found})
     return 1 if wrong else 0
+
+
+def choose(library: Path, options: argparse.Namespace) -> list[tuple[str, str, int, str]]:
+    """The faults that were asked for, or a sample of all."""
+    if options.only:
+        return [(name, kind, int(at), action) for name, kind, at, action in (one.split(":") for one in options.only)]
+    with Bench(library, options.dir, set(options.modes)) as bench:
+        return sample(all_faults(bench, options.modes, options.kinds), options.faults, options.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
