@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 from pema_adapters.errors import PemaError
+from pema_adapters.io.interrupts import Terminated, raise_on_sigterm
 
 DONE, FAILED = 0, 1
 
@@ -11,12 +12,14 @@ DONE, FAILED = 0, 1
 def run(program: str, work: Callable[[], None]) -> int:
     """Run `work`; print a `PemaError` as one line on stderr. Returns the exit code: 0 done, 1 refused or failed."""
     try:
-        work()
+        with raise_on_sigterm():
+            work()
     except (PemaError, OSError) as error:
         print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as stop:
-        print(f"{program}: interrupted; {str(stop) or 'nothing was left behind'}", file=sys.stderr)
+        how = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        print(f"{program}: {how}{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return FAILED
     return DONE
 

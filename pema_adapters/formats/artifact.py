@@ -28,7 +28,7 @@ from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.formats.names import canonical
 from pema_adapters.formats.safetensors_file import FLOATS, NUMPY_DTYPES
 from pema_adapters.formats.stored import Stored
-from pema_adapters.formats.tensors import checkpoint_tensors, read_tensors
+from pema_adapters.formats.tensors import read_tensors
 
 HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -215,7 +215,7 @@ def _read_full(folder: Path) -> Delta:
         path = folder / FULL_WEIGHTS[-1]
         tensors = read_tensors(path)
     else:
-        tensors = checkpoint_tensors(Checkpoint.open(folder))
+        tensors = dict(Checkpoint.open(folder).tensors)
     embeddings = [found["embedding"] for name in tensors if (found := _FULL_ROWS.fullmatch(name))]
     if not embeddings:
         raise FormatError(
@@ -270,7 +270,7 @@ def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> n
     where = f"{path}: tensor {stored.name!r}"
     if stored.dtype not in ("I32", "I64") or len(stored.shape) != 1:
         raise FormatError(f"{where} is {stored.dtype} {list(stored.shape)}; expected I32 [K]")
-    ids = np.frombuffer(stored.raw.tobytes(), NUMPY_DTYPES[stored.dtype]).astype(np.int64)
+    ids = np.frombuffer(stored.read(), NUMPY_DTYPES[stored.dtype]).astype(np.int64)
     bad = np.flatnonzero(np.diff(ids) <= 0)
     if len(bad):
         at = int(bad[0])
@@ -287,6 +287,6 @@ def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> n
 
 def _fingerprint(path: Path, stored: Stored) -> Fingerprint:
     try:
-        return Fingerprint.from_array(stored.raw)
+        return Fingerprint.from_array(np.frombuffer(stored.read(), np.uint8))
     except FormatError as error:
         raise FormatError(f"{path}: tensor {stored.name!r}: {error}") from None

@@ -4,20 +4,23 @@ Safetensors or, where there are none, pickles (`.bin`); one file, or shards with
 """
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from pema_adapters.errors import FormatError, reading
+from pema_adapters.errors import FormatError
 from pema_adapters.formats.names import canonical
 from pema_adapters.formats.pickled import read_pickle
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, TensorInfo, as_float32, check_file, read_header
-from pema_adapters.formats.stored import Stored, map_file
+from pema_adapters.formats.safetensors_file import DTYPE_BYTES, Header, as_float32, read_header
+from pema_adapters.formats.stored import Stored
 from pema_adapters.formats.tied import tied_names
+from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,21 +29,26 @@ FORMAT = {"format": "pt"}
 """The metadata of a safetensors file that PyTorch wrote, without which Transformers refuses it."""
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-Tensor: TypeAlias = TensorInfo | Stored
-"""A tensor of a checkpoint: in a safetensors file, or in a pickle."""
+MAX_JSON = 100_000_000
+"""Bytes of a JSON file that is parsed; the index of the largest checkpoints has some 20 MB."""
+Tensor: TypeAlias = Stored
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; raises `FormatError` where it is missing or something else."""
-    check_file(path)
-    with reading(path):
-        text = path.read_bytes()
+    return parse_json(InputFile(path))
+
+
+def parse_json(file: InputFile) -> dict[str, Any]:
+    """The JSON object in `file`; raises `FormatError` where it is something else, or larger than MAX_JSON."""
+    if file.size > MAX_JSON:
+        raise FormatError(f"{file.path}: {file.size:,} bytes, expected JSON of at most {MAX_JSON:,}")
     try:
-        found = json.loads(text)
+        found = json.loads(file.read(0, file.size))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON ({error})") from None
+        raise FormatError(f"{file.path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected a JSON object, found {type(found).__name__}")
+        raise FormatError(f"{file.path}: expected a JSON object, found {type(found).__name__}")
     return found
 
 
@@ -54,7 +62,7 @@ class WeightFiles:
     """The weights of a checkpoint folder: `files` by name, and the index that lists them, if there is one."""
 
     files: tuple[Path, ...]
-    index_name: str | None
+    index_file: InputFile | None
     index: dict[str, Any] | None
     is_pickled: bool
 
@@ -69,8 +77,9 @@ def weight_files(folder: Path) -> WeightFiles:
         if (folder / single).exists():
             return WeightFiles((folder / single,), None, None, is_pickled)
         if (folder / index_name).exists():
-            index = read_json(folder / index_name)
-            return WeightFiles(_shards(folder / index_name, index), index_name, index, is_pickled)
+            file = InputFile(folder / index_name)
+            index = parse_json(file)
+            return WeightFiles(_shards(file.path, index), file, index, is_pickled)
     raise FormatError(_nothing_in(folder))
 
 
@@ -88,22 +97,21 @@ def output_name(name: str) -> str:
 class Checkpoint:
     """A validated checkpoint. `tensors`: of all its files, in file order, then in the order of the file.
 
-    index: the JSON of the file `index_name`, None for a single file. metadata: of each file, as a safetensors file
-    has it. shared: names that a pickle has for a tensor kept under another name, and that Transformers ties again:
-    `{dropped: kept}`; they are not in `tensors`.
-    Bytes are read through one read-only memory map per file, never copied.
+    index: the JSON of `index_file`, None for a single file. config: the JSON of `config_file`, {} without one.
+    headers: of safetensors files. shared: names that a pickle has for a tensor kept under another name, and that
+    Transformers ties again: `{dropped: kept}`; they are not in `tensors`.
     """
 
     folder: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Stored]
     files: tuple[Path, ...]
-    metadata: dict[Path, dict[str, str]]
-    index: dict[str, Any] | None
     config: dict[str, Any]
-    index_name: str | None = None
+    config_file: InputFile | None = None
+    index: dict[str, Any] | None = None
+    index_file: InputFile | None = None
+    headers: dict[Path, Header] = field(default_factory=dict)
     is_pickled: bool = False
     shared: dict[str, str] = field(default_factory=dict)
-    _maps: dict[Path, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
@@ -113,22 +121,36 @@ class Checkpoint:
     @classmethod
     def of_files(cls, folder: Path, found: WeightFiles) -> "Checkpoint":
         """The same, of weights files with any names."""
-        config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+        config_file = InputFile(folder / CONFIG) if (folder / CONFIG).exists() else None
+        config = {} if config_file is None else parse_json(config_file)
         contents = _read_pickles(found.files, config) if found.is_pickled else _read_safetensors(found.files)
         tensors = _collect(contents.tensors)
-        if found.index_name is not None and found.index is not None:
-            _check_index(folder / found.index_name, found.index["weight_map"], tensors)
+        if found.index_file is not None and found.index is not None:
+            _check_index(found.index_file.path, found.index["weight_map"], tensors)
         return cls(
             folder=folder,
             tensors={name: tensor for name, tensor in tensors.items() if name not in contents.shared},
             files=found.files,
-            metadata=contents.metadata,
-            index=found.index,
             config=config,
-            index_name=found.index_name,
+            config_file=config_file,
+            index=found.index,
+            index_file=found.index_file,
+            headers=contents.headers,
             is_pickled=found.is_pickled,
             shared=contents.shared,
         )
+
+    @cached_property
+    def by_file(self) -> Mapping[Path, Sequence[Stored]]:
+        """The tensors of each weights file, in its order."""
+        found: dict[Path, list[Stored]] = defaultdict(list, {path: [] for path in self.files})
+        for tensor in self.tensors.values():
+            found[tensor.path].append(tensor)
+        return MappingProxyType(dict(found))
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """What the header of a weights file says beside its tensors, or would say if it were safetensors."""
+        return self.headers[path].metadata if path in self.headers else {**FORMAT}
 
     def output_name(self, path: Path) -> str:
         """The name of the safetensors file that what the weights file `path` holds is written to."""
@@ -138,19 +160,18 @@ class Checkpoint:
         """The shape of every tensor, by stored name."""
         return MappingProxyType({name: tensor.shape for name, tensor in self.tensors.items()})
 
-    def raw(self, name: str) -> np.ndarray:
-        """The bytes of a tensor, uint8 [nbytes]: a read-only view of the memory map."""
-        tensor = self.tensor(name)
-        if isinstance(tensor, Stored):
-            return tensor.raw
-        if tensor.path not in self._maps:
-            self._maps[tensor.path] = map_file(tensor.path)
-        return self._maps[tensor.path][tensor.start : tensor.start + tensor.nbytes]
+    def raw(self, name: str) -> RawBytes:
+        """The bytes of a tensor, uint8 [nbytes]: a read-only view of the memory map, to be used at once."""
+        return self.tensor(name).raw
 
-    def raw_rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
+        """The bytes of a tensor from `begin` to `end`, in memory of their own; by default all."""
+        return self.tensor(name).read(begin, end)
+
+    def raw_rows(self, name: str, ids: np.ndarray) -> RawBytes:
         """The bytes of the rows `ids` (in [0, V)), uint8 [n, row_bytes], gathered into fresh memory."""
         shape = self.tensor(name).shape
-        rows: np.ndarray = self.raw(name).reshape(shape[0], -1)[ids]
+        rows: RawBytes = self.raw(name).reshape(shape[0], -1)[ids]
         return rows
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
@@ -159,23 +180,20 @@ class Checkpoint:
 
     def values(self, name: str, positions: np.ndarray) -> np.ndarray:
         """The values at flat `positions` as float32 [n]."""
-        dtype = self.tensor(name).dtype
-        if dtype not in DTYPE_BYTES:
-            raise FormatError(f"{self.tensor(name).path}: tensor {name!r}: cannot read values of dtype {dtype}")
-        return as_float32(self.raw(name).reshape(-1, DTYPE_BYTES[dtype])[positions], dtype).reshape(-1)
+        tensor = self.tensor(name)
+        if tensor.dtype not in DTYPE_BYTES:
+            raise FormatError(f"{tensor.path}: tensor {name!r}: cannot read values of dtype {tensor.dtype}")
+        return as_float32(tensor.raw.reshape(-1, DTYPE_BYTES[tensor.dtype])[positions], tensor.dtype).reshape(-1)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Stored:
         """Where the tensor lies; `FormatError` where there is none of that name."""
         try:
             return self.tensors[name]
         except KeyError:
             raise FormatError(f"{self.folder}: no tensor {name!r} among its {len(self.tensors)}") from None
 
-    def __deepcopy__(self, memo: object) -> "Checkpoint":  # copying a memory map would read the file into memory
+    def __deepcopy__(self, memo: object) -> "Checkpoint":
         return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Checkpoint.open, (self.folder,)
 
 
 def _nothing_in(folder: Path) -> str:
@@ -203,17 +221,16 @@ def _shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What the weights files hold: tensors and metadata by file, and names that share the tensor of another."""
+    """What the weights files hold: tensors and headers by file, and names that share the tensor of another."""
 
-    tensors: dict[Path, dict[str, Tensor]]
-    metadata: dict[Path, dict[str, str]]
+    tensors: dict[Path, dict[str, Stored]]
+    headers: dict[Path, Header]
     shared: dict[str, str]
 
 
 def _read_safetensors(files: tuple[Path, ...]) -> _Contents:
     headers = {path: read_header(path) for path in files}
-    metadata = {path: header.metadata for path, header in headers.items()}
-    return _Contents({path: {**header.tensors} for path, header in headers.items()}, metadata, {})
+    return _Contents({path: header.tensors for path, header in headers.items()}, headers, {})
 
 
 def _read_pickles(files: tuple[Path, ...], config: dict[str, Any]) -> _Contents:
@@ -222,13 +239,11 @@ def _read_pickles(files: tuple[Path, ...], config: dict[str, Any]) -> _Contents:
     shared: dict[str, str] = {}
     for tensors in found.values():
         shared |= tied_names(tensors.values(), ties_outputs)
-    return _Contents(
-        {path: {**tensors} for path, tensors in found.items()}, {path: {**FORMAT} for path in files}, shared
-    )
+    return _Contents(found, {}, shared)
 
 
-def _collect(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _collect(files: dict[Path, dict[str, Stored]]) -> dict[str, Stored]:
+    tensors: dict[str, Stored] = {}
     for path, found in files.items():
         for name in found.keys() & tensors.keys():
             raise FormatError(f"{path}: tensor {name!r} is stored in {tensors[name].path.name} as well")
@@ -241,7 +256,7 @@ def _collect(files: dict[Path, dict[str, Tensor]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Stored]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
             raise FormatError(f"{path}: tensor {name!r} should be in {file}, but that file does not hold it")

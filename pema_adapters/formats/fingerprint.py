@@ -69,7 +69,9 @@ class Fingerprint:
             vocab_size=vocab_size,
             base_vocab_size=base_vocab_size,
             rows=digest_rows(partial(source.rows, embedding), token_ids[token_ids < base_vocab_size]),
-            tensors={canonical(name, prefix): (shapes[name], _digest_values(source, name)) for name in names},
+            tensors={
+                canonical(name, prefix): (shapes[name], _digest_values(source, name, shapes[name])) for name in names
+            },
         )
 
     def locate(self, names: Collection[str]) -> dict[str, str]:
@@ -98,7 +100,7 @@ class Fingerprint:
             if shapes[name] != shape:
                 found = f"shape {list(shapes[name])}, expected {list(shape)}"
                 raise BaseMismatchError(f"{where}: tensor {name!r} has {found}; {_WAY_OUT}")
-            if (found := _readable(where, name, partial(_digest_values, source, name))) != digest:
+            if (found := _readable(where, name, partial(_digest_values, source, name, shape))) != digest:
                 raise _differs(where, name, "sampled values", found, digest)
         old = token_ids[token_ids < self.base_vocab_size]
         found = _readable(where, embedding, partial(digest_rows, partial(source.rows, embedding), old))
@@ -167,9 +169,9 @@ def sample_positions(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(count, dtype=np.int64) * (size - 1) // max(count - 1, 1)
 
 
-def _digest_values(source: TensorSource, name: str) -> str:
+def _digest_values(source: TensorSource, name: str, shape: tuple[int, ...]) -> str:
     """16 hex digits over up to 64 values at evenly spaced flat positions, first and last included."""
-    positions = sample_positions(source.shapes()[name])
+    positions = sample_positions(shape)
     values = source.values(name, positions) if len(positions) else np.empty(0)
     return hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()[:16]
 

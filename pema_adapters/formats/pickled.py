@@ -18,8 +18,9 @@ import numpy as np
 
 from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.pickle_scan import endless
-from pema_adapters.formats.safetensors_file import MAX_HEADER, check_file
-from pema_adapters.formats.stored import Stored, map_file
+from pema_adapters.formats.safetensors_file import MAX_HEADER
+from pema_adapters.formats.stored import Stored
+from pema_adapters.io.input_file import InputFile
 
 _LOCAL_HEADER = b"PK\x03\x04"
 _DTYPES = {
@@ -38,33 +39,32 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     Raises `FormatError`: not a zip of uncompressed records, anything but a dictionary of tensors, a tensor that takes
     more bytes than are stored for it.
     """
-    check_file(path)
+    source = InputFile(path)
     records = _records(path)
     tensors = _load(path)
     for name, tensor in tensors.items():
         _check(path, name, tensor)
     address, copies = _mapped_at(path, tensors.values(), records), _copies(path, tensors.values())
-    file = _MappedFile(path, map_file(path), address, copies)
+    source.check()  # torch opened it by its path
+    file = _MappedFile(source, address, copies)
     return {name: file.stored(name, tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class _MappedFile:
-    """A file as bytes, the address at which torch maps it, and the tensors of it that had to be put in order."""
+    """A file, the address at which torch maps it, and the tensors of it that had to be put in order."""
 
-    path: Path
-    data: np.ndarray
+    source: InputFile
     address: int
     copies: dict[Any, np.ndarray]
 
     def stored(self, name: str, tensor: Any) -> Stored:
         dtype, shape = str(_dtype(tensor)), tuple(tensor.shape)
         if not tensor.nbytes:
-            return Stored(name, dtype, shape, self.path, self.data[:0], 0)
+            return Stored(name, dtype, shape, self.source, 0, 0)
         if not tensor.is_contiguous():
-            return Stored(name, dtype, shape, self.path, self.copies[_region(tensor)])
-        start = tensor.data_ptr() - self.address
-        return Stored(name, dtype, shape, self.path, self.data[start : start + tensor.nbytes], start)
+            return Stored(name, dtype, shape, self.source, None, tensor.nbytes, self.copies[_region(tensor)])
+        return Stored(name, dtype, shape, self.source, tensor.data_ptr() - self.address, tensor.nbytes)
 
 
 def _records(path: Path) -> dict[int, int]:

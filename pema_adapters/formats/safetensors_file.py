@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError
+from pema_adapters.formats.stored import Stored
+from pema_adapters.io.input_file import InputFile
 
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+MAX_TENSORS = 200_000  # of one file; the largest mixture-of-experts models have fewer in all of their shards
 MAX_DIMENSIONS = 64
 METADATA = "__metadata__"
 
@@ -37,22 +40,11 @@ NUMPY_DTYPES = {
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor: `nbytes` bytes from the absolute offset `start` of the file `path`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Header:
     """A validated header: `tensors` by name in offset order, `data_start` as an absolute offset."""
 
-    tensors: dict[str, TensorInfo]
+    source: InputFile
+    tensors: dict[str, Stored]
     metadata: dict[str, str]
     data_start: int
 
@@ -63,31 +55,18 @@ def size_in_bytes(dtype: str, shape: Iterable[int]) -> int:
     return -(-bits // 8)
 
 
-def check_file(path: Path) -> None:
-    """Raise `FormatError` for what is there but no file: a folder, or a pipe, which would never end."""
-    if path.exists() and not path.is_file():
-        kind = "is a directory" if path.is_dir() else "it is a device or a pipe"
-        raise FormatError(f"{path}: expected a file, but {kind}")
-
-
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and validate the header of one file; raises `FormatError` naming the file and the tensor."""
     path = Path(path)
-    check_file(path)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(path, size, file.read(LENGTH_BYTES))
-            text = file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path}: expected a safetensors file, but {str(error.strerror).lower()}") from None
+    source = InputFile(path)
+    length = _header_length(path, source.size, source.read(0, min(LENGTH_BYTES, source.size)))
     data_start = LENGTH_BYTES + length
-    entries = _parse(path, text)
+    entries = _parse(path, source.read(LENGTH_BYTES, data_start))
     metadata = _metadata(path, entries.pop(METADATA, {}))
-    tensors = [_tensor(path, name, entry, data_start) for name, entry in entries.items()]
+    tensors = [_tensor(source, name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
-    _check_layout(path, tensors, data_start, size)
-    return Header({tensor.name: tensor for tensor in tensors}, metadata, data_start)
+    _check_layout(path, tensors, data_start, source.size)
+    return Header(source, {tensor.name: tensor for tensor in tensors}, metadata, data_start)
 
 
 def encode_header(
@@ -127,6 +106,9 @@ def _header_length(path: Path, size: int, first: bytes) -> int:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    count = text.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise FormatError(f"{path}: header of {count:,} tensors, expected at most {MAX_TENSORS:,} in one file")
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=_integer)
     except (ValueError, RecursionError) as error:
@@ -159,7 +141,8 @@ def _metadata(path: Path, found: Any) -> dict[str, str]:
     return found
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor(source: InputFile, name: str, entry: Any, data_start: int) -> Stored:
+    path = source.path
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {str(entry)[:80]!r}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -180,17 +163,17 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
             f"{path}: tensor {name!r}: {dtype} {str(shape)[:80]} takes {str(expected)[:20]} bytes, "
             f"but its data_offsets hold {end - begin}"
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, expected)
+    return Stored(name, dtype, tuple(shape), source, data_start + begin, expected)
 
 
 def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:
+def _check_layout(path: Path, tensors: list[Stored], data_start: int, size: int) -> None:
     """The tensors must tile the data: no hole, no overlap, nothing beyond the end or left over."""
     marks = [(None, data_start, data_start)]
-    marks += [(tensor.name, tensor.start, tensor.start + tensor.nbytes) for tensor in tensors]  # type: ignore[misc]
+    marks += [(t.name, start := t.start or 0, start + t.nbytes) for t in tensors]  # type: ignore[misc]
     for (_, _, expected), (name, start, end) in pairwise(marks):
         if start != expected:
             kind = "overlaps the tensor before it" if start < expected else "leaves a hole before it"

@@ -1,43 +1,50 @@
-"""A tensor as it lies in a file: its bytes, in a memory map."""
+"""A tensor as it lies in a file."""
 
-import math
-import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from pema_adapters.errors import reading
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES
+from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file `path`: `raw` are its bytes, uint8 [nbytes], little-endian, in order, read-only.
+    """A tensor of a file: `nbytes` bytes, little-endian, in order, from the absolute offset `start`.
 
-    start: their absolute offset in the file, so that they can be copied from there or mapped again. None where they
-    do not lie there one after another (a transpose in a pickle); then `raw` is held in memory.
+    start: None where the bytes do not lie one after another (a transpose in a pickle); then `held` has them in memory.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    path: Path
-    raw: np.ndarray = field(compare=False, repr=False)
-    start: int | None = None
+    source: InputFile
+    start: int | None
+    nbytes: int
+    held: RawBytes | None = field(default=None, compare=False, repr=False)
 
     @property
-    def nbytes(self) -> int:
-        """How many bytes it takes."""
-        return len(self.raw)
+    def path(self) -> Path:
+        """The file."""
+        return self.source.path
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row (the tensor has a dtype of whole bytes and at least one dimension)."""
-        return math.prod(self.shape[1:]) * DTYPE_BYTES[self.dtype]
+    def raw(self) -> RawBytes:
+        """All bytes, uint8 [nbytes], read-only, in the memory map of the file; to be used at once (see `view`)."""
+        return self.view(0, self.nbytes) if self.held is None else self.held
 
+    def view(self, begin: int, end: int) -> RawBytes:
+        """The bytes from `begin` to `end` in the memory map, after a check that the file has not changed."""
+        if self.held is not None or self.start is None:
+            return self._held()[begin:end]
+        return self.source.view(self.start + begin, self.start + end)
 
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file as a read-only, memory-mapped uint8 array."""
-    with reading(path), path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    def read(self, begin: int = 0, end: int | None = None) -> Bytes:
+        """The same bytes in memory of their own; by default all."""
+        end = self.nbytes if end is None else end
+        if self.held is not None or self.start is None:
+            return self._held().data[begin:end]
+        return self.source.read(self.start + begin, self.start + end)
+
+    def _held(self) -> RawBytes:
+        return np.empty(0, np.uint8) if self.held is None else self.held

@@ -16,7 +16,8 @@ def tied_names(tensors: Iterable[Stored], ties_outputs: bool) -> dict[str, str]:
     regions: dict[object, list[str]] = {}
     for tensor in tensors:
         if tensor.nbytes:
-            regions.setdefault((tensor.raw.ctypes.data, tensor.dtype, tensor.shape), []).append(tensor.name)
+            place = tensor.start if tensor.held is None else tensor.held.ctypes.data
+            regions.setdefault((place, tensor.held is None, tensor.dtype, tensor.shape), []).append(tensor.name)
     dropped = {}
     for names in regions.values():
         kept = min(names, key=_preference)

@@ -12,7 +12,7 @@ from pema_adapters.errors import MergeError, PemaError
 from pema_adapters.hub.card import README, is_ours
 from pema_adapters.hub.merged_card import merged_card
 from pema_adapters.hub.stream import opened
-from pema_adapters.merging.merge import Inputs, Merge, Options, find_inputs, finished, measured, prepare, write_merge
+from pema_adapters.merging.merge import Inputs, Merge, Options, finished, measured, open_inputs, prepare, write_merge
 from pema_adapters.merging.others import ADAPTERS
 from pema_adapters.merging.patience import causes, patiently
 from pema_adapters.merging.plan import Plan, PlannedFile
@@ -102,10 +102,12 @@ def _target(
 
 def _push(base: str, delta: str, output: str | Path | None, target: _Target, options: Options) -> MergeReport:
     start = time.perf_counter()
-    inputs = find_inputs(base, delta, options, is_output_needed=False)
-    merge = prepare(inputs, None if output is None else Path(output), options)
-    if options.dry_run:
-        return measured(merge.report, merge.plan, start)
+    with open_inputs(base, delta, options, is_output_needed=False) as inputs:
+        merge = prepare(inputs, None if output is None else Path(output), options)
+        return measured(merge, start) if options.dry_run else _send(merge, inputs, target, options, start)
+
+
+def _send(merge: Merge, inputs: Inputs, target: _Target, options: Options, start: float) -> MergeReport:
     with _as_one_line(target.name):
         url = patiently(lambda: target.api.create_repo(target.name, private=target.private, exist_ok=True))
         target = replace(target, name=url.repo_id)
@@ -117,7 +119,7 @@ def _push(base: str, delta: str, output: str | Path | None, target: _Target, opt
         report = write_merge(merge, options, start)
     stale = _stale(there, merge.plan, is_ours(old_card))
     with bar("pushing", 2 * merge.plan.size, options.progress) as advance, _as_one_line(target.name), _one_bar():
-        made = _commit(target, _additions(merge, advance), stale)
+        made = _commit(target, _additions(merge, advance), stale, merge)
     report = finished(report, merge.plan, start)
     return replace(report, output=report.output or str(url), notes=(*report.notes, _about(made)))
 
@@ -155,12 +157,22 @@ def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
         yield CommitOperationAdd(file.name, opened(file, advance) if written is None else written)
 
 
-def _commit(target: _Target, additions: Iterator[Any], stale: list[str]) -> "CommitInfo":
+def _commit(target: _Target, additions: Iterator[Any], stale: list[str], merge: Merge) -> "CommitInfo":
     from huggingface_hub import CommitOperationDelete
 
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+    _upload(target, operations)
+    merge.check_inputs()
     commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
     return patiently(lambda: commit(target.name, operations))
+
+
+def _upload(target: _Target, operations: list[Any]) -> None:
+    """Upload the large files, which the commit then names."""
+    from huggingface_hub import CommitOperationAdd
+
+    files = [one for one in operations if isinstance(one, CommitOperationAdd)]
+    patiently(lambda: target.api.preupload_lfs_files(target.name, files, create_pr=target.create_pr))
 
 
 def _about(made: "CommitInfo") -> str:

@@ -10,10 +10,15 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import time
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import TypeAlias
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -22,6 +27,12 @@ import numpy.typing as npt
 from pema_adapters.errors import FormatError, InputChangedError, reading
 
 RawBytes = npt.NDArray[np.uint8]
+Bytes: TypeAlias = "bytes | bytearray | memoryview"
+
+CLOCK_TICK_NS = 10_000_000
+"""File systems stamp with the kernel's coarse clock: two writes within one tick may leave the same times."""
+
+_recorded: ContextVar[list[InputFile] | None] = ContextVar("recorded", default=None)
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,11 @@ class InputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: OpenFile | None = _open(path)
-        self.identity = FileIdentity.of(self._handle.descriptor)
+        self.identity = _settled_identity(self._handle.descriptor)
         _open_files.add(self)
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.append(self)
 
     @property
     def size(self) -> int:
@@ -141,6 +155,23 @@ class InputFile:
         return handle
 
 
+def check_unchanged(files: Iterable[InputFile]) -> None:
+    """Raise `InputChangedError` if one of the files has changed, or has another content under its name."""
+    for file in files:
+        file.check()
+
+
+@contextmanager
+def record_inputs() -> Iterator[list[InputFile]]:
+    """Collect every input file that is opened in the block, so that all can be checked before a result counts."""
+    files: list[InputFile] = []
+    token = _recorded.set(files)
+    try:
+        yield files
+    finally:
+        _recorded.reset(token)
+
+
 class OpenFile:
     """A descriptor, closed when the last reference goes, and the memory map of the whole file, made when first used."""
 
@@ -187,6 +218,16 @@ def _max_open_files() -> int:
         return 64
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 256 if soft == resource.RLIM_INFINITY else max(4, min(256, soft // 4))
+
+
+def _settled_identity(descriptor: int) -> FileIdentity:
+    """The identity of a file, taken when a further write would show in its times."""
+    identity = FileIdentity.of(descriptor)
+    age = time.time_ns() - max(identity.mtime_ns, identity.ctime_ns)
+    if age >= CLOCK_TICK_NS:
+        return identity
+    time.sleep(min(CLOCK_TICK_NS, CLOCK_TICK_NS - age) / 1e9)
+    return FileIdentity.of(descriptor)
 
 
 def _open(path: Path) -> OpenFile:

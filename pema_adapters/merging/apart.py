@@ -70,7 +70,7 @@ def _check_free(base: Checkpoint, paths: set[Path]) -> None:
 
 def _room(base: Checkpoint, path: Path, entries: list[Entry], prefix: str) -> tuple[int, int]:
     """How many tensors have to move for the header to fit before the others, and where these begin."""
-    starts = [tensor.start or 0 for tensor in base.tensors.values() if tensor.path == path]
+    starts = [tensor.start or 0 for tensor in base.by_file[path]]
     count = bisect_left(range(len(entries)), True, key=lambda k: len(encoded(base, path, entries[k:])) <= starts[k])
     if count == len(entries) or starts[count] > MOST_MOVED:
         longer = len(encoded(base, path, entries)) - starts[0] if entries else 0

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pema_adapters.formats.checkpoint import FORMAT, Checkpoint
-from pema_adapters.formats.safetensors_file import encode_header, read_header
+from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.safetensors_file import encode_header
 from pema_adapters.merging.segments import BLOCK, Copy, Literal, Segment
 
 
@@ -25,27 +25,27 @@ def header_for(base: Checkpoint, path: Path, entries: Sequence[Entry], start: in
     start: where the tensors have to begin; if None, or too early, they keep their place within a block, so that blocks
     can be cloned.
     """
-    same = None if base.is_pickled else _same_header(path, entries)
+    same = _same_header(base, path, entries)
     if same is not None:
         return same
     header = encoded(base, path, entries)
     if start is not None and start >= len(header):
         return Literal(encoded(base, path, entries, start - len(header)))
-    first = min((t.start or 0 for t in base.tensors.values() if t.path == path), default=0)
+    first = min((tensor.start or 0 for tensor in base.by_file.get(path, ())), default=0)
     return Literal(encoded(base, path, entries, (first - len(header)) % BLOCK if first and first % 8 == 0 else 0))
 
 
 def encoded(base: Checkpoint, path: Path, entries: Sequence[Entry], padding: int = 0) -> bytes:
     """A new header, with the metadata that the file has in the base."""
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    return encode_header(tensors, base.metadata.get(path, FORMAT), padding)
+    return encode_header(tensors, base.metadata(path), padding)
 
 
-def _same_header(path: Path, entries: Sequence[Entry]) -> Copy | None:
+def _same_header(base: Checkpoint, path: Path, entries: Sequence[Entry]) -> Copy | None:
     """The header of a base's file, where that of the output says the same."""
-    if not path.exists():
+    header = base.headers.get(path)
+    if header is None:
         return None
-    header = read_header(path)
     before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
     after = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    return Copy(path, 0, header.data_start) if after == before else None
+    return Copy(header.source, 0, header.data_start) if after == before else None

@@ -3,17 +3,18 @@
 Every such method is `W' = scale * (W + scaling * left @ right)` for a weight W [out, in], row by row.
 """
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES
+from pema_adapters.io.input_file import Bytes
 from pema_adapters.merging.casting import Rounding, narrow_noting, wide
-from pema_adapters.merging.segments import CHUNK, Bytes, Changes, Copy, Segment
+from pema_adapters.merging.segments import CHUNK, Changes, Copy, Segment
 from pema_adapters.merging.weight_space import Adapted
 
 QKV = ("q", "k", "v")
@@ -69,9 +70,17 @@ class Update:
         return made
 
 
+class FoldCache(threading.local):
+    """What each thread computed last for a plan: a block, because readers' ranges end in the middle, and an update."""
+
+    def __init__(self) -> None:
+        self.block: tuple[tuple[int, int], Bytes] | None = None
+        self.update: tuple[int, Update] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A weight of the base with an update folded in, in the dtype `dtype`.
+    """A weight of the base with the update of `layer` folded in, in the dtype `dtype`.
 
     Blocks of rows begin at fixed rows, so that every reader gets the same bits, whatever range it asks for.
     """
@@ -79,10 +88,20 @@ class Folded:
     base: Segment
     given: str
     shape: tuple[int, ...]
-    update: Update
+    layer: Adapted
+    transposed: bool
     dtype: str
     rounding: Rounding
-    where: str = field(default="")
+    where: str
+    cache: FoldCache
+
+    @property
+    def update(self) -> Update:
+        """The update, read from the delta when a thread needs it, and kept until it needs another."""
+        cached = self.cache.update
+        if cached is None or cached[0] != id(self):
+            cached = self.cache.update = id(self), update_of(self.layer, self.shape, self.transposed)
+        return cached[1]
 
     @property
     def length(self) -> int:
@@ -108,13 +127,13 @@ class Folded:
         parts = []
         for number in range(begin // size, -(-end // size)):
             low, high = max(begin - number * size, 0), min(end - number * size, size)
-            parts.append(bytes(memoryview(_block(self, number))[low:high]))
+            parts.append(bytes(memoryview(self._block(number))[low:high]))
         return b"".join(parts)
 
     def changes(self) -> Changes:
         """Block by block: each is computed before its bytes may be overwritten."""
         for number in range(-(-self.shape[0] // self._step)):
-            yield number * self._step * self._row_bytes, _block(self, number)
+            yield number * self._step * self._row_bytes, self._block(number)
 
     def weights(self) -> Iterator[tuple[int, np.ndarray]]:
         """`(first row, rows)` of the base's weight, as numbers, block by block."""
@@ -128,19 +147,23 @@ class Folded:
         raw = np.frombuffer(self.base.read(first * size, last * size), np.uint8)
         return wide(raw, self.given).reshape(last - first, -1)
 
+    def _block(self, number: int) -> Bytes:
+        """The bytes of a block of rows."""
+        key, cached = (id(self), number), self.cache.block
+        if cached is None or cached[0] != key:
+            cached = self.cache.block = key, self._compute_block(number)
+        return cached[1]
 
-@lru_cache(maxsize=1)
-def _block(folded: Folded, number: int) -> Bytes:
-    """The bytes of a block; the last one is kept, because readers' ranges end in the middle."""
-    first = number * folded._step
-    weight = folded.weight(first)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        made = folded.update.apply(weight, first)
-    if not np.isfinite(made).all() and np.isfinite(weight).all():
-        raise MergeError(
-            f"{folded.where}: with the delta folded in, a value is too large for {made.dtype}; nothing was written"
-        )
-    return narrow_noting(made.reshape(-1), folded.dtype, folded.rounding, folded.where).data
+    def _compute_block(self, number: int) -> Bytes:
+        first = number * self._step
+        weight = self.weight(first)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            made = self.update.apply(weight, first)
+        if not np.isfinite(made).all() and np.isfinite(weight).all():
+            raise MergeError(
+                f"{self.where}: with the delta folded in, a value is too large for {made.dtype}; nothing was written"
+            )
+        return narrow_noting(made.reshape(-1), self.dtype, self.rounding, self.where).data
 
 
 def folded_bias(folded: Folded, raw: np.ndarray, given: str, dtype: str) -> bytes:

@@ -6,6 +6,8 @@ armed journal that `roll_back_interrupted` follows.
 
 import os
 from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,44 +16,80 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.files import sum_of_file
+from pema_adapters.io.digest import BackgroundSha256
+from pema_adapters.io.input_file import InputFile, check_unchanged
+from pema_adapters.io.interrupts import defer_interrupts
+from pema_adapters.io.locking import locked
 from pema_adapters.merging import journal
 from pema_adapters.merging.journal import ARMED, DONE, PARTIAL, PATCHING
 from pema_adapters.merging.patching import patching
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
 from pema_adapters.merging.rollback import roll_back
-from pema_adapters.merging.target import check_space
+from pema_adapters.merging.space import check_free
 from pema_adapters.merging.todo import INSTEAD, Todo, changing, todo_of
 from pema_adapters.merging.write import sync_folder
 
 
-def merge_in_place(plan: Plan, base: Path, report: dict[str, Any], verify: bool, advance: Advance) -> int:
-    """Make `base`, the folder that `plan` was made from, hold what the plan says. Returns the bytes written into it.
+@dataclass(frozen=True)
+class InPlace:
+    """A merge in place: `base` is the folder that `plan` was made from, `files` all that it was made from.
 
-    `report` is kept in the journal, with `bytes_written` and `max_rounding_error` as they turn out. `advance` hears of
-    `plan.size` bytes, and with `verify`, which compares with the plan what is read back, of as many again.
+    report: kept in the journal, with `bytes_written` and `max_rounding_error` as they turn out.
+    """
+
+    plan: Plan
+    base: Path
+    files: tuple[InputFile, ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
+    """Make the base hold what the plan says. Returns the bytes written into it.
+
+    `advance` is called with `plan.size` bytes in all, and with `verify`, which compares with the plan what is read
+    back, with as many again. The caller holds the exclusive lock on the base.
 
     Raises `MergeError` (refused before anything is written, or verification failed) or whatever went wrong; then the
     base is as it was.
     """
+    plan, base = work.plan, work.base
     check_in_place(base)
-    with journal.locked(base):
-        check_in_place(base)  # again: another merge may have ended meanwhile
-        todo = todo_of(plan, base)
-        check_space(base / ARMED, todo.journal_size)
-        expected = {file.name: _sum(file) for file in plan.files if verify and todo.touches(file.name)}
-        journal.discard(base)
-        try:
-            armed = journal.arm(base, todo, report)
-            written = _apply(plan, todo, base, advance)
-            if verify:
-                _verify(plan, base, expected, advance)
-            outcome = {"bytes_written": written, "max_rounding_error": plan.rounding.largest}
-            journal.finish(base, armed, {**report, **outcome})
-        except BaseException as error:
-            _abandon(base, error)
-            raise
+    todo = todo_of(plan, base)
+    check_free(base, todo.journal_size)
+    expected = {file.name: _sum(file) for file in plan.files if verify and todo.touches(file.name)}
+    journal.discard(base)
+    is_done = False
+    try:
+        armed = journal.arm(base, todo, work.report)
+        check_unchanged(work.files)
+        written, digests = _apply(plan, todo, base, advance)
+        if verify:
+            _verify(plan, base, expected, advance)
+        check_unchanged(_not_written(work.files, todo, base))
+        outcome = {"bytes_written": written, "max_rounding_error": plan.rounding.largest}
+        with defer_interrupts():
+            journal.finish(base, armed, {**work.report, **outcome}, digests)
+            is_done = True
+    except BaseException as error:
+        if is_done:
+            raise _after_the_end(base, error) from None
+        _abandon(base, error)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(f"{base} is as it was") from None
+        raise
     return written
+
+
+def _not_written(files: Iterable[InputFile], todo: Todo, base: Path) -> list[InputFile]:
+    """The input files that the merge itself does not write."""
+    own = {base / name for name in (*todo.patched, *todo.renamed, *(file.name for file in todo.new))}
+    return [file for file in files if file.path not in own]
+
+
+def _after_the_end(base: Path, error: BaseException) -> BaseException:
+    text = f"{base} is merged completely"
+    return type(error)(text) if isinstance(error, KeyboardInterrupt) else MergeError(f"{text}, but then: {error}")
 
 
 def check_in_place(base: Path) -> None:
@@ -70,17 +108,17 @@ def check_in_place(base: Path) -> None:
 def roll_back_interrupted(base: Path) -> bool:
     """Put a base back whose merge in place, or whose undo, was cut off. Returns whether there was one.
 
-    To be called before the base is read. Raises `MergeError` where one is running, or the journal is damaged.
+    To be called before the base is read, by who holds the exclusive lock on it. Raises `MergeError` where the journal
+    is damaged.
     """
     if not any((base / name).is_dir() for name in (ARMED, PARTIAL)):
         return False
     if journal.state_of(base) == DONE and not (base / PARTIAL).is_dir():
         return False
-    with journal.locked(base):
-        journal.discard(base)
-        if journal.state_of(base) != PATCHING:
-            return False
-        roll_back(base)
+    journal.discard(base)
+    if journal.state_of(base) != PATCHING:
+        return False
+    roll_back(base)
     return True
 
 
@@ -89,19 +127,26 @@ def undo(base: Path) -> dict[str, Any]:
 
     Raises `MergeError` where there is nothing to undo, or where the journal or a file is not what was written.
     """
-    if not (base / ARMED).is_dir():
-        raise MergeError(f"{base}: nothing to undo (it holds no {ARMED}); it was not merged in place, or is undone")
-    with journal.locked(base):
+    if not base.is_dir():
+        raise MergeError(f"{base}: no such folder; expected a base that was merged in place")
+    with locked(base, True, "another merge is changing or reading it; wait for that to end"):
+        if not (base / ARMED).is_dir():
+            journal.discard(base)  # of an undo that was cut off at its very end
+            raise MergeError(f"{base}: nothing to undo (it holds no {ARMED}); it was not merged in place, or is undone")
         return roll_back(base).report
 
 
-def _apply(plan: Plan, todo: Todo, base: Path, advance: Advance) -> int:
-    """Patch, rename, and put new files in place, all on disk. Returns the bytes written."""
-    written = 0
+def _apply(plan: Plan, todo: Todo, base: Path, advance: Advance) -> tuple[int, dict[str, str]]:
+    """Patch, rename, and put new files in place, all on disk.
+
+    Returns the bytes written, and the sha256 of what every patched file holds in its ranges now.
+    """
+    written, digests = 0, {}
     for file in plan.files:
         name = todo.name_in_base(file.name)
         if name in todo.patched:
-            written += _patch(file, base / name, todo.patched[name])
+            count, digests[name] = _patch(file, base / name, todo.patched[name])
+            written += count
         advance(file.size)
     for old, name in todo.renamed.items():
         (base / old).replace(base / name)
@@ -113,24 +158,23 @@ def _apply(plan: Plan, todo: Todo, base: Path, advance: Advance) -> int:
     names = (*todo.renamed.values(), *(file.name for file in todo.new))
     for folder in sorted({base / parent for name in names for parent in Path(name).parents}):
         sync_folder(folder)
-    return written
+    return written, digests
 
 
-def _patch(file: PlannedFile, path: Path, ranges: np.ndarray) -> int:
+def _patch(file: PlannedFile, path: Path, ranges: np.ndarray) -> tuple[int, str]:
     """Write the changes over the base, each as soon as it is computed: it depends on no other byte of the base."""
     begins, ends = ranges[:, 0].tolist(), ranges.sum(axis=1).tolist()
     changes = changing(file, path)
-    if not changes:
-        return 0
-    with patching(path) as patcher:
+    with patching(path) as patcher, BackgroundSha256() as digest:
         for start, segment in changes:
             for offset, data in segment.changes():
                 at = start + offset
                 k = bisect_right(begins, at) - 1
                 if k < 0 or at + len(data) > ends[k]:
                     raise MergeError(f"{path}: bytes {at} to {at + len(data)} are not in the undo journal")
+                digest.update(data)
                 patcher.write(data, at)
-    return patcher.written
+        return patcher.written, digest.hexdigest()
 
 
 def _sum(file: PlannedFile) -> str:
@@ -156,12 +200,13 @@ def _verify(plan: Plan, base: Path, expected: dict[str, str], advance: Advance) 
 def _abandon(base: Path, error: BaseException) -> None:
     """Leave the base as it was. Raises `MergeError` where that fails too; the journal stays then."""
     try:
-        if (base / ARMED).is_dir():
-            roll_back(base)
-        else:
-            journal.discard(base)
+        with defer_interrupts():
+            if (base / ARMED).is_dir():
+                roll_back(base)
+            else:
+                journal.discard(base)
     except (OSError, MergeError) as other:
         raise MergeError(
-            f"{base}: the merge failed ({error}), and putting the base back failed too ({other}); {ARMED} holds what "
-            "it takes: run again, or with --undo"
+            f"{base}: the merge failed ({error}), and the roll-back failed too ({other}); the journal {ARMED} is "
+            "intact: run again, or with --undo"
         ) from error

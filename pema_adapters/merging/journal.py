@@ -6,15 +6,14 @@ over, in order), `ranges.npy` (int64 [n, 3]: number of the file, offset, length)
 replaced) and `new/N` (what is to be put in place, already on disk).
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import MergeError
+from pema_adapters.formats.checkpoint import MAX_JSON
+from pema_adapters.io.digest import BackgroundSha256
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import CHUNK
 from pema_adapters.merging.todo import Todo, is_safe
@@ -29,15 +30,22 @@ from pema_adapters.merging.write import sync_folder
 
 ARMED = ".pema-undo"
 PARTIAL = ".pema-undo.partial"
-VERSION = 1
+VERSION = 2
+"""2 has `made`, `written` and `samples`; a journal of version 1 can be undone without them."""
 PATCHING, DONE = "patching", "done"
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+Digest = list[Any]
+"""Size in bytes and sha256."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """`journal.json`. `sums`: size and sha256 of every other file that a rollback reads.
+    """`journal.json`. `sums`: digest of every other file that a roll-back reads.
 
     patched: sizes, by the names that the base has. renamed: `{that name: the one after the merge}`.
+    made: digests of the files that the merge put in place whole. written: sha256 of what the merge wrote into the
+    ranges of each patched file; empty while it has not ended. samples: sha256 of blocks outside of the ranges.
     """
 
     state: str
@@ -45,58 +53,91 @@ class Journal:
     replaced: list[str]
     created: list[str]
     folders: list[str]
-    sums: dict[str, list[Any]]
+    sums: dict[str, Digest]
     report: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
-
-
-@contextmanager
-def locked(base: Path) -> Iterator[None]:
-    """Keep other merges in place and rollbacks out. Raises `MergeError` where one is running."""
-    fd = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MergeError(f"{base}: another merge in place is running here; wait for it to end") from None
-        yield
-    finally:
-        os.close(fd)
+    made: dict[str, Digest] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
 
 
 def arm(base: Path, todo: Todo, report: dict[str, Any]) -> Journal:
     """Save what will change and what will take its place, all of it on disk before this returns."""
     folder = base / PARTIAL
+    folder.mkdir(mode=0o700)  # it holds copies of files that others may not be allowed to read
     parts = [folder / part for part, files in (("saved", todo.replaced), ("new", todo.new)) if files]
-    for part in (folder, *parts):
+    for part in parts:
         part.mkdir()
     sums = {"undo.bin": _saved(_originals(base, todo), folder / "undo.bin")}
     sums["ranges.npy"] = copied(_numbered(todo), folder / "ranges.npy")
     for number, file in enumerate(todo.replaced):
         data = (base / file.name).read_bytes()
         sums[f"saved/{number}"] = copied(data, folder / "saved" / str(number), like=base / file.name)
+    made = {}
     for number, file in enumerate(todo.new):
-        copied(file, folder / "new" / str(number))
-        if (base / file.name).exists():
-            shutil.copymode(base / file.name, folder / "new" / str(number))
+        made[file.name] = copied(file, folder / "new" / str(number))
+        _take_mode(folder / "new" / str(number), base, file.name)
     for part in parts:
         sync_folder(part)
-    journal = _journal(base, todo, sums, report)
+    journal = _journal(base, todo, sums, report, made)
     write_journal(folder, journal)
     folder.replace(base / ARMED)
     sync_folder(base)
     return journal
 
 
-def _journal(base: Path, todo: Todo, sums: dict[str, list[Any]], report: dict[str, Any]) -> Journal:
+def _take_mode(path: Path, base: Path, name: str) -> None:
+    """Let no more people read a new file than the one that it replaces, or than the base's weights."""
+    weights = sorted(base.glob("*.safetensors"))
+    like = base / name if (base / name).exists() else weights[0] if weights else base
+    found = like.stat().st_mode
+    path.chmod((found if (base / name).exists() else path.stat().st_mode & (found | 0o600)) & 0o777)
+    _take_owner(path, like)
+
+
+def _take_owner(path: Path, like: Path) -> None:
+    found, own = like.stat(), path.stat()
+    if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
+        with suppress(OSError):  # only root may give files away
+            os.chown(path, found.st_uid, found.st_gid)
+
+
+def _journal(
+    base: Path, todo: Todo, sums: dict[str, Digest], report: dict[str, Any], made: dict[str, Digest]
+) -> Journal:
     sizes = {name: (base / name).stat().st_size for name in todo.patched}
     replaced, created = ([file.name for file in files] for files in (todo.replaced, todo.created))
-    return Journal(PATCHING, sizes, replaced, created, _new_folders(base, created), sums, report, todo.renamed)
+    samples = {name: sample_outside(base / name, ranges) for name, ranges in todo.patched.items()}
+    folders = _new_folders(base, created)
+    return Journal(PATCHING, sizes, replaced, created, folders, sums, report, todo.renamed, made=made, samples=samples)
 
 
-def finish(base: Path, journal: Journal, report: dict[str, Any]) -> None:
+def sample_outside(path: Path, ranges: np.ndarray) -> str:
+    """The sha256 of up to 64 blocks of a file, evenly spaced, that lie outside of `ranges` int64 [n, 2]."""
+    size = path.stat().st_size
+    count = min(SAMPLES, size // SAMPLE_BYTES)
+    starts = np.arange(count, dtype=np.int64) * (size - SAMPLE_BYTES) // max(count - 1, 1)
+    ends = ranges.sum(axis=1)
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for start in starts.tolist():
+            k = int(np.searchsorted(ends, start, side="right"))
+            if k == len(ranges) or ranges[k, 0] >= start + SAMPLE_BYTES:
+                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, start))
+    return digest.hexdigest()
+
+
+def digest_ranges(path: Path, ranges: np.ndarray) -> str:
+    """The sha256 of what a file holds in `ranges` int64 [n, 2], one after another."""
+    with path.open("rb", buffering=0) as file, BackgroundSha256() as digest:
+        for begin, end in pieces(ranges):
+            digest.update(os.pread(file.fileno(), end - begin, begin))
+        return digest.hexdigest()
+
+
+def finish(base: Path, journal: Journal, report: dict[str, Any], written: dict[str, str]) -> None:
     """Say that the merge is complete: from here on only `undo` takes it back."""
-    write_journal(base / ARMED, replace(journal, state=DONE, report=report))
+    write_journal(base / ARMED, replace(journal, state=DONE, report=report, written=written))
 
 
 def state_of(base: Path) -> str | None:
@@ -108,11 +149,19 @@ def read_journal(base: Path) -> Journal:
     """`journal.json`, if it is what was written. Raises `MergeError`."""
     path = base / ARMED / "journal.json"
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
         content = json.loads(path.read_bytes())
+        if type(content["version"]) is int and content["version"] > VERSION:
+            raise MergeError(
+                f"{path}: written by a newer version of pema_adapters (format {content['version']}, this one reads up "
+                f"to {VERSION}); upgrade pema-adapters to undo the merge"
+            )
         found = content["journal"]
-        if content["version"] != VERSION or content["sha256"] != _sum(found):
-            raise ValueError("its checksum or version differs")
-        journal = Journal(**found)
+        if content["sha256"] != _sum(found):
+            raise ValueError("its checksum differs")
+        known = {one.name for one in fields(Journal)}
+        journal = _validated(Journal(**{key: value for key, value in found.items() if key in known}))
         names = (*journal.patched, *journal.replaced, *journal.created, *journal.folders)
         names = (*names, *journal.renamed, *journal.renamed.values())
         bad = [name for name in names if not is_safe(base, name)]
@@ -123,10 +172,80 @@ def read_journal(base: Path) -> Journal:
     return journal
 
 
+def _validated(journal: Journal) -> Journal:
+    """The journal, if every field is of its type: a base may come with a journal from anybody. Raises ValueError."""
+    names = (*journal.replaced, *journal.created, *journal.folders)
+    expected_sums = {"undo.bin", "ranges.npy", *(f"saved/{number}" for number in range(len(journal.replaced)))}
+    checks = {
+        "state": journal.state in (PATCHING, DONE),
+        "patched": all(_is_size(size) for size in journal.patched.values()),
+        "lists": all(isinstance(found, list) for found in (journal.replaced, journal.created, journal.folders)),
+        "names": all(isinstance(name, str) for name in (*names, *journal.renamed.values())),
+        "sums": journal.sums.keys() == expected_sums and all(map(_is_digest, journal.sums.values())),
+        "made": all(map(_is_digest, journal.made.values())),
+        "renamed": journal.renamed.keys() <= journal.patched.keys(),
+        "digests": all(map(_is_sha256, (*journal.written.values(), *journal.samples.values()))),
+        "report": isinstance(journal.report, dict),
+    }
+    for name, is_right in checks.items():
+        if not is_right:
+            raise ValueError(f"its {name} are not what a merge writes")
+    return journal
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_size(value[0]) and _is_sha256(value[1])
+
+
+def read_ranges(base: Path, journal: Journal) -> dict[str, np.ndarray]:
+    """The ranges that the merge writes, int64 [n, 2] of (offset, length), by the patched file's name in the base.
+
+    Raises `MergeError` where they are not within the files, or are not what undo.bin holds.
+    """
+    path = base / ARMED / "ranges.npy"
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if found.dtype != np.int64 or found.ndim != 2 or found.shape[1] != 3:
+            raise ValueError(f"{found.dtype} {list(found.shape)}, expected int64 [n, 3]")
+        ranges = {name: np.array(found[found[:, 0] == k, 1:]) for k, name in enumerate(journal.patched)}
+        if sum(map(len, ranges.values())) != len(found):
+            raise ValueError("ranges of files that it does not name")
+        total = sum(_checked_bytes(part, journal.patched[name]) for name, part in ranges.items())
+        if total != journal.sums["undo.bin"][0]:
+            raise ValueError(f"{total:,} bytes of ranges, but undo.bin has {journal.sums['undo.bin'][0]:,}")
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path, str(error)) from None
+    return ranges
+
+
+def _checked_bytes(ranges: np.ndarray, size: int) -> int:
+    """The bytes of the ranges of a file of `size` bytes. Raises ValueError unless they are in order and within it."""
+    offsets, lengths = ranges[:, 0], ranges[:, 1]
+    if not ((offsets >= 0) & (lengths > 0) & (lengths <= size) & (offsets <= size - lengths)).all():
+        raise ValueError(f"a range is not within the {size:,} bytes of its file")
+    if not (offsets[1:] >= ranges.sum(axis=1)[:-1]).all():
+        raise ValueError("its ranges overlap")
+    return int(lengths.sum())
+
+
 def discard(base: Path) -> None:
-    """Remove a journal that was never armed, or is not any more."""
-    if (base / PARTIAL).exists():
-        shutil.rmtree(base / PARTIAL)
+    """Remove a journal that was never armed, or is not any more. Raises `MergeError` where the system refuses."""
+    try:
+        if (base / PARTIAL).exists():
+            shutil.rmtree(base / PARTIAL)
+    except OSError as error:
+        raise MergeError(
+            f"{base}: the base is as it was, but what is left of the undo journal cannot be removed "
+            f"({error.strerror or error}); delete {PARTIAL} in it"
+        ) from error
 
 
 def damaged(path: Path, why: str) -> MergeError:
@@ -155,20 +274,18 @@ def copied(data: "bytes | PlannedFile", path: Path, like: Path | None = None) ->
 
 def _saved(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
     """The same, of parts. Each is hashed while it is written and the next one is made."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("xb", buffering=CHUNK) as file, ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(digest.update, b"")
+    size = 0
+    with path.open("xb", buffering=CHUNK) as file, BackgroundSha256() as digest:
         for part in parts:
-            hashed.result()
-            hashed = beside.submit(digest.update, part)
+            digest.update(part)
             file.write(part)
             size += len(part)
-        hashed.result()
         file.flush()
         if like is not None:
             shutil.copystat(like, path)
+            _take_owner(path, like)
         os.fsync(file.fileno())
-    return [size, digest.hexdigest()]
+        return [size, digest.hexdigest()]
 
 
 def _originals(base: Path, todo: Todo) -> Iterator[bytes]:

@@ -4,19 +4,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import Checkpoint, Tensor
+from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.names import OUTPUT_BIASES, OUTPUT_MATRICES
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES, FLOATS
 from pema_adapters.formats.stored import Stored
 from pema_adapters.merging.apart import Files, apart, behind
 from pema_adapters.merging.casting import Rounding
 from pema_adapters.merging.entries import Entry, header_for
-from pema_adapters.merging.fold import Folded, folded_bias, update_of
+from pema_adapters.merging.fold import FoldCache, Folded, folded_bias
 from pema_adapters.merging.names import Names, copies_of
 from pema_adapters.merging.plan import PlannedFile
-from pema_adapters.merging.segments import Cast, Copy, Literal, Rows, Segment, joined
+from pema_adapters.merging.segments import Cast, Literal, Rows, Segment, joined, stored_bytes
 from pema_adapters.merging.vocab_size import vocab_size
 from pema_adapters.merging.weight_space import Adapted
 
@@ -82,8 +84,7 @@ class Layout:
         return PlannedFile(self.output_name(path), joined([head, *parts]))
 
     def _of_file(self, path: Path, changed: dict[str, Entry]) -> list[Entry]:
-        found = (tensor for tensor in self.base.tensors.values() if tensor.path == path)
-        entries = (changed.get(tensor.name) or self._untouched(tensor) for tensor in found)
+        entries = (changed.get(tensor.name) or self._untouched(tensor) for tensor in self.base.by_file[path])
         return [replace(entry, name=self.names.in_output(entry.name)) for entry in entries]
 
     def _rows(self) -> dict[str, Entry]:
@@ -97,7 +98,7 @@ class Layout:
         made = {name: self._spliced(self.base.tensors[name], self.delta.weight) for name in matrices}
         return made | self._grown_biases(embedding.shape[0], matrices)
 
-    def _spliced(self, matrix: Tensor, weight: Stored) -> Entry:
+    def _spliced(self, matrix: Stored, weight: Stored) -> Entry:
         dtype = self._dtype_of(matrix)
         row_bytes = matrix.shape[1] * DTYPE_BYTES[dtype]
         segment = Rows(self._kept(matrix), self._as_dtype(weight, dtype), self.delta.token_ids, row_bytes)
@@ -109,7 +110,8 @@ class Layout:
         if not added:
             return {}
         self.notes.append(f"the vocabulary grew from {old} to {self.vocab_size} tokens")
-        rest = [t for t in self.base.tensors.values() if t.name not in matrices and not self._is_replaced(t.name)]
+        done = {*matrices, *(self.names.in_base(name) for name in self.delta.ordinary)}
+        rest = [tensor for tensor in self.base.tensors.values() if tensor.name not in done]
         for tensor in rest:
             if tensor.name.endswith(OUTPUT_MATRICES) and tensor.shape[:1] == (old,):
                 raise MergeError(
@@ -119,17 +121,15 @@ class Layout:
         biases = [t for t in rest if t.name.endswith(OUTPUT_BIASES) and t.shape in ((old,), (1, old))]
         return {bias.name: self._longer(bias, added) for bias in biases}
 
-    def _longer(self, bias: Tensor, added: int) -> Entry:
+    def _longer(self, bias: Stored, added: int) -> Entry:
         dtype = self._dtype_of(bias)
         zeros = Literal(bytes(added * DTYPE_BYTES[dtype]))
         return Entry(bias.name, dtype, (*bias.shape[:-1], self.vocab_size), (self._kept(bias), zeros))
 
-    def _is_replaced(self, stored: str) -> bool:
-        return any(self.names.in_base(name) == stored for name in self.delta.ordinary)
-
     def _folded(self, layers: Sequence[Adapted]) -> dict[str, Entry]:
         """The weights, and the biases of methods that scale outputs, with the adapter's updates folded in."""
         made: dict[str, Entry] = {}
+        cache = FoldCache()
         for layer in layers:
             weight = self._adapted(layer, "weight")
             if weight is None or len(weight.shape) != 2 or weight.dtype not in FLOATS:
@@ -138,19 +138,21 @@ class Layout:
                     f"{self.base.folder}: the adapter changes {layer.module}.weight, expected a matrix of floats, "
                     f"found {found}; give the base that the adapter was trained on"
                 )
-            update = update_of(layer, weight.shape, self._is_transposed(layer.module))
-            where = f"{weight.path}: tensor {weight.name!r}"
-            dtype = self._dtype_of(weight)
-            segment = Folded(_raw(weight), weight.dtype, weight.shape, update, dtype, self.rounding, where)
-            made[weight.name] = Entry(weight.name, dtype, weight.shape, (segment,))
-            bias = self._adapted(layer, "bias") if update.scales_bias else None
+            segment = self._fold(layer, weight, cache)
+            made[weight.name] = Entry(weight.name, segment.dtype, weight.shape, (segment,))
+            bias = self._adapted(layer, "bias") if segment.update.scales_bias else None
             if bias is not None:
                 dtype = self._dtype_of(bias)
-                data = folded_bias(segment, self.base.raw(bias.name), bias.dtype, dtype)
+                data = folded_bias(segment, np.frombuffer(bias.read(), np.uint8), bias.dtype, dtype)
                 made[bias.name] = Entry(bias.name, dtype, bias.shape, (Literal(data),))
         return made
 
-    def _adapted(self, layer: Adapted, part: str) -> Tensor | None:
+    def _fold(self, layer: Adapted, weight: Stored, cache: FoldCache) -> Folded:
+        raw, where = stored_bytes(weight, of_base=True), f"{weight.path}: tensor {weight.name!r}"
+        transposed, dtype = self._is_transposed(layer.module), self._dtype_of(weight)
+        return Folded(raw, weight.dtype, weight.shape, layer, transposed, dtype, self.rounding, where, cache)
+
+    def _adapted(self, layer: Adapted, part: str) -> Stored | None:
         stored = self.names.in_base(f"{layer.module}.{part}")
         return None if stored is None else self.base.tensors[stored]
 
@@ -159,16 +161,16 @@ class Layout:
         types = [config.get("model_type") for config in (self.base.config, self.delta.config)]
         return "gpt2" in types and module.endswith(CONV1D)
 
-    def _dtype_of(self, tensor: Tensor) -> str:
+    def _dtype_of(self, tensor: Stored) -> str:
         """The dtype that a tensor of the base has in the output."""
         return self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
-    def _untouched(self, tensor: Tensor) -> Entry:
+    def _untouched(self, tensor: Stored) -> Entry:
         return Entry(tensor.name, self._dtype_of(tensor), tensor.shape, (self._kept(tensor),))
 
-    def _kept(self, tensor: Tensor) -> Segment:
+    def _kept(self, tensor: Stored) -> Segment:
         """The bytes of a tensor of the base, in the output's dtype."""
-        raw, dtype = _raw(tensor), self._dtype_of(tensor)
+        raw, dtype = stored_bytes(tensor, of_base=True), self._dtype_of(tensor)
         if dtype == tensor.dtype:
             return raw
         return Cast(raw, tensor.dtype, dtype, self.rounding, f"{tensor.path}: tensor {tensor.name!r}")
@@ -184,7 +186,7 @@ class Layout:
                 made[stored] = self._replacement(tensor, self.base.tensors[stored])
         return made
 
-    def _replacement(self, tensor: Stored, old: Tensor) -> Entry:
+    def _replacement(self, tensor: Stored, old: Stored) -> Entry:
         if tensor.shape != old.shape:
             if self.names.is_inside(tensor.name):
                 raise MergeError(
@@ -221,9 +223,9 @@ class Layout:
         dtype = self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
         return Entry(name, dtype, tensor.shape, (self._as_dtype(tensor, dtype),))
 
-    def _as_dtype(self, tensor: Stored, dtype: str) -> Literal | Cast:
+    def _as_dtype(self, tensor: Stored, dtype: str) -> Segment:
         if tensor.dtype == dtype:
-            return Literal(tensor.raw.data)
+            return stored_bytes(tensor, of_base=False)
         if tensor.dtype not in FLOATS or dtype not in FLOATS:
             raise MergeError(
                 f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}, but the base has it as {dtype}; "
@@ -254,14 +256,6 @@ class Layout:
         self.notes += [
             f"the delta's {source} weights were cast to the base's {target}" for source, target in sorted(casts)
         ]
-
-
-def _raw(tensor: Tensor) -> Copy | Literal:
-    """The bytes of a tensor of the base where they lie; at hand, where a pickle has them in another order."""
-    if isinstance(tensor, Stored) and tensor.start is None:
-        return Literal(tensor.raw.data)
-    assert tensor.start is not None
-    return Copy(tensor.path, tensor.start, tensor.nbytes)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,6 +1,8 @@
 """`merge_checkpoint`: read, check, plan, write. Every refusal comes before the first byte of output."""
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,15 +10,21 @@ from pema_adapters.errors import MergeError
 from pema_adapters.formats.artifact import Delta, read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
+from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
+from pema_adapters.io.locking import locked
 from pema_adapters.merging.journal import PATCHING, state_of
-from pema_adapters.merging.plan import Plan
+from pema_adapters.merging.manifest import encode_manifest
+from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.planning import Choices, plan_merge
 from pema_adapters.merging.progress import bar
 from pema_adapters.merging.report import MergeReport
-from pema_adapters.merging.settings import json_file
-from pema_adapters.merging.target import DEFAULT, check_space, check_target, staged
+from pema_adapters.merging.segments import Literal
+from pema_adapters.merging.space import check_space
+from pema_adapters.merging.target import DEFAULT, check_replaceable, check_target, staged
 from pema_adapters.merging.verify import verify_plan
 from pema_adapters.merging.write import write_plan
+
+BUSY = "another merge is changing or reading it; wait for that to end"
 
 
 @dataclass(frozen=True)
@@ -80,53 +88,88 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
     try:
         return _merge(str(base), str(delta), None if output is None else Path(output), options)
     except OSError as error:
-        where = error.filename or output or delta
-        raise MergeError(f"{where}: {error.strerror or error}; nothing was left behind") from error
+        raise MergeError(f"{error.filename or output or delta}: {error.strerror or error}") from error
 
 
 def undo_merge(base: str | Path) -> None:
     """Restore a base that was merged in place, byte for byte. Raises `MergeError` where there is nothing to undo."""
     from pema_adapters.merging.in_place import undo
 
-    undo(Path(base))
+    try:
+        undo(Path(base))
+    except OSError as error:
+        raise MergeError(
+            f"{error.filename or base}: {error.strerror or error}; the base is not restored completely, and the undo "
+            "journal is intact: call --undo again"
+        ) from error
 
 
 def _merge(base: str, delta: str, output: Path | None, options: Options) -> MergeReport:
     start = time.perf_counter()
-    inputs = find_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place)
-    if options.choices.in_place:
-        return _in_place(inputs, output, options, start)
-    merge = prepare(inputs, inputs.delta_folder / DEFAULT if output is None else output, options)
-    if options.dry_run:
-        return measured(merge.report, merge.plan, start)
-    return write_merge(merge, options, start)
+    with open_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place) as inputs:
+        if options.choices.in_place:
+            return _in_place(inputs, output, options, start)
+        merge = prepare(inputs, inputs.delta_folder / DEFAULT if output is None else output, options)
+        if options.dry_run:
+            return measured(merge, start)
+        return write_merge(merge, options, start)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """base_name, delta_name: as given, folders or Hub ids. delta_folder: where the delta lies, or one level above."""
+    """base_name, delta_name: as given, folders or Hub ids. delta_folder: where the delta lies, or one level above.
+
+    files: those of the delta that were read.
+    """
 
     base_name: str
     delta_name: str
     base_folder: Path
     delta_folder: Path
     delta: Delta
+    files: tuple[InputFile, ...]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that is checked and planned; nothing is written yet. target: the folder to write, None for none."""
+    """A merge that is checked and planned; nothing is written yet.
+
+    target: the folder to write, None for none. files: all that the plan was made from and is read from.
+    """
 
     plan: Plan
     report: MergeReport
     target: Path | None
+    files: tuple[InputFile, ...]
+
+    def check_inputs(self) -> None:
+        """Raise `InputChangedError` if a file of base or delta has changed since it was opened."""
+        check_unchanged(self.files)
 
 
-def find_inputs(base: str, delta: str, options: Options, is_output_needed: bool) -> Inputs:
-    """Get base and delta, from the Hub where they are no folders. Raises `MergeError`, `FormatError`."""
+@contextmanager
+def open_inputs(base: str, delta: str, options: Options, is_output_needed: bool) -> Iterator[Inputs]:
+    """Get base and delta, from the Hub where they are no folders, and keep merges in place out of them in the block.
+
+    Raises `MergeError`, `FormatError`.
+    """
     base_folder = _base_folder(base, options)
     delta_folder = _delta_folder(delta, options, is_output_needed)
-    return Inputs(base, delta, base_folder, delta_folder, read_delta(delta_folder, options.adapter))
+    with _lock_inputs(base_folder, delta_folder, exclusive=options.choices.in_place and not options.dry_run):
+        with record_inputs() as files:
+            found = read_delta(delta_folder, options.adapter)
+        yield Inputs(base, delta, base_folder, delta_folder, found, tuple(files))
+
+
+@contextmanager
+def _lock_inputs(base: Path, delta: Path, exclusive: bool) -> Iterator[None]:
+    """Lock the base, exclusively to change it, and the delta against changes; what is no folder is refused later."""
+    with ExitStack() as stack:
+        if base.is_dir():
+            stack.enter_context(locked(base, exclusive, BUSY))
+        if delta.is_dir() and not (base.is_dir() and base.samefile(delta)):
+            stack.enter_context(locked(delta, False, BUSY))
+        yield
 
 
 def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
@@ -138,10 +181,11 @@ def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
     if target is not None:
         deltas = (delta_folder.resolve(), delta.folder.resolve())
         check_target(target, base=base_folder.resolve(), deltas=deltas, overwrite=options.overwrite)
-    plan = plan_merge(Checkpoint.open(base_folder), delta, options.choices)
-    if target is not None:
-        check_space(target, plan.size)
-    return Merge(plan, _report(plan, str(target or ""), inputs), target)
+    with record_inputs() as files:
+        plan = plan_merge(Checkpoint.open(base_folder), delta, options.choices)
+    if target is not None and target.exists():
+        check_replaceable(target, options.overwrite, plan.names)
+    return Merge(plan, _report(plan, str(target or ""), inputs), target, (*inputs.files, *files))
 
 
 def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
@@ -149,31 +193,40 @@ def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
     plan, report, target = merge.plan, merge.report, merge.target
     assert target is not None
     total = plan.size * (1 + options.verify)
-    with staged(target, options.overwrite) as stage, bar("merging", total, options.progress) as advance:
-        cloned = write_plan(plan, stage, advance)
+    with (
+        staged(target, options.overwrite, plan.names) as stage,
+        bar("merging", total, options.progress) as advance,
+    ):
+        check_space(plan, stage.folder)
+        cloned = write_plan(plan, stage.folder, advance)
+        merge.check_inputs()
         if options.verify:
-            verify_plan(plan, stage, advance)
+            verify_plan(plan, stage.folder, advance)
         report = finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
-        write_plan(replace(plan, files=(json_file(MARKER, report.to_dict()),)), stage, lambda count: None)
-    return replace(report, seconds=time.perf_counter() - start)
+        manifest = PlannedFile(MARKER, (Literal(encode_manifest(report, stage.folder, plan.names)),))
+        write_plan(replace(plan, files=(manifest,)), stage.folder, lambda count: None)
+        merge.check_inputs()
+    return replace(report, seconds=time.perf_counter() - start, notes=report.notes + tuple(stage.notes))
 
 
 def _in_place(inputs: Inputs, output: Path | None, options: Options, start: float) -> MergeReport:
     if output is not None:
         raise MergeError(f"output {output}: a merge in place has no other output than its base; leave out one of them")
-    from pema_adapters.merging.in_place import check_in_place, merge_in_place, roll_back_interrupted
+    from pema_adapters.merging.in_place import InPlace, check_in_place, merge_in_place, roll_back_interrupted
 
     base = inputs.base_folder
     if not options.dry_run:
         roll_back_interrupted(base)
     check_in_place(base)
-    plan = plan_merge(Checkpoint.open(base), inputs.delta, options.choices)
-    report = _report(plan, str(base.resolve()), inputs)
+    with record_inputs() as files:
+        plan = plan_merge(Checkpoint.open(base), inputs.delta, options.choices)
+    merge = Merge(plan, _report(plan, str(base.resolve()), inputs), None, (*inputs.files, *files))
     if options.dry_run:
-        return measured(report, plan, start)
+        return measured(merge, start)
     with bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
-        written = merge_in_place(plan, base, report.to_dict(), options.verify, advance)
-    return replace(finished(report, plan, start), bytes_written=written)
+        work = InPlace(plan, base, merge.files, merge.report.to_dict())
+        written = merge_in_place(work, options.verify, advance)
+    return replace(finished(merge.report, plan, start), bytes_written=written)
 
 
 def _base_folder(base: str, options: Options) -> Path:
@@ -202,10 +255,11 @@ def _about_clones(cloned: int) -> tuple[str, ...]:
     return (f"the file system cloned {cloned:,} bytes: they share the base's space on the disk until one side changes",)
 
 
-def measured(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+def measured(merge: Merge, start: float) -> MergeReport:
     """The report of a dry run, with the rounding error that writing would meet."""
-    plan.measure()
-    return finished(report, plan, start)
+    merge.plan.measure()
+    merge.check_inputs()
+    return finished(merge.report, merge.plan, start)
 
 
 def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:

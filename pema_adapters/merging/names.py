@@ -104,8 +104,9 @@ def copies_of(base: Checkpoint, names: Names, is_untied: bool = False) -> list[s
 
 
 def _same_bytes(base: Checkpoint, name: str, other: str, step: int = 8 << 20) -> bool:
-    left, right = base.raw(name), base.raw(other)
-    return all((left[at : at + step] == right[at : at + step]).all() for at in range(0, len(left), step))
+    left, right = base.tensor(name), base.tensor(other)
+    ranges = ((at, min(at + step, left.nbytes)) for at in range(0, left.nbytes, step))
+    return all(left.read(*part) == right.read(*part) for part in ranges)
 
 
 def _located(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, dict[str, str]]:

@@ -10,8 +10,9 @@ from pema_adapters.formats.checkpoint import CONFIG, INDEX, is_plain_name
 from pema_adapters.formats.find import ADAPTER_CONFIG, MARKER
 from pema_adapters.formats.safetensors_file import encode_header
 from pema_adapters.formats.stored import Stored
+from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging.plan import PlannedFile
-from pema_adapters.merging.segments import Copy, Literal, joined
+from pema_adapters.merging.segments import Copy, Literal, joined, stored_bytes
 from pema_adapters.merging.settings import json_file
 
 WEIGHTS = {
@@ -57,7 +58,7 @@ def module_paths(path: Path) -> list[str]:
 
 
 def _copied(path: Path, folder: Path) -> PlannedFile:
-    return PlannedFile(path.relative_to(folder).as_posix(), joined([Copy(path, 0, path.stat().st_size)]))
+    return PlannedFile(path.relative_to(folder).as_posix(), joined([Copy.whole(InputFile(path))]))
 
 
 def left_files(delta: Delta) -> list[PlannedFile]:
@@ -74,14 +75,14 @@ def left_files(delta: Delta) -> list[PlannedFile]:
         files.append(weights_file(f"{folder}/model_head.safetensors", delta.head.tensors))
     interface = delta.folder / INTERFACE
     if files and interface.is_file():
-        files.append(PlannedFile(f"{folder}/{INTERFACE}", (Copy(interface, 0, interface.stat().st_size),)))
+        files.append(PlannedFile(f"{folder}/{INTERFACE}", (Copy.whole(InputFile(interface), of_base=False),)))
     return files
 
 
 def weights_file(name: str, tensors: dict[str, Stored]) -> PlannedFile:
     """A safetensors file of tensors as they are."""
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
-    return PlannedFile(name, joined([Literal(header), *(Literal(t.raw.data) for t in tensors.values())]))
+    return PlannedFile(name, joined([Literal(header), *(stored_bytes(t, of_base=False) for t in tensors.values())]))
 
 
 def _safe(delta: Delta) -> str:

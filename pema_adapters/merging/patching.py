@@ -6,7 +6,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from pema_adapters.merging.segments import Bytes
+from pema_adapters.io.input_file import Bytes
 
 STEP = 16 << 20
 """So many bytes are written before the disk is asked to take them."""

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from pema_adapters.merging.casting import Rounding
-from pema_adapters.merging.segments import CHUNK, Changes, Copy, Literal, Rows, Segment, chunks
+from pema_adapters.merging.segments import CHUNK, Copy, Literal, Rows, Segment, chunks
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,6 @@ class PlannedFile:
         )
         return same_places and self.size == path.stat().st_size
 
-    def changes(self) -> Changes:
-        """`(offset, bytes)` of all that is not the base's, in order, a few MB at most at a time."""
-        for start, segment in zip(self.starts, self.segments, strict=False):
-            for offset, data in segment.changes():
-                yield start + offset, data
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,6 +75,11 @@ class Plan:
     tensors_copied: int
     adapters_left: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files."""
+        return tuple(file.name for file in self.files)
 
     @property
     def size(self) -> int:

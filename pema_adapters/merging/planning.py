@@ -116,7 +116,7 @@ def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) 
     names = tuple(base.tensors)
     if missing := [need for need in found.needs if not any(_ends(name, need) for name in names)]:
         return f"{found.model_class} needs {missing[0]}, which the base lacks (the model drew it at random)"
-    if added := [name for name in names for zero in found.zero if _ends(name, zero) and base.raw(name).any()]:
+    if added := [name for name in names for zero in found.zero if _ends(name, zero) and any(base.read(name))]:
         return f"{found.model_class} adds {added[0]} of the base, which the flexible head does not"
     if found.prefix not in ("", delta.prefix):
         return f"{found.model_class} calls its backbone {found.prefix!r}, the base {delta.prefix!r}"
@@ -141,11 +141,11 @@ def _about_values(delta: Delta) -> list[str]:
     weight = delta.weight
     if weight is None or weight.dtype not in FLOATS or not len(delta.token_ids):
         return []
-    rows = weight.raw.reshape(len(delta.token_ids), -1)
-    bad: list[int] = []
-    for begin in range(0, len(rows), _ROWS):
-        finite = np.isfinite(as_float32(rows[begin : begin + _ROWS], weight.dtype)).all(axis=1)
-        bad += delta.token_ids[begin : begin + _ROWS][~finite].tolist()
+    size, bad = weight.nbytes // len(delta.token_ids), []
+    for begin in range(0, len(delta.token_ids), _ROWS):
+        ids = delta.token_ids[begin : begin + _ROWS]
+        rows = np.frombuffer(weight.read(begin * size, (begin + len(ids)) * size), np.uint8).reshape(len(ids), -1)
+        bad += ids[~np.isfinite(as_float32(rows, weight.dtype)).all(axis=1)].tolist()
     return [f"warning: {len(bad)} of its rows hold NaN or infinity, the first is token {bad[0]}"] if bad else []
 
 

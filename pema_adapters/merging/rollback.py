@@ -16,9 +16,12 @@ from pema_adapters.merging.journal import (
     Journal,
     copied,
     damaged,
+    digest_ranges,
     discard,
     pieces,
     read_journal,
+    read_ranges,
+    sample_outside,
     write_journal,
 )
 from pema_adapters.merging.patching import patching
@@ -29,14 +32,18 @@ from pema_adapters.merging.write import sync_folder
 def roll_back(base: Path) -> Journal:
     """Put the base back as it was and remove the journal. After a crash at any step, just do it again.
 
-    Raises `MergeError` before anything is touched where the journal is damaged or a file is not the one it is about.
+    Raises `MergeError` before anything is touched where the journal is damaged, or where a file is not what the merge
+    left: somebody changed it since, and that would be lost.
     """
     journal = read_journal(base)
-    _check(base, journal)
+    _check_journal(base, journal)
+    ranges = read_ranges(base, journal)
+    _check_patched(base, journal, ranges)
+    _check_whole(base, journal)
     if journal.state == DONE:  # an undo that is cut off must be found unfinished
         write_journal(base / ARMED, replace(journal, state=PATCHING))
     _restore_names(base, journal)
-    _restore_ranges(base, journal)
+    _restore_ranges(base, ranges)
     _restore_files(base, journal)
     discard(base)
     (base / ARMED).replace(base / PARTIAL)
@@ -45,16 +52,40 @@ def roll_back(base: Path) -> Journal:
     return journal
 
 
-def _check(base: Path, journal: Journal) -> None:
+def _check_journal(base: Path, journal: Journal) -> None:
     for name, (size, expected) in journal.sums.items():
         path = base / ARMED / name
         if not path.is_file() or path.stat().st_size != size or sum_of_file(path) != expected:
             raise damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
+
+
+def _check_patched(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
+    """Patched files hold what the merge wrote (once it has ended), and around it what they held before."""
     for name, size in journal.patched.items():
         path = _where(base, journal, name)
         found = path.stat().st_size if path.is_file() else "no"
         if found != size:
             raise _changed(path, f"{found} bytes, expected {size}")
+        if name in journal.samples and sample_outside(path, ranges[name]) != journal.samples[name]:
+            raise _changed(path, "its other tensors are not those that the merge left")
+        written = journal.written.get(name) if journal.state == DONE else None
+        if written is not None and digest_ranges(path, ranges[name]) != written:
+            raise _changed(path, "the rows or weights that the merge wrote are not there any more")
+
+
+def _check_whole(base: Path, journal: Journal) -> None:
+    """Files that the merge put in place whole are as it made them, or as they were before, or gone."""
+    before = {name: journal.sums[f"saved/{number}"] for number, name in enumerate(journal.replaced)}
+    for name, made in journal.made.items():
+        path = base / name
+        if not path.exists() and name not in before:
+            continue
+        if not path.is_file() or not any(_is_content(path, one) for one in (made, before.get(name)) if one):
+            raise _changed(path, "its content is not what the merge wrote")
+
+
+def _is_content(path: Path, digest: list[int | str]) -> bool:
+    return [path.stat().st_size, sum_of_file(path)] == digest
 
 
 def _where(base: Path, journal: Journal, name: str) -> Path:
@@ -69,8 +100,8 @@ def _where(base: Path, journal: Journal, name: str) -> Path:
 
 def _changed(path: Path, how: str) -> MergeError:
     return MergeError(
-        f"{path}: {how}; it was changed after the merge in place, which can no longer be undone; fetch the base "
-        f"again, or delete {ARMED} in it to keep it as it is"
+        f"{path}: {how}; it was changed after the merge in place, and undoing that would lose the change; move the "
+        f"file away and fetch the base again, or delete {ARMED} to keep everything as it is"
     )
 
 
@@ -82,12 +113,11 @@ def _restore_names(base: Path, journal: Journal) -> None:
             sync_folder(base)
 
 
-def _restore_ranges(base: Path, journal: Journal) -> None:
-    ranges = np.load(base / ARMED / "ranges.npy", allow_pickle=False)
+def _restore_ranges(base: Path, ranges: dict[str, np.ndarray]) -> None:
     with (base / ARMED / "undo.bin").open("rb", buffering=CHUNK) as saved:
-        for number, name in enumerate(journal.patched):
+        for name, found in ranges.items():
             with patching(base / name) as patcher:
-                for begin, end in pieces(ranges[ranges[:, 0] == number, 1:]):
+                for begin, end in pieces(found):
                     patcher.write(saved.read(end - begin), begin)
 
 

@@ -4,9 +4,8 @@ A segment knows its length, gives its bytes for any range, and tells which of th
 keeps the ranges small.
 """
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from pema_adapters.errors import FormatError, reading
 from pema_adapters.formats.safetensors_file import DTYPE_BYTES
 from pema_adapters.formats.stored import Stored
+from pema_adapters.io.input_file import Bytes, InputFile
 from pema_adapters.merging.casting import Rounding, cast
 
 CHUNK = 4 << 20
 BLOCK = 4096
 """Bytes of a file system's block, the unit in which it clones."""
-Bytes: TypeAlias = "bytes | bytearray | memoryview"
 Changes: TypeAlias = Iterator[tuple[int, Bytes]]
 
 
@@ -46,37 +44,40 @@ class Segment(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """`length` bytes of the file `path` from `start` on."""
+    """`length` bytes of an input file from `start` on; `of_base`: they are the base's, rather than the delta's."""
 
-    path: Path
+    file: InputFile
     start: int
     length: int
+    of_base: bool = True
+
+    @classmethod
+    def whole(cls, file: InputFile, of_base: bool = True) -> "Copy":
+        """All bytes of a file."""
+        return cls(file, 0, file.size, of_base)
 
     @property
-    def origin(self) -> "Copy":
-        """Itself."""
-        return self
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    @property
+    def origin(self) -> "Copy | None":
+        """Itself, if these are bytes of the base."""
+        return self if self.of_base else None
 
     def read(self, begin: int, end: int) -> bytes:
         """Read them where they lie."""
-        parts, at = [], self.start + begin
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            while at < self.start + end:
-                part = os.pread(file.fileno(), self.start + end - at, at)
-                if not part:
-                    raise FormatError(f"{self.path}: ends at byte {at}; the file became shorter during the merge")
-                parts.append(part)
-                at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return self.file.read(self.start + begin, self.start + end)
 
     def changes(self) -> Changes:
-        """None."""
-        return iter(())
+        """None, if these are bytes of the base; else all."""
+        return iter(()) if self.of_base else chunks(self)
 
 
 @dataclass(frozen=True)
 class Literal:
-    """Bytes at hand: a header, a configuration, or a tensor in its memory map."""
+    """Bytes in memory: a header, a configuration, a tensor that had to be put in order."""
 
     data: Bytes
     origin = None
@@ -110,7 +111,7 @@ class Cast:
     def of(cls, tensor: Stored, dtype: str, rounding: Rounding) -> "Cast":
         """A tensor of the delta, rounded to `dtype`."""
         where = f"{tensor.path}: tensor {tensor.name!r}"
-        return cls(Literal(tensor.raw.data), tensor.dtype, dtype, rounding, where)
+        return cls(stored_bytes(tensor, of_base=False), tensor.dtype, dtype, rounding, where)
 
     @property
     def length(self) -> int:
@@ -180,6 +181,13 @@ class Rows:
                 yield offset, block[low:high]
 
 
+def stored_bytes(tensor: Stored, *, of_base: bool) -> Copy | Literal:
+    """The bytes of a tensor where they lie; in memory, where a pickle has them in another order."""
+    if tensor.start is None:
+        return Literal(tensor.read())
+    return Copy(tensor.source, tensor.start, tensor.nbytes, of_base)
+
+
 def chunks(segment: Segment) -> Changes:
     """`(offset, bytes)` of a whole segment, a chunk at a time."""
     for begin in range(0, segment.length, CHUNK):
@@ -192,11 +200,12 @@ def joined(segments: list[Segment]) -> tuple[Segment, ...]:
     for segment in segments:
         last = made[-1] if made else None
         if isinstance(last, Copy) and isinstance(segment, Copy) and _continues(last, segment):
-            made[-1] = Copy(last.path, last.start, last.length + segment.length)
+            made[-1] = replace(last, length=last.length + segment.length)
         elif segment.length:
             made.append(segment)
     return tuple(made)
 
 
 def _continues(first: Copy, second: Copy) -> bool:
-    return first.path == second.path and first.start + first.length == second.start
+    same = first.file is second.file and first.of_base == second.of_base
+    return same and first.start + first.length == second.start

@@ -26,7 +26,7 @@ def json_file(name: str, content: dict[str, Any]) -> PlannedFile:
 
 def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile | None:
     """config.json: the base's, byte for byte unless the head or the vocabulary changed."""
-    if not base.config:
+    if base.config_file is None:
         return None
     made = dict(base.config)
     if delta.kind == "full":
@@ -41,21 +41,20 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
         made["tie_word_embeddings"] = False
     if layout.dtype is not None:
         made["torch_dtype" if "torch_dtype" in made else "dtype"] = DTYPES_BY_CODE[layout.dtype]
-    path = base.folder / CONFIG
-    same = PlannedFile(CONFIG, (Copy(path, 0, path.stat().st_size),))
-    return same if made == base.config else json_file(CONFIG, made)
+    if made == base.config:
+        return PlannedFile(CONFIG, (Copy.whole(base.config_file),))
+    return json_file(CONFIG, made)
 
 
 def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
     """The index of the shards, where there are any: new tensors, new names, new total size."""
     weight_map = {e.name: layout.output_name(path) for path, entries in layout.entries.items() for e in entries}
     weight_map = dict(sorted(weight_map.items()))
-    if base.index is None or base.index_name is None:
+    if base.index is None or base.index_file is None:
         made = {"metadata": {"total_size": layout.size}, "weight_map": weight_map}
         return json_file(INDEX, made) if len(layout.entries) > 1 else None
     if weight_map == base.index["weight_map"] and layout.grown_bytes == 0:
-        path = base.folder / base.index_name
-        return PlannedFile(INDEX, (Copy(path, 0, path.stat().st_size),))
+        return PlannedFile(INDEX, (Copy.whole(base.index_file),))
     found = base.index.get("metadata")
     metadata = dict(found) if isinstance(found, dict) else {}
     if isinstance(metadata.get("total_size"), int):

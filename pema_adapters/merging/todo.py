@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pema_adapters.errors import MergeError
+from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.segments import CHUNK, Copy, Literal, Rows, Segment, chunks
 
@@ -171,9 +172,10 @@ def _holds(file: PlannedFile, path: Path) -> bool:
     """Whether the file is what it is planned to be."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    if all(isinstance(segment, Copy) for segment in file.segments) and file.patches(path):
+    if all(segment.origin is segment for segment in file.segments) and file.patches(path):
         return True
-    return all(Copy(path, begin, len(data)).read(0, len(data)) == data for begin, data in file.chunks())
+    there = InputFile(path)
+    return all(there.read(begin, begin + len(data)) == data for begin, data in file.chunks())
 
 
 def _ranges(file: PlannedFile, path: Path) -> np.ndarray:
@@ -190,14 +192,17 @@ def _ranges(file: PlannedFile, path: Path) -> np.ndarray:
 
 def changing(file: PlannedFile, path: Path) -> list[tuple[int, Segment]]:
     """`(start, segment)` of those that change something; the header is often the same."""
+    there = InputFile(path)
     pairs = zip(file.starts, file.segments, strict=False)
-    return [(start, segment) for start, segment in pairs if segment.length and not _is_there(segment, path, start)]
+    return [(start, segment) for start, segment in pairs if segment.length and not _is_there(segment, there, start)]
 
 
-def _is_there(segment: Segment, path: Path, start: int) -> bool:
-    if not isinstance(segment, Literal):
-        return isinstance(segment, Copy)
-    return all(Copy(path, start + at, len(data)).read(0, len(data)) == data for at, data in chunks(segment))
+def _is_there(segment: Segment, file: InputFile, start: int) -> bool:
+    """Whether these are bytes that the file has at `start` already."""
+    if not isinstance(segment, Literal | Copy) or segment.origin is segment:
+        return segment.origin is segment
+    parts = ((start + at, data) for at, data in chunks(segment))
+    return all(file.read(at, at + len(data)) == data for at, data in parts)
 
 
 def _joined(ranges: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ class Adapted:
     def values(self, part: str) -> np.ndarray:
         """The numbers of one part, float64 if stored so, else float32."""
         tensor = self.parts[part]
-        return wide(tensor.raw, tensor.dtype).reshape(tensor.shape)
+        return wide(np.frombuffer(tensor.read(), np.uint8), tensor.dtype).reshape(tensor.shape)
 
 
 def weight_space(delta: Delta, fold: bool) -> tuple[list[Adapted], Rest]:

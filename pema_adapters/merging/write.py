@@ -1,7 +1,6 @@
 """Plan -> disk: copies by the kernel, rows laid over them window by window, one fsync a file."""
 
 import errno
-import fcntl
 import os
 import struct
 import sys
@@ -10,10 +9,10 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import singledispatch
 from pathlib import Path
 
-from pema_adapters.errors import FormatError, reading
+from pema_adapters.io.input_file import Bytes
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
-from pema_adapters.merging.segments import BLOCK, CHUNK, Bytes, Copy, Rows, Segment
+from pema_adapters.merging.segments import BLOCK, CHUNK, Copy, Rows, Segment
 
 WINDOW = 256 << 20
 SETTLED = 16 << 20
@@ -48,6 +47,19 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def clone_range(target: int, source: int, at: int, to: int, length: int) -> bool:
+    """Share whole blocks of one open file with another. Returns whether the file system can."""
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, at, length, to))
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        return False
+    return True
+
+
 class Sink:
     """A file being written; `advance` hears of every byte. `cloned` counts those that share the source's blocks."""
 
@@ -60,15 +72,9 @@ class Sink:
         """Share whole blocks with the source file. Returns how many bytes; 0 where the file system cannot."""
         if not self.can_clone or at % BLOCK or to % BLOCK or length % BLOCK:
             return 0
-        try:
-            fcntl.ioctl(self.fd, _FICLONERANGE, struct.pack("=qQQQ", source, at, length, to))
-        except OSError as error:
-            if error.errno not in _CANNOT:
-                raise
-            self.can_clone = False
-            return 0
-        self.cloned += length
-        return length
+        self.can_clone = clone_range(self.fd, source, at, to, length)
+        self.cloned += length * self.can_clone
+        return length * self.can_clone
 
     def write(self, data: Bytes, at: int) -> int:
         """Write all of `data` at the offset `at`. Returns how much that is."""
@@ -136,25 +142,16 @@ def _(segment: Rows, sink: Sink, start: int) -> None:
 
 def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
     """Copy to the offset `start`; give `(begin, end)` of every window that is there."""
-    source = os.open(segment.path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < segment.length:
-            at, to = segment.start + done, start + done
-            left = _to_block(at, to, segment.length - done)
-            count = sink.clone(source, at, to, left) or _by_kernel(source, sink.fd, at, to, left)
-            count = count or sink.write(_read(segment.path, source, min(left, CHUNK), at), to)
-            if not count:
-                raise FormatError(f"{segment.path}: ends at byte {at}; it became shorter meanwhile")
-            yield done, done + count
-            done += count
-    finally:
-        os.close(source)
-
-
-def _read(path: Path, source: int, count: int, at: int) -> bytes:
-    with reading(path):
-        return os.pread(source, count, at)
+    source = segment.file.open()
+    done = 0
+    while done < segment.length:
+        at, to = segment.start + done, start + done
+        left = _to_block(at, to, segment.length - done)
+        descriptor = source.descriptor
+        count = sink.clone(descriptor, at, to, left) or _by_kernel(descriptor, sink.fd, at, to, left)
+        count = count or sink.write(segment.file.read(at, at + min(left, CHUNK)), to)
+        yield done, done + count
+        done += count
 
 
 def _to_block(at: int, to: int, left: int) -> int:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapters
 import numpy as np
@@ -194,8 +195,8 @@ def made(kind="classification", shape=(3, D), config=None, tensors=None, name="t
     found = {"head_type": kind, "num_labels": 3, "layers": 1, "use_pooler": True, **settings}
     full = {"config": found if config is None else config, "name": name}
     tensors = {"heads.task.1.weight": shape, "heads.task.1.bias": shape[:1], **(tensors or {})}
-    path = Path("run/model_head.safetensors")
-    return Head(full, {n: Stored(n, "F32", s, path, np.zeros(0, np.uint8)) for n, s in tensors.items() if s})
+    source = SimpleNamespace(path=Path("run/model_head.safetensors"))
+    return Head(full, {n: Stored(n, "F32", s, source, 0, 0) for n, s in tensors.items() if s})
 
 
 def lm(kind, **settings):

@@ -12,9 +12,10 @@ import pytest
 
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import MergeError
+from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging import journal, todo
 from pema_adapters.merging.casting import Rounding
-from pema_adapters.merging.in_place import check_in_place, merge_in_place, roll_back_interrupted, undo
+from pema_adapters.merging.in_place import InPlace, check_in_place, merge_in_place, roll_back_interrupted, undo
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import Cast, Copy, Literal, Rows
 from pema_adapters.merging.todo import todo_of
@@ -60,23 +61,23 @@ def plan_of(*files):
 
 
 def file_a(base, ids=IDS):
-    matrix = Rows(Copy(base / A, 20, 32 * 8), Literal(np.random.default_rng(1).bytes(len(ids) * 8)), ids, 8)
-    return PlannedFile(A, (Literal((base / A).read_bytes()[:20]), matrix, Copy(base / A, 276, 5)))
+    matrix = Rows(Copy(InputFile(base / A), 20, 32 * 8), Literal(np.random.default_rng(1).bytes(len(ids) * 8)), ids, 8)
+    return PlannedFile(A, (Literal((base / A).read_bytes()[:20]), matrix, Copy(InputFile(base / A), 276, 5)))
 
 
 def plan_for(base):
     """Rows in one file, tensors in the other, a file replaced, one made in new folders, one carried."""
     return plan_of(
-        PlannedFile(README, (Copy(base / README, 0, 5),)),
+        PlannedFile(README, (Copy(InputFile(base / README), 0, 5),)),
         file_a(base),
-        PlannedFile(B, (Copy(base / B, 0, 8), Literal(bytes(30)), Doubled(Copy(base / B, 38, 16)), Copy(base / B, 54, 10))),
+        PlannedFile(B, (Copy(InputFile(base / B), 0, 8), Literal(bytes(30)), Doubled(Copy(InputFile(base / B), 38, 16)), Copy(InputFile(base / B), 54, 10))),
         PlannedFile(CONFIG, (Literal(b'{"a": 1}'),)),
         PlannedFile(NEW, (Literal(b"new"),)),
     )  # fmt: skip
 
 
 def run(base, plan=None, verify=False):
-    return merge_in_place(plan or plan_for(base), base, {"delta": "d"}, verify, lambda count: None)
+    return merge_in_place(InPlace(plan or plan_for(base), base, report={"delta": "d"}), verify, lambda count: None)
 
 
 def content(folder):
@@ -101,7 +102,7 @@ def test_as_written_and_back(base, merged, monkeypatch, verify, chunk):
     monkeypatch.setattr(journal, "CHUNK", chunk)
     before, plan, heard = content(base), plan_for(base), []
     stats = (base / CONFIG).stat(), (base / A).stat().st_ino
-    written = merge_in_place(plan, base, {"delta": "d"}, verify, heard.append)
+    written = merge_in_place(InPlace(plan, base, report={"delta": "d"}), verify, heard.append)
     assert written == len(IDS) * 8 + 46 + 8 + 3
     assert sum(heard) == plan.size * (1 + verify)
     assert visible(base) == merged
@@ -230,7 +231,7 @@ def test_rollback_fails_too(base, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", fail)
-        with pytest.raises(MergeError, match=r"putting the base back failed too .*\.pema-undo holds what it takes"):
+        with pytest.raises(MergeError, match=r"the roll-back failed too .*the journal \.pema-undo is intact"):
             run(base)
     with pytest.raises(MergeError, match="a merge in place was cut off here; put the base back first with --undo"):
         check_in_place(base)
@@ -260,11 +261,11 @@ def test_tensors_that_would_move(base):
         r"model-1.safetensors: cannot be merged in place: its tensors would move \({}\); write a new checkpoint with"
     )
     refused(base, plan_of(file_a(base, np.array([32]))), moved.format("281 bytes -> 289 bytes"))
-    half = Cast(Copy(base / A, 21, 260), "F16", "BF16", Rounding(), "")
-    for segment in (Copy(base / A, 20, 260), half, Rows(half, Literal(bytes(8)), np.array([1]), 8)):
+    half = Cast(Copy(InputFile(base / A), 21, 260), "F16", "BF16", Rounding(), "")
+    for segment in (Copy(InputFile(base / A), 20, 260), half, Rows(half, Literal(bytes(8)), np.array([1]), 8)):
         parts = (Literal(bytes(281 - segment.length)), segment)
         refused(base, plan_of(PlannedFile(A, parts)), moved.format("or change their dtype"))
-    new = plan_of(PlannedFile("model.safetensors", (Literal(b"header"), Copy(base / A, 0, 281))))
+    new = plan_of(PlannedFile("model.safetensors", (Literal(b"header"), Copy(InputFile(base / A), 0, 281))))
     refused(base, new, r"model-1.safetensors: cannot be merged .* \(to model.safetensors\)")
 
 
@@ -292,11 +293,29 @@ def test_refusals(base, tmp_path, monkeypatch):
         run(tmp_path / "no", plan)
 
 
-def test_twice_or_two_at_once(base):
-    fd = os.open(base, os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    refused(base, None, "base: another merge in place is running here; wait for it to end")
+@pytest.mark.parametrize("kind", [fcntl.LOCK_EX, fcntl.LOCK_SH])
+def test_two_at_once(make_base, make_adapter, kind):
+    base = make_base()
+    delta, before = make_adapter(base).folder, content(base.folder)
+    fd = os.open(base.folder, os.O_RDONLY)
+    fcntl.flock(fd, kind)
+    with pytest.raises(MergeError, match="base: another merge is changing or reading it; wait for that to end"):
+        merge_checkpoint(base.folder, delta, in_place=True)
+    with pytest.raises(MergeError, match="base: another merge is changing or reading it; wait for that to end"):
+        undo(base.folder)
     os.close(fd)
+    assert content(base.folder) == before
+
+
+def test_readers_share_a_base(make_base, make_adapter, tmp_path):
+    base = make_base()
+    fd = os.open(base.folder, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    merge_checkpoint(base.folder, make_adapter(base).folder, tmp_path / "out")
+    os.close(fd)
+
+
+def test_twice(base):
     run(base)
     with pytest.raises(MergeError, match=r"base: already merged in place \(it holds .pema-undo\); undo it first with"):
         check_in_place(base)
@@ -336,7 +355,8 @@ def test_a_journal_from_somebody_else_does_not_lead_elsewhere(base, tmp_path, na
     (tmp_path / "other").write_text("")
     (base / "link").symlink_to(tmp_path)
     (base / journal.ARMED).mkdir()
-    journal.write_journal(base / journal.ARMED, journal.Journal(journal.PATCHING, {}, [], [name], [], {}))
+    sums = {part: [0, "0" * 64] for part in ("undo.bin", "ranges.npy")}
+    journal.write_journal(base / journal.ARMED, journal.Journal(journal.PATCHING, {}, [], [name], [], sums))
     with pytest.raises(MergeError, match=r"other' is a link or lies outside of the base\), and nothing was touched"):
         roll_back_interrupted(base)
     assert (tmp_path / "other").exists()

@@ -200,7 +200,9 @@ def test_the_report_is_ready_for_json(make_base, make_adapter):
     assert isinstance(report, MergeReport)
     assert report.output == str(delta.folder / "merged")
     written = json.loads((delta.folder / "merged" / "pema_merge.json").read_bytes())
-    assert written == json.loads(json.dumps(report.to_dict())) | {"seconds": written["seconds"]}
+    files = written.pop("files")
+    assert written == json.loads(json.dumps(report.to_dict())) | {"seconds": written["seconds"], "version": 1}
+    assert files.keys() == {p.name for p in (delta.folder / "merged").iterdir()} - {"pema_merge.json"}
     on_disk = sum(p.stat().st_size for p in (delta.folder / "merged").iterdir() if p.name != "pema_merge.json")
     assert report.bytes_written == on_disk
     assert (report.tensors_changed, report.tensors_copied, report.tensors_folded) == (1, 4, 0)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.stored import Stored
+from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging import plan, segments
 from pema_adapters.merging.casting import Rounding, cast
 from pema_adapters.merging.plan import PlannedFile
@@ -16,12 +17,12 @@ from pema_adapters.merging.segments import Cast, Copy, Literal, Rows, joined
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "source"
     path.write_bytes(bytes(range(256)))
-    return path
+    return InputFile(path)
 
 
-def rows_over(path):
+def rows_over(file):
     """Rows 1, 2 and 4 of a 5 x 3 matrix, and a row 5 that makes it grow."""
-    return Rows(Copy(path, 100, 15), Literal(b"aaabbbcccddd"), np.array([1, 2, 4, 5]), 3)
+    return Rows(Copy(file, 100, 15), Literal(b"aaabbbcccddd"), np.array([1, 2, 4, 5]), 3)
 
 
 def test_rows_by_hand(source):
@@ -44,7 +45,7 @@ def test_runs_are_bounded_by_the_chunk(source, monkeypatch):
 
 @given(begin=st.integers(0, 60), end=st.integers(0, 60), chunk=st.integers(1, 60))
 def test_a_file_gives_any_range_whatever_the_segments(source, begin, end, chunk):
-    halves = Stored("x", "F32", (2, 2), source, np.array([1, 2, 3, 4], "<f4").view(np.uint8))
+    halves = Stored("x", "F32", (2, 2), source, None, 16, np.array([1, 2, 3, 4], "<f4").view(np.uint8))
     parts = [Literal(b"head"), Literal(b""), rows_over(source), Copy(source, 0, 7), Cast.of(halves, "F16", Rounding())]
     whole = b"head" + b"defaaabbbmnocccddd" + bytes(range(7)) + np.array([1, 2, 3, 4], "<f2").tobytes()
     file = PlannedFile("x", tuple(parts))

@@ -271,10 +271,8 @@ def test_overwrite_replaces_an_earlier_merge(make_base, make_adapter, tmp_path):
     second = make_adapter(make_base(name="triplet"), folder="second", ids=[1]).folder
     out = tmp_path / "out"
     merge_checkpoint(base, first, out)
-    (out / "stale").write_text("")
     refused(tmp_path, MergeError, "exists from an earlier merge; replace it with --overwrite", base, second, out)
     merge_checkpoint(base, second, out, overwrite=True)
-    assert not (out / "stale").exists()
     assert json.loads((out / "pema_merge.json").read_bytes())["rows_merged"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "first", "out", "second", "triplet", "twin"]
 

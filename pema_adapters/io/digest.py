@@ -1,0 +1,39 @@
+"""SHA-256 computed beside the work that makes the bytes."""
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from pema_adapters.io.input_file import Bytes
+
+
+class BackgroundSha256:
+    """A SHA-256 that another thread computes, one update behind: the next bytes are made and written meanwhile.
+
+    Used as a context manager; bytes given to `update` must not change before the next `update` or `hexdigest`.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "BackgroundSha256":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._thread.shutdown()
+
+    def update(self, data: Bytes) -> None:
+        """Add bytes."""
+        self._wait()
+        self._pending = self._thread.submit(self._digest.update, data)
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes so far."""
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
