@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from _faults_modes import MARKER, Mode, Place, State, run_change
 from _faults_process import Fault, Run
 
-CLAIM = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)")
+UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)|is as it was")
+COMPLETE = re.compile(r"is complete\b|is merged completely")
+JOURNALED = re.compile(r"\.pema-undo|undo journal is intact")
 CODES = {"SIGINT": (0, 1, 130, -2), "SIGTERM": (0, 1, 143, -15)}
 REMOVING = ("unlink", "list", "stat", "rename", "open", "close")
 """Calls that the removal of a folder needs: where one of them fails, something may stay."""
@@ -95,13 +97,15 @@ def _judge_state(case: Case, state: State) -> list[str]:
     run, expected = case.run, case.expected
     if run.code == 0:
         return [] if state in expected.after else [f"succeeds, but {_difference(state, expected.after)}"]
-    if state in expected.before:
-        return []
-    is_complete = state in expected.after
+    is_complete, is_unchanged = state in expected.after, state in expected.before
     what = "the result is complete" if is_complete else _difference(state, expected.before)
-    if claims := CLAIM.findall(run.errors):
-        return [f"says {claims[0]!r}, but {what}"]
-    if is_complete or _is_excused(case, state):
+    if (claim := COMPLETE.search(run.errors)) and not is_complete:
+        return [f"says {claim[0]!r}, but {_difference(state, expected.after)}"]
+    if (claim := UNCHANGED.search(run.errors)) and not is_unchanged:
+        return [f"says {claim[0]!r}, but {what}"]
+    if "journal is intact" in run.errors and "base/.pema-undo" not in state:
+        return ["says 'journal is intact', but there is none"]
+    if is_complete or is_unchanged or _is_excused(case, state):
         return []
     return [f"leaves without saying so: {what}"]
 
@@ -111,7 +115,7 @@ def _is_excused(case: Case, state: State) -> bool:
     fault, run = case.fault, case.run
     left = state.keys() - case.expected.before[0].keys()
     is_journaled = "base/.pema-undo" in state
-    if any(name.split("/")[-1] in run.errors for name in left) or (is_journaled and ".pema-undo" in run.errors):
+    if any(name.split("/")[-1] in run.errors for name in left) or (is_journaled and JOURNALED.search(run.errors)):
         return True
     if run.code == -15:
         return is_journaled

@@ -12,7 +12,7 @@ from _faults_inputs import APPEAR, changes
 from _faults_process import Fault, MergeServer
 
 State = dict[str, str]
-MARKER, OWN = "pema_merge.json", ("seconds", "output", "base", "delta")
+MARKER, OWN = "pema_merge.json", ("seconds", "output", "base", "delta", "mtime_ns")
 REPOSITORY = "someone/merged"
 
 
