@@ -8,13 +8,9 @@ replaced) and `new/N` (what is to be put in place, already on disk).
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,10 +18,16 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.checkpoint import MAX_JSON
-from pema_adapters.io.digest import BackgroundSha256
-from pema_adapters.merging.plan import PlannedFile
-from pema_adapters.merging.segments import CHUNK
 from pema_adapters.merging.todo import Todo, is_safe
+from pema_adapters.merging.undo_data import (
+    Digest,
+    encode_ranges,
+    read_originals,
+    sample_outside,
+    save,
+    save_copy,
+    take_mode,
+)
 from pema_adapters.merging.write import sync_folder
 
 ARMED = ".pema-undo"
@@ -33,10 +35,6 @@ PARTIAL = ".pema-undo.partial"
 VERSION = 2
 """2 has `made`, `written` and `samples`; a journal of version 1 can be undone without them."""
 PATCHING, DONE = "patching", "done"
-SAMPLES, SAMPLE_BYTES = 64, 4096
-
-Digest = list[Any]
-"""Size in bytes and sha256."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,15 @@ def arm(base: Path, todo: Todo, report: dict[str, Any]) -> Journal:
     parts = [folder / part for part, files in (("saved", todo.replaced), ("new", todo.new)) if files]
     for part in parts:
         part.mkdir()
-    sums = {"undo.bin": _saved(_originals(base, todo), folder / "undo.bin")}
-    sums["ranges.npy"] = copied(_numbered(todo), folder / "ranges.npy")
+    sums = {"undo.bin": save(read_originals(base, todo), folder / "undo.bin")}
+    sums["ranges.npy"] = save_copy(encode_ranges(todo), folder / "ranges.npy")
     for number, file in enumerate(todo.replaced):
         data = (base / file.name).read_bytes()
-        sums[f"saved/{number}"] = copied(data, folder / "saved" / str(number), like=base / file.name)
+        sums[f"saved/{number}"] = save_copy(data, folder / "saved" / str(number), like=base / file.name)
     made = {}
     for number, file in enumerate(todo.new):
-        made[file.name] = copied(file, folder / "new" / str(number))
-        _take_mode(folder / "new" / str(number), base, file.name)
+        made[file.name] = save_copy(file, folder / "new" / str(number))
+        take_mode(folder / "new" / str(number), base, file.name)
     for part in parts:
         sync_folder(part)
     journal = _journal(base, todo, sums, report, made)
@@ -84,22 +82,6 @@ def arm(base: Path, todo: Todo, report: dict[str, Any]) -> Journal:
     folder.replace(base / ARMED)
     sync_folder(base)
     return journal
-
-
-def _take_mode(path: Path, base: Path, name: str) -> None:
-    """Let no more people read a new file than the one that it replaces, or than the base's weights."""
-    weights = sorted(base.glob("*.safetensors"))
-    like = base / name if (base / name).exists() else weights[0] if weights else base
-    found = like.stat().st_mode
-    path.chmod((found if (base / name).exists() else path.stat().st_mode & (found | 0o600)) & 0o777)
-    _take_owner(path, like)
-
-
-def _take_owner(path: Path, like: Path) -> None:
-    found, own = like.stat(), path.stat()
-    if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
-        with suppress(OSError):  # only root may give files away
-            os.chown(path, found.st_uid, found.st_gid)
 
 
 def _journal(
@@ -110,29 +92,6 @@ def _journal(
     samples = {name: sample_outside(base / name, ranges) for name, ranges in todo.patched.items()}
     folders = _new_folders(base, created)
     return Journal(PATCHING, sizes, replaced, created, folders, sums, report, todo.renamed, made=made, samples=samples)
-
-
-def sample_outside(path: Path, ranges: np.ndarray) -> str:
-    """The sha256 of up to 64 blocks of a file, evenly spaced, that lie outside of `ranges` int64 [n, 2]."""
-    size = path.stat().st_size
-    count = min(SAMPLES, size // SAMPLE_BYTES)
-    starts = np.arange(count, dtype=np.int64) * (size - SAMPLE_BYTES) // max(count - 1, 1)
-    ends = ranges.sum(axis=1)
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        for start in starts.tolist():
-            k = int(np.searchsorted(ends, start, side="right"))
-            if k == len(ranges) or ranges[k, 0] >= start + SAMPLE_BYTES:
-                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, start))
-    return digest.hexdigest()
-
-
-def digest_ranges(path: Path, ranges: np.ndarray) -> str:
-    """The sha256 of what a file holds in `ranges` int64 [n, 2], one after another."""
-    with path.open("rb", buffering=0) as file, BackgroundSha256() as digest:
-        for begin, end in pieces(ranges):
-            digest.update(os.pread(file.fileno(), end - begin, begin))
-        return digest.hexdigest()
 
 
 def finish(base: Path, journal: Journal, report: dict[str, Any], written: dict[str, str]) -> None:
@@ -261,60 +220,9 @@ def write_journal(folder: Path, journal: Journal) -> None:
     content = {"version": VERSION, "sha256": _sum(vars(journal)), "journal": vars(journal)}
     fresh = folder / "journal.json.new"
     fresh.unlink(missing_ok=True)
-    copied(_encoded(content), fresh)
+    save_copy(_encoded(content), fresh)
     fresh.replace(folder / "journal.json")
     sync_folder(folder)
-
-
-def copied(data: "bytes | PlannedFile", path: Path, like: Path | None = None) -> list[Any]:
-    """Have `data` on disk as `path`, with mode and times of `like`. Returns its size and sha256."""
-    parts = ((0, data),) if isinstance(data, bytes) else data.chunks()
-    return _saved((part for _, part in parts), path, like)
-
-
-def _saved(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
-    """The same, of parts. Each is hashed while it is written and the next one is made."""
-    size = 0
-    with path.open("xb", buffering=CHUNK) as file, BackgroundSha256() as digest:
-        for part in parts:
-            digest.update(part)
-            file.write(part)
-            size += len(part)
-        file.flush()
-        if like is not None:
-            shutil.copystat(like, path)
-            _take_owner(path, like)
-        os.fsync(file.fileno())
-        return [size, digest.hexdigest()]
-
-
-def _originals(base: Path, todo: Todo) -> Iterator[bytes]:
-    """What all ranges hold, a few MB at a time."""
-    for name, ranges in todo.patched.items():
-        with (base / name).open("rb", buffering=0) as file:
-            parts, size = [], 0
-            for begin, end in pieces(ranges):
-                parts.append(os.pread(file.fileno(), end - begin, begin))
-                if len(parts[-1]) != end - begin:
-                    raise MergeError(f"{base / name}: ends before byte {end}; it became shorter meanwhile")
-                size += end - begin
-                if size >= CHUNK:
-                    yield b"".join(parts)
-                    parts, size = [], 0
-            yield b"".join(parts)
-
-
-def pieces(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
-    """`(begin, end)` of all bytes of the ranges, a chunk at most at a time."""
-    for offset, length in ranges.tolist():
-        for begin in range(offset, offset + length, CHUNK):
-            yield begin, min(begin + CHUNK, offset + length)
-
-
-def _numbered(todo: Todo) -> bytes:
-    parts = [np.insert(ranges, 0, number, axis=1) for number, ranges in enumerate(todo.patched.values())]
-    np.save(file := BytesIO(), np.concatenate([np.empty((0, 3), np.int64), *parts]))
-    return file.getvalue()
 
 
 def _new_folders(base: Path, created: list[str]) -> list[str]:

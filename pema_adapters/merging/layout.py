@@ -85,6 +85,8 @@ class Layout:
 
     def _of_file(self, path: Path, changed: dict[str, Entry]) -> list[Entry]:
         entries = (changed.get(tensor.name) or self._untouched(tensor) for tensor in self.base.by_file[path])
+        if not self.names.add_prefix:
+            return list(entries)
         return [replace(entry, name=self.names.in_output(entry.name)) for entry in entries]
 
     def _rows(self) -> dict[str, Entry]:

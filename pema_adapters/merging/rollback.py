@@ -14,18 +14,15 @@ from pema_adapters.merging.journal import (
     PARTIAL,
     PATCHING,
     Journal,
-    copied,
     damaged,
-    digest_ranges,
     discard,
-    pieces,
     read_journal,
     read_ranges,
-    sample_outside,
     write_journal,
 )
 from pema_adapters.merging.patching import patching
 from pema_adapters.merging.segments import CHUNK
+from pema_adapters.merging.undo_data import digest_ranges, pieces, sample_outside, save_copy
 from pema_adapters.merging.write import sync_folder
 
 
@@ -126,7 +123,7 @@ def _restore_files(base: Path, journal: Journal) -> None:
     for number, name in enumerate(journal.replaced):
         saved = base / ARMED / "saved" / str(number)
         copy.unlink(missing_ok=True)
-        copied(saved.read_bytes(), copy, like=saved)
+        save_copy(saved.read_bytes(), copy, like=saved)
         copy.replace(base / name)
         sync_folder((base / name).parent)
     for name in journal.created:

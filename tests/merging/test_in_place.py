@@ -13,7 +13,7 @@ import pytest
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import MergeError
 from pema_adapters.io.input_file import InputFile
-from pema_adapters.merging import journal, todo
+from pema_adapters.merging import journal, todo, undo_data
 from pema_adapters.merging.casting import Rounding
 from pema_adapters.merging.in_place import InPlace, check_in_place, merge_in_place, roll_back_interrupted, undo
 from pema_adapters.merging.plan import PlannedFile
@@ -99,7 +99,7 @@ def merged(base, tmp_path):
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("chunk", [7, 4 << 20])
 def test_as_written_and_back(base, merged, monkeypatch, verify, chunk):
-    monkeypatch.setattr(journal, "CHUNK", chunk)
+    monkeypatch.setattr(undo_data, "CHUNK", chunk)
     before, plan, heard = content(base), plan_for(base), []
     stats = (base / CONFIG).stat(), (base / A).stat().st_ino
     written = merge_in_place(InPlace(plan, base, report={"delta": "d"}), verify, heard.append)
