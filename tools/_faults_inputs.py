@@ -95,12 +95,15 @@ _EACH = "cd {revised}; for f in $(find . -type f); do "
 CHANGES = {
     "rewrite-{name}": _EACH + 'cat "$f" > {given}/"$f"; done',
     "overlay-{name}": _EACH + 'dd status=none conv=notrunc if="$f" of={given}/"$f"; done',
+    "disguise-{name}": _EACH + 'cp -p {given}/"$f" {kept}/.old; dd status=none conv=notrunc if="$f" of={given}/"$f"; '
+    'touch -r {kept}/.old {given}/"$f"; done',
     "replace-{name}": _EACH + 'cp "$f" {kept}/.new && mv {kept}/.new {given}/"$f"; done',
     "cut-{name}": "for f in $(find {given} -type f); do truncate -s 3000 $f; done",
     "remove-{name}": "rm -r {given}",
 }
 """Shell commands: what somebody does to an input meanwhile. rewrite: each file is cut and written again, as `cp` and
-`save_adapter` do; overlay: written over without a cut; replace: another file takes its name."""
+`save_adapter` do; overlay: written over without a cut; disguise: the same,
+and the times are set back; replace: another file takes its name."""
 APPEAR = "mkdir -p {root}/work/out && echo mine > {root}/work/out/mine.txt"
 """Somebody else makes the output folder."""
 

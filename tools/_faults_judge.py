@@ -9,7 +9,7 @@ from _faults_process import Fault, Run
 UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)|is as it was")
 COMPLETE = re.compile(r"is complete\b|is merged completely")
 JOURNALED = re.compile(r"\.pema-undo|undo journal is intact")
-CODES = {"SIGINT": (0, 1, 130, -2), "SIGTERM": (0, 1, 143, -15)}
+CODES = {"SIGINT": (0, 1, 130, -2), "SIGINT*2": (0, 1, 130, -2), "SIGTERM": (0, 1, 143, -15)}
 REMOVING = ("unlink", "list", "stat", "rename", "open", "close")
 """Calls that the removal of a folder needs: where one of them fails, something may stay."""
 
@@ -124,7 +124,7 @@ def _is_excused(case: Case, state: State) -> bool:
     )
     if is_lost and not is_journaled and not fault.command:
         return False
-    return fault.action.endswith("+") or (fault.kind in REMOVING and fault.action.startswith("E"))
+    return fault.action.endswith(("+", "*2")) or (fault.kind in REMOVING and fault.action.startswith("E"))
 
 
 def _difference(state: State, accepted: list[State]) -> str:
@@ -148,7 +148,7 @@ def _judge_next_runs(case: Case, state: State) -> list[str]:
     """Give the command again, undisturbed, and then the one that gives back what was there before."""
     mode, place, plain = case.mode, case.place, case.plain
     if case.fault.command:
-        if mode.is_base_changed or case.fault.action == "output-appears":
+        if mode.is_base_changed or case.fault.action.endswith(("-appears", "-appear")):
             return []  # no telling what would be right
         place.restore_inputs(mode.base)
     again = mode.again(place, state in plain.after or f"work/out/{MARKER}" in state or case.run.code == 0)

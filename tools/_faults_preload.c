@@ -39,6 +39,7 @@ struct settings {
     long counts[KINDS];
     long at;
     long hits;
+    long again;                      /* the number of a second call that is disturbed; 0: none */
     int kind, action, value, sticky; /* value: of errno, or the signal; sticky: from `at` on, not only then */
     char root[1024];
     char command[4096];
@@ -93,7 +94,9 @@ static enum outcome disturb(const char *name, const char *where)
 static int is_due(enum kind kind)
 {
     long number = __atomic_add_fetch(&faults->counts[kind], 1, __ATOMIC_SEQ_CST);
-    return (int)kind == faults->kind && (number == faults->at || (faults->sticky && number > faults->at));
+    if ((int)kind != faults->kind)
+        return 0;
+    return number == faults->at || number == faults->again || (faults->sticky && number > faults->at);
 }
 
 static enum outcome count(enum kind kind, int fills_disk, const char *where)

@@ -29,6 +29,8 @@ KINDS = (
 """In the order of the library. disk: every call that takes space; any: every call."""
 FAIL, SHORT, SIGNAL, COMMAND = 1, 2, 3, 4
 TIMEOUT = 60
+SOON = 7
+"""So many calls later the second signal comes."""
 
 
 class Settings(ctypes.Structure):
@@ -36,6 +38,7 @@ class Settings(ctypes.Structure):
 
     _fields_ = (
         ("counts", ctypes.c_long * len(KINDS)), ("at", ctypes.c_long), ("hits", ctypes.c_long),
+        ("again", ctypes.c_long),
         ("kind", ctypes.c_int), ("action", ctypes.c_int), ("value", ctypes.c_int), ("sticky", ctypes.c_int),
         ("root", ctypes.c_char * 1024), ("command", ctypes.c_char * 4096), ("where", ctypes.c_char * 1024),
     )  # fmt: skip
@@ -45,8 +48,8 @@ class Settings(ctypes.Structure):
 class Fault:
     """What happens at call number `at` of a kind.
 
-    action: the name of an errno, with "+" if all later calls fail too; "short"; a signal ("SIGINT"); or the name of a
-    change, whose shell command is `command`.
+    action: the name of an errno, with "+" if all later calls fail too; "short"; a signal ("SIGINT", and "SIGINT*2" for
+    a second one soon after); or the name of a change, whose shell command is `command`.
     """
 
     kind: str
@@ -56,7 +59,7 @@ class Fault:
 
     def settings(self) -> dict[str, Any]:
         """The fields of `Settings`."""
-        name = self.action.removesuffix("+")
+        name = self.action.removesuffix("+").removesuffix("*2")
         if self.command:
             action, value = COMMAND, 0
         elif name == "short":
@@ -65,9 +68,9 @@ class Fault:
             action, value = SIGNAL, int(getattr(signal, name))
         else:
             action, value = FAIL, int(getattr(errno, name))
-        sticky = int(self.action.endswith("+"))
-        return {"kind": KINDS.index(self.kind), "at": self.at, "action": action, "value": value, "sticky": sticky,
-                "command": self.command}  # fmt: skip
+        sticky, again = int(self.action.endswith("+")), self.at + SOON if self.action.endswith("*2") else 0
+        return {"kind": KINDS.index(self.kind), "at": self.at, "again": again, "action": action, "value": value,
+                "sticky": sticky, "command": self.command}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def import_all() -> None:
 
 def clear(settings: Settings, wanted: dict[str, Any]) -> None:
     settings.counts[:] = [0] * len(KINDS)
-    for name in ("at", "hits", "kind", "action", "value", "sticky"):
+    for name in ("at", "again", "hits", "kind", "action", "value", "sticky"):
         setattr(settings, name, wanted.get(name, 0))
     settings.command, settings.where = os.fsencode(wanted.get("command", "")), b""
 

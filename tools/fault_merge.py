@@ -60,7 +60,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "space": ("EIO", "ENOSYS"),
     "socket": ("ECONNRESET", "EPIPE"),
     "disk": ("ENOSPC+", "EDQUOT+", "EIO+"),
-    "any": ("SIGINT", "SIGTERM", "EIO+"),
+    "any": ("SIGINT", "SIGTERM", "SIGINT*2", "EIO+"),
 }
 """Of `any`, the changes of the mode, too."""
 
