@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from _faults_modes import MARKER, Mode, Place, State, run_change
 from _faults_process import Fault, Run
 
-UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)|is as it was")
+UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)")
+RESTORED = re.compile(r"is as it was")
 COMPLETE = re.compile(r"is complete\b|is merged completely")
 JOURNALED = re.compile(r"\.pema-undo|undo journal is intact")
 CODES = {"SIGINT": (0, 1, 130, -2), "SIGINT*2": (0, 1, 130, -2), "SIGTERM": (0, 1, 143, -15)}
@@ -54,6 +55,12 @@ def expect_change(mode: Mode, place: Place, plain: Expected, command: str) -> Ex
     mode.prepare(place)
     run_change(command)
     before, after = [place.state()], []
+    if mode.is_base_changed and plain.before[1:]:  # rolled back, and changed
+        place.restore_inputs(mode.base)
+        run_change(command)
+        before.append(place.state())
+        mode.prepare(place)
+        run_change(command)
     if place.server.run(mode.arguments(place)).code == 0:  # the change came first
         after.append(place.state())
     mode.prepare(place)
@@ -99,8 +106,10 @@ def _judge_state(case: Case, state: State) -> list[str]:
         return [] if state in expected.after else [f"succeeds, but {_difference(state, expected.after)}"]
     is_complete, is_unchanged = state in expected.after, state in expected.before
     what = "the result is complete" if is_complete else _difference(state, expected.before)
-    if (claim := COMPLETE.search(run.errors)) and not is_complete:
+    if (claim := COMPLETE.search(run.errors)) and _results(state) not in map(_results, expected.after):
         return [f"says {claim[0]!r}, but {_difference(state, expected.after)}"]
+    if claim := RESTORED.search(run.errors):
+        return [] if _is_restored(case, state) else [f"says {claim[0]!r}, but {_difference(state, expected.before)}"]
     if (claim := UNCHANGED.search(run.errors)) and not is_unchanged:
         return [f"says {claim[0]!r}, but {what}"]
     if "journal is intact" in run.errors and "base/.pema-undo" not in state:
@@ -108,6 +117,22 @@ def _judge_state(case: Case, state: State) -> list[str]:
     if is_complete or is_unchanged or _is_excused(case, state):
         return []
     return [f"leaves without saying so: {what}"]
+
+
+def _is_restored(case: Case, state: State) -> bool:
+    """Whether the base is what it was before the merge in place; leftovers of the journal must be named."""
+    wanted = case.expected.after if case.mode.name == "undo" else case.expected.before
+    if _has_journal(state) and not JOURNALED.search(case.run.errors):
+        return False
+    return _without_journal(state) in map(_without_journal, wanted)
+
+
+def _has_journal(state: State) -> bool:
+    return any(name.startswith("base/.pema-undo") for name in state)
+
+
+def _without_journal(state: State) -> State:
+    return {name: text for name, text in state.items() if not name.startswith("base/.pema-undo")}
 
 
 def _is_excused(case: Case, state: State) -> bool:
@@ -148,12 +173,14 @@ def _judge_next_runs(case: Case, state: State) -> list[str]:
     """Give the command again, undisturbed, and then the one that gives back what was there before."""
     mode, place, plain = case.mode, case.place, case.plain
     if case.fault.command:
-        if mode.is_base_changed or case.fault.action.endswith(("-appears", "-appear")):
+        if mode.is_base_changed or case.fault.action.endswith(("-appears", "-appear", "-edited")):
             return []  # no telling what would be right
         place.restore_inputs(mode.base)
     again = mode.again(place, state in plain.after or f"work/out/{MARKER}" in state or case.run.code == 0)
     if again is not None:
         run = place.server.run(again)
+        if "nothing to undo" in run.errors and RESTORED.search(case.run.errors):
+            return []
         if run.code:
             return [f"the next run fails: {run.errors.strip()}"]
         found = place.state()
@@ -180,6 +207,12 @@ def _judge_last(mode: Mode, place: Place) -> list[str]:
 
 def _inputs(state: State) -> State:
     return {name: text for name, text in state.items() if name.startswith(("base", "delta"))}
+
+
+def _results(state: State) -> State:
+    """Of what "complete" is said: the output folder, or the base changed in place."""
+    folder = "work" if any(name.startswith("work/") for name in state) else "base"
+    return {name: text for name, text in state.items() if name.startswith(folder)}
 
 
 def _outputs(state: State) -> State:
