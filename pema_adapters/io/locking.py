@@ -7,7 +7,7 @@ descriptor, those of the same process included. Where the system or the file sys
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pema_adapters.errors import MergeError
@@ -65,7 +65,8 @@ def locked(folder: Path, exclusive: bool, message: str) -> Iterator[None]:
             raise MergeError(f"{folder}: {message}") from None
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # the lock is gone all the same
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, exclusive: bool) -> bool:

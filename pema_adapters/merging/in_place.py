@@ -77,6 +77,8 @@ def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
         _abandon(base, error)
         if isinstance(error, KeyboardInterrupt):
             raise type(error)(f"{base} is as it was") from None
+        if isinstance(error, OSError):
+            raise MergeError(f"{error.filename or base}: {error.strerror or error}; {base} is as it was") from error
         raise
     return written
 
@@ -118,8 +120,29 @@ def roll_back_interrupted(base: Path) -> bool:
     journal.discard(base)
     if journal.state_of(base) != PATCHING:
         return False
-    roll_back(base)
+    _restore(base)
     return True
+
+
+def _restore(base: Path) -> dict[str, Any]:
+    """Roll back, and say how far that got where it is stopped. Returns the report of the merge."""
+    try:
+        return roll_back(base).report
+    except OSError as error:
+        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {_progress(base)}") from error
+    except KeyboardInterrupt as error:
+        raise type(error)(_progress(base)) from None
+
+
+def _progress(base: Path) -> str:
+    if not (base / ARMED).is_dir():
+        return f"{base} is restored"
+    try:
+        if journal.state_of(base) == DONE:
+            return f"{base} is still merged, nothing was undone"
+    except (OSError, MergeError):
+        pass
+    return f"{base} is restored in part, its undo journal is intact: run --undo again"
 
 
 def undo(base: Path) -> dict[str, Any]:
@@ -133,7 +156,7 @@ def undo(base: Path) -> dict[str, Any]:
         if not (base / ARMED).is_dir():
             journal.discard(base)  # of an undo that was cut off at its very end
             raise MergeError(f"{base}: nothing to undo (it holds no {ARMED}); it was not merged in place, or is undone")
-        return roll_back(base).report
+        return _restore(base)
 
 
 def _apply(plan: Plan, todo: Todo, base: Path, advance: Advance) -> tuple[int, dict[str, str]]:

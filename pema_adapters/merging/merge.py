@@ -88,7 +88,7 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
     try:
         return _merge(str(base), str(delta), None if output is None else Path(output), options)
     except OSError as error:
-        raise MergeError(f"{error.filename or output or delta}: {error.strerror or error}") from error
+        raise MergeError(f"{error.filename or output or base}: {error.strerror or error}") from error
 
 
 def undo_merge(base: str | Path) -> None:
@@ -98,10 +98,7 @@ def undo_merge(base: str | Path) -> None:
     try:
         undo(Path(base))
     except OSError as error:
-        raise MergeError(
-            f"{error.filename or base}: {error.strerror or error}; the base is not restored completely, and the undo "
-            "journal is intact: call --undo again"
-        ) from error
+        raise MergeError(f"{error.filename or base}: {error.strerror or error}") from error
 
 
 def _merge(base: str, delta: str, output: Path | None, options: Options) -> MergeReport:

@@ -1,6 +1,6 @@
 """Putting a base back from its undo journal."""
 
-from contextlib import suppress
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +95,15 @@ def _where(base: Path, journal: Journal, name: str) -> Path:
     return path
 
 
+def _remove_folder(path: Path) -> None:
+    """Remove a folder that the merge made, unless somebody put something into it."""
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
 def _changed(path: Path, how: str) -> MergeError:
     return MergeError(
         f"{path}: {how}; it was changed after the merge in place, and undoing that would lose the change; move the "
@@ -129,8 +138,7 @@ def _restore_files(base: Path, journal: Journal) -> None:
     for name in journal.created:
         (base / name).unlink(missing_ok=True)
     for name in sorted(journal.folders, key=len, reverse=True):
-        with suppress(OSError):  # not there yet, or somebody put something into it
-            (base / name).rmdir()
+        _remove_folder(base / name)
     for folder in {base / parent for name in journal.created for parent in Path(name).parents}:
         if folder.is_dir():
             sync_folder(folder)

@@ -16,7 +16,7 @@ def check_space(plan: Plan, folder: Path) -> None:
     needed = plan.size
     if _free(folder) < needed and _can_clone(plan, folder):
         needed = _size_without_clones(plan)
-    check_free(folder, needed)
+    check_free(folder.parent, needed)
 
 
 def check_free(folder: Path, size: int) -> None:

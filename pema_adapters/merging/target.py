@@ -160,9 +160,18 @@ def _commit(stage: Path, target: Path) -> None:
     try:
         stage.replace(target)
     except OSError as error:
+        left = _put_back(aside, target)
+        raise MergeError(f"{target}: cannot be put in place ({error.strerror}); {left}") from error
+
+
+def _put_back(aside: Path, target: Path) -> str:
+    """Put the earlier output back, if there was one. Returns what there is to say."""
+    try:
         if aside.exists():
             aside.replace(target)
-        raise MergeError(f"{target}: cannot be put in place ({error.strerror}); {NOTHING_LEFT}") from error
+    except OSError as error:
+        return f"the earlier output could not be put back ({error.strerror}): rename {aside}"
+    return NOTHING_LEFT
 
 
 def _discard_replaced(target: Path) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pema_adapters import merge_checkpoint
+from pema_adapters.errors import MergeError
 from pema_adapters.merging import write
 from pema_adapters.merging.segments import BLOCK
 from tests.merging.conftest import T, oracle, read
@@ -51,6 +52,22 @@ def cloning_folder(tmp_path_factory):
 def data_start(path):
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_a_nearly_full_disk_suffices_where_the_base_is_cloned(cloning_folder, make_base, make_adapter):
+    """What is cloned takes no room: a base of 100 MB merges into 40 MB of free space."""
+    source = make_base(extra={"bert.encoder.wide": T.of(np.zeros((5_000, 5_000), np.float32))})
+    base, delta = cloning_folder / "large", make_adapter(source).folder
+    shutil.copytree(source.folder, base)
+    with (cloning_folder / "filler").open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(cloning_folder).free - (40 << 20))
+    report = merge_checkpoint(base, delta, cloning_folder / "out-large")
+    assert any("the file system cloned" in note for note in report.notes)
+    shutil.rmtree(cloning_folder / "out-large")
+    with pytest.raises(MergeError, match=r"bytes free, but the merge takes 50,0\d\d,\d{3}; free some or choose"):
+        merge_checkpoint(base, delta, cloning_folder / "out-large", dtype="float16")
+    (cloning_folder / "filler").unlink()
+    shutil.rmtree(base)
 
 
 @pytest.mark.parametrize("head", [None, HEAD], ids=["same header", "new header"])
