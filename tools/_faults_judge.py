@@ -7,8 +7,9 @@ from _faults_modes import MARKER, Mode, Place, State, run_change
 from _faults_process import Fault, Run
 
 UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)")
-RESTORED = re.compile(r"is as it was")
+RESTORED = re.compile(r"is as it was|is restored(?! (?:in part|completely))")
 COMPLETE = re.compile(r"is complete\b|is merged completely")
+INTACT = re.compile(r"(?<!no )journal is intact")
 JOURNALED = re.compile(r"\.pema-undo|undo journal is intact")
 CODES = {"SIGINT": (0, 1, 130, -2), "SIGINT*2": (0, 1, 130, -2), "SIGTERM": (0, 1, 143, -15)}
 REMOVING = ("unlink", "list", "stat", "rename", "open", "close")
@@ -103,20 +104,36 @@ def _failed_input(case: Case) -> str:
 def _judge_state(case: Case, state: State) -> list[str]:
     run, expected = case.run, case.expected
     if run.code == 0:
+        state = _without_named(state, run.output)
         return [] if state in expected.after else [f"succeeds, but {_difference(state, expected.after)}"]
-    is_complete, is_unchanged = state in expected.after, state in expected.before
-    what = "the result is complete" if is_complete else _difference(state, expected.before)
-    if (claim := COMPLETE.search(run.errors)) and _results(state) not in map(_results, expected.after):
-        return [f"says {claim[0]!r}, but {_difference(state, expected.after)}"]
-    if claim := RESTORED.search(run.errors):
-        return [] if _is_restored(case, state) else [f"says {claim[0]!r}, but {_difference(state, expected.before)}"]
-    if (claim := UNCHANGED.search(run.errors)) and not is_unchanged:
-        return [f"says {claim[0]!r}, but {what}"]
-    if "journal is intact" in run.errors and "base/.pema-undo" not in state:
-        return ["says 'journal is intact', but there is none"]
-    if is_complete or is_unchanged or _is_excused(case, state):
+    if (claim := _false_claim(case, state)) is not None:
+        return [claim] if claim else []
+    if state in (*expected.before, *expected.after) or _is_excused(case, state):
         return []
-    return [f"leaves without saying so: {what}"]
+    return [f"leaves without saying so: {_difference(state, expected.before)}"]
+
+
+def _without_named(state: State, said: str) -> State:
+    """The state without a replaced output that a note names: it could not be removed."""
+    aside = "work/.out.pema-replaced"
+    return {name: text for name, text in state.items() if not (name.startswith(aside) and f"/{aside}" in said)}
+
+
+def _false_claim(case: Case, state: State) -> str | None:
+    """What the run says of what it left, if that is false; "" if it is true; None if it says nothing."""
+    said, expected = case.run.errors, case.expected
+    what = "the result is complete" if state in expected.after else _difference(state, expected.before)
+    if claim := COMPLETE.search(said):
+        is_true, what = _results(state) in map(_results, expected.after), _difference(state, expected.after)
+    elif claim := RESTORED.search(said):
+        is_true = _is_restored(case, state)
+    elif claim := UNCHANGED.search(said):
+        is_true = state in expected.before
+    elif claim := INTACT.search(said):
+        is_true, what = "base/.pema-undo" in state, "there is none"
+    else:
+        return None
+    return "" if is_true else f"says {claim[0]!r}, but {what}"
 
 
 def _is_restored(case: Case, state: State) -> bool:
