@@ -37,7 +37,7 @@ def tensors() -> dict[str, T]:
     return found
 
 
-def revised(found: dict[str, T]) -> dict[str, T]:
+def revise(found: dict[str, T]) -> dict[str, T]:
     """Another revision of the base, which the fingerprint of a delta cannot tell from the first."""
     made = {}
     for name, tensor in found.items():
@@ -81,7 +81,7 @@ def delta_files(found: dict[str, T], seed: int) -> Files:
 def write_inputs(folder: Path) -> None:
     """Write base, delta and base-bin to `folder`, and below `folder/revised` another state of each."""
     first = tensors()
-    second = revised(first)
+    second = revise(first)
     assert fingerprint(second, IDS, ROWS) == fingerprint(first, IDS, ROWS)
     for where, found, seed in ((folder, first, 20), (folder / "revised", second, 30)):
         put(where, base_files(found, where.name, is_pickled=False))
@@ -98,7 +98,7 @@ CHANGES = {
     "disguise-{name}": _EACH + 'cp -p {given}/"$f" {kept}/.old; dd status=none conv=notrunc if="$f" of={given}/"$f"; '
     'touch -r {kept}/.old {given}/"$f"; done',
     "replace-{name}": _EACH + 'cp "$f" {kept}/.new && mv {kept}/.new {given}/"$f"; done',
-    "cut-{name}": "for f in $(find {given} -type f); do truncate -s 3000 $f; done",
+    "cut-{name}": "for f in $(find {given} -type f -not -path '*.pema-undo*'); do truncate -s 3000 $f; done",
     "remove-{name}": "rm -r {given}",
 }
 """Shell commands: what somebody does to an input meanwhile. rewrite: each file is cut and written again, as `cp` and

@@ -140,7 +140,7 @@ def serve(root: Path) -> int:
     import_all()
     for line in commands:
         request = json.loads(line)
-        clear(settings, request["settings"])
+        configure(settings, request["settings"])
         child = os.fork()
         if child == 0:
             commands.close()
@@ -166,7 +166,7 @@ def import_all() -> None:
         importlib.import_module("torch")
 
 
-def clear(settings: Settings, wanted: dict[str, Any]) -> None:
+def configure(settings: Settings, wanted: dict[str, Any]) -> None:
     settings.counts[:] = [0] * len(KINDS)
     for name in ("at", "again", "hits", "kind", "action", "value", "sticky"):
         setattr(settings, name, wanted.get(name, 0))

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeAlias
 
 from _bench import table, write_json
 from _faults_inputs import write_inputs
@@ -63,9 +63,13 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "any": ("SIGINT", "SIGTERM", "SIGINT*2", "EIO+"),
 }
 """Of `any`, the changes of the mode, too."""
+Call: TypeAlias = tuple[str, int, str]
+"""Kind, number, action."""
+Chosen: TypeAlias = tuple[str, str, int, str]
+"""The same, after the name of the mode."""
 
 
-class Bench:
+class Session:
     """A server of its own with all that the runs of one process need. For `with`."""
 
     def __init__(self, library: Path, parent: Path | None, names: set[str]) -> None:
@@ -99,7 +103,7 @@ class Bench:
             hub.repositories[REPOSITORY].commit("main", "edited", {"README.md": card})
             (self.kept / "answer").write_text("done")
 
-    def __enter__(self) -> "Bench":
+    def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -123,36 +127,36 @@ class Bench:
         run = self.place.server.run(mode.arguments(self.place), fault)
         wrong = judge(Case(mode, self.place, fault, run, expected, plain)) if run.hits else []
         where, said, *wrong = (text.replace(str(self.place.root), "ROOT") for text in (run.where, run.errors, *wrong))
-        return {"fault": f"{name}:{kind}:{at}:{action}", "outcome": outcome(run), "where": where, "said": said.strip(),
-                "wrong": wrong}  # fmt: skip
+        return {"fault": f"{name}:{kind}:{at}:{action}", "outcome": describe_outcome(run), "where": where,
+                "said": said.strip(), "wrong": wrong}  # fmt: skip
 
 
-def outcome(run: Run) -> str:
+def describe_outcome(run: Run) -> str:
     if not run.hits:
         return "not met"
     return "completed" if run.code == 0 else "refused" if run.code > 0 else "ended"
 
 
-def all_faults(bench: Bench, names: list[str], kinds: list[str]) -> dict[str, list[tuple[str, int, str]]]:
+def all_faults(session: Session, names: list[str], kinds: list[str]) -> dict[str, list[Call]]:
     """`{mode: (kind, at, action)}`, every one there is."""
     found = {}
     for name in names:
-        mode, counts = MODES[name], bench.expected(MODES[name]).counts
+        mode, counts = MODES[name], session.expected(MODES[name]).counts
         found[name] = [
             (kind, at, action)
             for kind in kinds
-            for action in (*ACTIONS[kind], *(mode.changes(bench.place) if kind == "any" else ()))
+            for action in (*ACTIONS[kind], *(mode.changes(session.place) if kind == "any" else ()))
             for at in range(1, counts[kind] + 1)
         ]
     return found
 
 
-def sample(faults: dict[str, list[tuple[str, int, str]]], count: int, seed: int) -> list[tuple[str, str, int, str]]:
+def sample(faults: dict[str, list[Call]], count: int, seed: int) -> list[Chosen]:
     """`count` faults: the same share of each mode, and in it of each kind and action while it has some left."""
     chosen = []
     for number, (name, found) in enumerate(faults.items()):
         random = Random(f"{seed}:{name}")
-        groups: dict[tuple[str, str], list[tuple[str, int, str]]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
         for fault in random.sample(found, len(found)):
             groups[fault[0], fault[2]].append(fault)
         wanted = count // len(faults) + (number < count % len(faults))
@@ -160,7 +164,7 @@ def sample(faults: dict[str, list[tuple[str, int, str]]], count: int, seed: int)
     return chosen
 
 
-def _take_in_turn(groups: list[list[tuple[str, int, str]]], count: int) -> Iterator[tuple[str, int, str]]:
+def _take_in_turn(groups: list[list[Call]], count: int) -> Iterator[Call]:
     while count > 0 and any(groups):
         for group in groups:
             if group and count > 0:
@@ -168,21 +172,19 @@ def _take_in_turn(groups: list[list[tuple[str, int, str]]], count: int) -> Itera
                 yield group.pop()
 
 
-def work(place: tuple[Path, Path | None, set[str]], faults: list[tuple[str, str, int, str]], results: Any) -> None:
-    """In a process of its own: all faults, one after another. `place`: the arguments of `Bench`."""
-    with Bench(*place) as bench:
+def disturb_all(place: tuple[Path, Path | None, set[str]], faults: list[Chosen], results: Any) -> None:
+    """In a process of its own: all faults, one after another. `place`: the arguments of `Session`."""
+    with Session(*place) as session:
         for fault in faults:
-            results.put(bench.disturb(*fault))
+            results.put(session.disturb(*fault))
 
 
-def run_all(
-    library: Path, options: argparse.Namespace, faults: list[tuple[str, str, int, str]]
-) -> list[dict[str, Any]]:
+def run_all(library: Path, options: argparse.Namespace, faults: list[Chosen]) -> list[dict[str, Any]]:
     """Spread the faults over the processes; print each wrong one as it is found."""
     results: Any = multiprocessing.Queue()
     place = (library, options.dir, {name for name, *_ in faults})
     shares = [faults[number :: options.jobs] for number in range(options.jobs)]
-    workers = [multiprocessing.Process(target=work, args=(place, share, results)) for share in shares if share]
+    workers = [multiprocessing.Process(target=disturb_all, args=(place, share, results)) for share in shares if share]
     for worker in workers:
         worker.start()
     found: list[dict[str, Any]] = []
@@ -228,12 +230,12 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def choose(library: Path, options: argparse.Namespace) -> list[tuple[str, str, int, str]]:
+def choose(library: Path, options: argparse.Namespace) -> list[Chosen]:
     """The faults that were asked for, or a sample of all."""
     if options.only:
         return [(name, kind, int(at), action) for name, kind, at, action in (one.split(":") for one in options.only)]
-    with Bench(library, options.dir, set(options.modes)) as bench:
-        return sample(all_faults(bench, options.modes, options.kinds), options.faults, options.seed)
+    with Session(library, options.dir, set(options.modes)) as session:
+        return sample(all_faults(session, options.modes, options.kinds), options.faults, options.seed)
 
 
 def _parser() -> argparse.ArgumentParser:
