@@ -1,0 +1,236 @@
+"""What may lie there after a disturbed run, and what it may say."""
+
+import re
+from dataclasses import dataclass, field
+
+from _faults_modes import MARKER, Mode, Place, State, run_change
+from _faults_process import Fault, Run
+
+UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)")
+RESTORED = re.compile(r"is as it was|is restored(?! (?:in part|completely))")
+COMPLETE = re.compile(r"is complete\b|is merged completely")
+INTACT = re.compile(r"(?<!no )journal is intact")
+JOURNALED = re.compile(r"\.pema-undo|undo journal is intact")
+CODES = {"SIGINT": (0, 1, 130, -2), "SIGINT*2": (0, 1, 130, -2), "SIGTERM": (0, 1, 143, -15)}
+REMOVING = ("unlink", "list", "stat", "rename", "open", "close")
+"""Calls that the removal of a folder needs: where one of them fails, something may stay."""
+
+
+@dataclass
+class Expected:
+    """Of a mode: the calls that it makes, and the states before and after it.
+
+    With a change that happens meanwhile: all states that it could give by happening earlier or later.
+    """
+
+    before: list[State]
+    after: list[State]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run that was disturbed. plain: what may be there without a change."""
+
+    mode: Mode
+    place: Place
+    fault: Fault
+    run: Run
+    expected: Expected
+    plain: Expected
+
+
+def expect(mode: Mode, place: Place) -> Expected:
+    """Run the mode undisturbed. Raises `SystemExit` where that fails."""
+    mode.prepare(place)
+    before = place.state()
+    run = place.server.run(mode.arguments(place))
+    if run.code:
+        raise SystemExit(f"{mode.name}: the undisturbed run failed: {run.errors}")
+    after = place.state()
+    return Expected([before, *mode.steps_on_the_way(place, before, after)], [after], run.counts)
+
+
+def expect_change(mode: Mode, place: Place, plain: Expected, command: str) -> Expected:
+    """What may be there where the change happens at some moment of the run."""
+    mode.prepare(place)
+    run_change(command)
+    before, after = [place.state()], []
+    if mode.is_base_changed and plain.before[1:]:  # rolled back, and changed
+        place.restore_inputs(mode.base)
+        run_change(command)
+        before.append(place.state())
+        mode.prepare(place)
+        run_change(command)
+    if place.server.run(mode.arguments(place)).code == 0:  # the change came first
+        after.append(place.state())
+    mode.prepare(place)
+    place.server.run(mode.arguments(place))
+    run_change(command)
+    return Expected([*plain.before, *before], [*after, place.state()])
+
+
+def judge(case: Case) -> list[str]:
+    """Say what is wrong with a run, and with those after it; [] if nothing is."""
+    state = case.place.state()
+    return [*_judge_words(case), *_judge_state(case, state), *_judge_next_runs(case, state)]
+
+
+def _judge_words(case: Case) -> list[str]:
+    run, wrong = case.run, []
+    if run.is_stuck:
+        wrong.append("hangs")
+    elif run.code not in CODES.get(case.fault.action, (0, 1)):
+        wrong.append(f"exit code {run.code}")
+    if "Traceback" in run.errors or "Exception ignored" in run.errors:
+        wrong.append(f"traceback: {run.errors.strip().splitlines()[-1]}")
+    elif run.errors.count("\n") > 1 and (run.code or "push" not in case.mode.name):  # the Hub's client tells of retries
+        wrong.append(f"{run.errors.count(chr(10))} lines: {run.errors.strip()!r}")
+    if run.code == 1 and not run.errors:
+        wrong.append("fails without a word")
+    if (folder := _failed_input(case)) and folder not in run.errors:
+        wrong.append(f"names another place than {folder}: {run.errors.strip()}")
+    return wrong
+
+
+def _failed_input(case: Case) -> str:
+    """Base or delta, where a call on a file of it failed once and the run with it."""
+    is_error = case.fault.action.startswith("E") and not case.fault.action.endswith("+")
+    folders = (f"{case.place.root}/{name}" for name in ("base", "delta"))
+    found = next((folder for folder in folders if f" {folder}/" in case.run.where), "")
+    return found if is_error and case.run.code == 1 else ""
+
+
+def _judge_state(case: Case, state: State) -> list[str]:
+    run, expected = case.run, case.expected
+    if run.code == 0:
+        state = _without_named(state, run.output)
+        return [] if state in expected.after else [f"succeeds, but {_difference(state, expected.after)}"]
+    if (claim := _false_claim(case, state)) is not None:
+        return [claim] if claim else []
+    if state in (*expected.before, *expected.after) or _is_excused(case, state):
+        return []
+    return [f"leaves without saying so: {_difference(state, expected.before)}"]
+
+
+def _without_named(state: State, said: str) -> State:
+    """The state without a replaced output that a note names: it could not be removed."""
+    aside = "work/.out.pema-replaced"
+    return {name: text for name, text in state.items() if not (name.startswith(aside) and f"/{aside}" in said)}
+
+
+def _false_claim(case: Case, state: State) -> str | None:
+    """What the run says of what it left, if that is false; "" if it is true; None if it says nothing."""
+    said, expected = case.run.errors, case.expected
+    what = "the result is complete" if state in expected.after else _difference(state, expected.before)
+    if claim := COMPLETE.search(said):
+        is_true, what = _results(state) in map(_results, expected.after), _difference(state, expected.after)
+    elif claim := RESTORED.search(said):
+        is_true = _is_restored(case, state)
+    elif claim := UNCHANGED.search(said):
+        is_true = state in expected.before
+    elif claim := INTACT.search(said):
+        is_true, what = "base/.pema-undo" in state, "there is none"
+    else:
+        return None
+    return "" if is_true else f"says {claim[0]!r}, but {what}"
+
+
+def _is_restored(case: Case, state: State) -> bool:
+    """Whether the base is what it was before the merge in place; leftovers of the journal must be named."""
+    wanted = case.expected.after if case.mode.name == "undo" else case.expected.before
+    if _has_journal(state) and not JOURNALED.search(case.run.errors):
+        return False
+    return _without_journal(state) in map(_without_journal, wanted)
+
+
+def _has_journal(state: State) -> bool:
+    return any(name.startswith("base/.pema-undo") for name in state)
+
+
+def _without_journal(state: State) -> State:
+    return {name: text for name, text in state.items() if not name.startswith("base/.pema-undo")}
+
+
+def _is_excused(case: Case, state: State) -> bool:
+    """Whether the run named what it left, or could not help it."""
+    fault, run = case.fault, case.run
+    left = state.keys() - case.expected.before[0].keys()
+    is_journaled = "base/.pema-undo" in state
+    if any(name.split("/")[-1] in run.errors for name in left) or (is_journaled and JOURNALED.search(run.errors)):
+        return True
+    if run.code == -15:
+        return is_journaled
+    is_lost = any(
+        name.startswith(("base", "delta", "work/out")) for name in case.expected.before[0].keys() - state.keys()
+    )
+    if is_lost and not is_journaled and not fault.command:
+        return False
+    return fault.action.endswith(("+", "*2")) or (fault.kind in REMOVING and fault.action.startswith("E"))
+
+
+def _difference(state: State, accepted: list[State]) -> str:
+    """Name what differs from the nearest accepted state."""
+    best = min((_differing(state, other) for other in accepted), key=len)
+    shown = ", ".join(best[:6])
+    return f"differs in {shown}{f' and {len(best) - 6} more' if len(best) > 6 else ''}"
+
+
+def _differing(state: State, other: State) -> list[str]:
+    """The names that differ; "+": only in `state`, "-": only in `other`."""
+    found = []
+    for name in sorted(state.keys() | other.keys()):
+        if state.get(name) != other.get(name):
+            sign = "+" if name not in other else "-" if name not in state else ""
+            found.append(sign + name)
+    return found
+
+
+def _judge_next_runs(case: Case, state: State) -> list[str]:
+    """Give the command again, undisturbed, and then the one that gives back what was there before."""
+    mode, place, plain = case.mode, case.place, case.plain
+    if case.fault.command:
+        if mode.is_base_changed or case.fault.action.endswith(("-appears", "-appear", "-edited")):
+            return []  # no telling what would be right
+        place.restore_inputs(mode.base)
+    again = mode.again(place, state in plain.after or f"work/out/{MARKER}" in state or case.run.code == 0)
+    if again is not None:
+        run = place.server.run(again)
+        if "nothing to undo" in run.errors and RESTORED.search(case.run.errors):
+            return []
+        if run.code:
+            return [f"the next run fails: {run.errors.strip()}"]
+        found = place.state()
+        wanted, found = (
+            (plain.after, found) if not case.fault.command else ([*map(_outputs, plain.after)], _outputs(found))
+        )
+        if found not in wanted:
+            return [f"the next run {_difference(found, wanted)}"]
+    return _judge_last(mode, place)
+
+
+def _judge_last(mode: Mode, place: Place) -> list[str]:
+    last = mode.last(place)
+    if last is None:
+        return []
+    run = place.server.run(last)
+    if run.code:
+        return [f"--undo fails: {run.errors.strip()}"]
+    found = _inputs(place.state())
+    place.restore_inputs(mode.base)
+    wanted = _inputs(place.state())
+    return [] if found == wanted else [f"--undo {_difference(found, [wanted])}"]
+
+
+def _inputs(state: State) -> State:
+    return {name: text for name, text in state.items() if name.startswith(("base", "delta"))}
+
+
+def _results(state: State) -> State:
+    """Of what "complete" is said: the output folder, or the base changed in place."""
+    folder = "work" if any(name.startswith("work/") for name in state) else "base"
+    return {name: text for name, text in state.items() if name.startswith(folder)}
+
+
+def _outputs(state: State) -> State:
+    return {name: text for name, text in state.items() if name.startswith(("work", "hub:"))}
