@@ -29,11 +29,13 @@ POINTS = {
     "set_active_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "set_active_adapters"),
     "get_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "get_adapter"),
     "supports_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "supports_adapter"),
+    "forward_context": ("adapters.model_mixin", "ModelAdaptersMixin", "forward_context"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
     "load_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model"),
     "save_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"),
     "resize_token_embeddings": ("transformers.modeling_utils", "PreTrainedModel", "resize_token_embeddings"),
     "tie_weights": ("transformers.modeling_utils", "PreTrainedModel", "_tie_or_clone_weights"),
+    "read_config": ("transformers.configuration_utils", "PretrainedConfig", "get_config_dict"),
     "save_checkpoint": ("transformers.trainer", "Trainer", "_save_checkpoint"),
     "save_weights": ("adapters.loading", "WeightsLoaderHelper", "save_weights"),
     "load_weights": ("adapters.loading", "WeightsLoaderHelper", "load_weights"),
@@ -215,6 +217,24 @@ def keep_loaded(module: Any, weight: Any) -> None:
     module._hf_hook = hooks.ModelHook()  # the other, removed, would bring its weights back
     hooks.remove_hook_from_module(module)
     hooks.add_hook_to_module(module, hooks.AlignDevicesHook(weight.device))
+
+
+def find_hub_kernel(config: Any) -> tuple[str, str] | None:
+    """The first field of a config, or of one within it, that names an attention kernel on the Hub; and its value.
+
+    Transformers below 5.3 takes these fields from a config.json, and downloads and runs the kernel's code
+    (CVE-2026-4372). config: as a dictionary, or a `PretrainedConfig`.
+    """
+    for name, value in (config if isinstance(config, Mapping) else vars(config)).items():
+        if str(name).lstrip("_").startswith("attn_implementation"):
+            for one in value.values() if isinstance(value, Mapping) else [value]:
+                if isinstance(one, str) and "/" in one:
+                    return name, one
+        is_config = isinstance(value, Mapping) or hasattr(value, "sub_configs")
+        found = find_hub_kernel(value) if is_config else None
+        if found is not None:
+            return found
+    return None
 
 
 def mark_as_initialized(module: Any) -> None:

@@ -183,3 +183,16 @@ def test_direft_stays_direft():
     assert again.match("di", reft).subtract_projection is False
     assert again.match("no", reft).subtract_projection is True
     assert "subtract_projection" not in adapters.NoReftConfig().to_dict()
+
+
+def test_activating_an_adapter_warns_of_no_forward(case, caplog):
+    """adapters speaks of a forward pass without an active adapter whenever one is activated."""
+    model = case.with_adapters()
+    model.add_adapter("task", config=PEMAConfig())
+    shrink_embeddings(model, "task", PartialVocabulary(USED, V))
+    model.train_adapter("task")
+    model.set_active_adapters("task")
+    assert "none are activated" not in caplog.text
+    model.set_active_adapters(None)
+    outputs(model, MIXED)
+    assert "none are activated" in caplog.text

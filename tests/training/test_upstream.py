@@ -36,6 +36,12 @@ SIGNATURES = {
     ],
     ("adapters.model_mixin", "ModelAdaptersMixin.supports_adapter"): ["self", "type_or_config"],
     ("adapters.model_mixin", "ModelAdaptersMixin.adapter_summary"): ["self", "as_dict"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.forward_context"): ["self", "context", "args", "kwargs"],
+    ("transformers.configuration_utils", "PretrainedConfig.get_config_dict"): [
+        "cls",
+        "pretrained_model_name_or_path",
+        "kwargs",
+    ],
     ("transformers.modeling_utils", "PreTrainedModel._tie_or_clone_weights"): [
         "self",
         "output_embeddings",
@@ -146,3 +152,16 @@ def test_weights_are_moved_away_after_all_are_loaded():
     """`load_model` fingerprints those that were drawn between the two."""
     source = inspect.getsource(transformers.PreTrainedModel.from_pretrained)
     assert source.index("cls._load_pretrained_model(") < source.index("dispatch_model(model"), VERSIONS
+
+
+def test_lora_is_reset_in_a_context_with_an_empty_input():
+    """It says that no adapter is active where nothing is about to run."""
+    assert "ForwardContext(self, torch.empty(0, 1))" in inspect.getsource(adapters.ModelAdaptersMixin.reset_adapter), (
+        VERSIONS
+    )
+
+
+def test_the_attention_of_a_config_is_held_where_we_look_for_it():
+    config = transformers.BertConfig(_attn_implementation_internal="org/kernel")
+    assert config._attn_implementation == "org/kernel" == vars(config)["_attn_implementation_internal"], VERSIONS
+    assert _upstream.find_hub_kernel(config) == ("_attn_implementation_internal", "org/kernel"), VERSIONS
