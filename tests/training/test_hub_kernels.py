@@ -55,7 +55,7 @@ def test_a_config_that_was_read_before_is_refused_too(case, requested):
 
 def test_transformers_itself_would_load_it(case, requested):
     change(case, FIELDS["internal"])
-    with pytest.raises(ValueError, match="is not supported"):  # as no kernel was registered here
+    with pytest.raises(KeyError, match=KERNEL):  # as none was registered here
         case.plain()
     assert requested == [KERNEL]
 
