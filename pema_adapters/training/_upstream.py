@@ -35,11 +35,13 @@ POINTS = {
     "save_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "save_adapter"),
     "save_all_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_all_adapters"),
     "save_with_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_pretrained"),
+    "forward_context": ("adapters.model_mixin", "ModelAdaptersMixin", "forward_context"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
     "load_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model"),
     "save_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "save_pretrained"),
     "resize_token_embeddings": ("transformers.modeling_utils", "PreTrainedModel", "resize_token_embeddings"),
     "tie_weights": ("transformers.modeling_utils", "PreTrainedModel", "_tie_or_clone_weights"),
+    "read_config": ("transformers.configuration_utils", "PretrainedConfig", "get_config_dict"),
     "save_checkpoint": ("transformers.trainer", "Trainer", "_save_checkpoint"),
     "save_weights": ("adapters.loading", "WeightsLoaderHelper", "save_weights"),
     "load_weights": ("adapters.loading", "WeightsLoaderHelper", "load_weights"),
@@ -263,6 +265,24 @@ def prefix_pools(model: Any) -> list[tuple[Any, Any]]:
     from adapters.methods.prefix_tuning import PrefixTuningLayer
 
     return [(module, module.pool) for module in model.modules() if isinstance(module, PrefixTuningLayer)]
+
+
+def find_hub_kernel(config: Any) -> tuple[str, str] | None:
+    """The first field of a config, or of one within it, that names an attention kernel on the Hub; and its value.
+
+    Transformers below 5.3 takes these fields from a config.json, and downloads and runs the kernel's code
+    (CVE-2026-4372). config: as a dictionary, or a `PretrainedConfig`.
+    """
+    for name, value in (config if isinstance(config, Mapping) else vars(config)).items():
+        if str(name).lstrip("_").startswith("attn_implementation"):
+            for one in value.values() if isinstance(value, Mapping) else [value]:
+                if isinstance(one, str) and "/" in one:
+                    return name, one
+        is_config = isinstance(value, Mapping) or hasattr(value, "sub_configs")
+        found = find_hub_kernel(value) if is_config else None
+        if found is not None:
+            return found
+    return None
 
 
 def mark_as_initialized(module: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pema_adapters.errors import SurgeryError
+from pema_adapters.errors import FormatError, SurgeryError
 from pema_adapters.training import _upstream
 from pema_adapters.training.embedding import PartialEmbedding
 from pema_adapters.training.model import input_embedding
@@ -31,6 +31,16 @@ def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
         f"resize_token_embeddings to {new_num_tokens}: the model holds PEMA rows of a vocabulary of "
         f"{embedding.num_embeddings}: resize before shrink_embeddings, or call restore_embeddings(model) first"
     )
+
+
+def refuse_hub_kernel(config: Any, where: str) -> None:
+    """Raise FormatError where a config names an attention kernel on the Hub, whose code Transformers would run."""
+    found = _upstream.find_hub_kernel(config)
+    if found is not None:
+        raise FormatError(
+            f"{where}: {found[0]} names {found[1]!r}, a kernel on the Hub whose code Transformers would download and "
+            "run (CVE-2026-4372); remove this field, and pass attn_implementation to load_model if you trust it"
+        )
 
 
 def refuse_tie(model: Any, embedding: nn.Module, head: nn.Module) -> None:

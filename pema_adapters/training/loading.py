@@ -14,6 +14,7 @@ from pema_adapters.errors import SurgeryError
 from pema_adapters.training import _upstream
 from pema_adapters.training.base import StoredMatrix
 from pema_adapters.training.embedding import PartialEmbedding, convert_all, parts_of, sites
+from pema_adapters.training.guards import refuse_hub_kernel
 from pema_adapters.training.model import input_embedding
 from pema_adapters.training.output import has_tied_head
 from pema_adapters.training.surgery import shrink_embeddings
@@ -46,7 +47,10 @@ def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary:
 
     Raises:
         SurgeryError, VocabularyError: as `shrink_embeddings`.
+        FormatError: the config names an attention kernel on the Hub, whose code Transformers would run.
     """
+    if hasattr(kwargs.get("config"), "sub_configs") and "attn_implementation" not in kwargs:
+        refuse_hub_kernel(kwargs["config"], "config")
     with _upstream.during(_upstream.loading_without_matrix, []) as left_out:
         loaded = model_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -78,6 +78,13 @@ def _save_with_adapters(original: Callable[..., Any], model: Any, *args: Any, **
             layer.set_pool(pool)
 
 
+def _forward_context(original: Callable[..., Any], model: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+    """To reset LoRA, as every activation does, adapters opens a context for an empty input: no forward to warn of."""
+    if args and hasattr(args[0], "numel") and not args[0].numel() and not model.active_adapters:
+        return None
+    return original(model, context, *args, **kwargs)
+
+
 def _config_to_dict(original: Callable[..., dict[str, Any]], config: Any) -> dict[str, Any]:
     """What makes a DiReftConfig is no field of it: saved without, it comes back as a NoReftConfig."""
     found = original(config)
@@ -91,5 +98,6 @@ WRAPPERS: dict[str, Callable[..., Any]] = {
     "weights_to_save": _weights_to_save,
     "config_to_dict": _config_to_dict,
     "save_with_adapters": _save_with_adapters,
+    "forward_context": _forward_context,
     "wrap_merged_projection": _wrap_merged_projection,
 }

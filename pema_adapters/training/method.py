@@ -157,6 +157,16 @@ def _load_pretrained(original: Callable[..., Any], model_class: Any, model: Any,
         return original(model_class, model, *args, **kwargs)
 
 
+def _read_config(original: Callable[..., Any], config_class: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """A config.json that has `load_model` run code from the Hub is refused before anything is built."""
+    found = original(config_class, name, *args, **kwargs)
+    if _upstream.loading_without_matrix.get() is not None:
+        from pema_adapters.training.guards import refuse_hub_kernel
+
+        refuse_hub_kernel(found[0], f"{name}: config.json")
+    return found
+
+
 def _save_pretrained(original: Callable[..., Any], model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     from pema_adapters.training.saving import full_state_dict, own_rows_once, warn_of_unmerged_rows
 
@@ -248,6 +258,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "save_all_adapters": _save_all_adapters,
     "adapter_summary": _adapter_summary,
     "load_pretrained": _load_pretrained,
+    "read_config": _read_config,
     "save_pretrained": _save_pretrained,
     "resize_token_embeddings": _resize_token_embeddings,
     "tie_weights": _tie_weights,

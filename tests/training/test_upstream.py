@@ -36,6 +36,12 @@ SIGNATURES = {
     ],
     ("adapters.model_mixin", "ModelAdaptersMixin.supports_adapter"): ["self", "type_or_config"],
     ("adapters.model_mixin", "ModelAdaptersMixin.adapter_summary"): ["self", "as_dict"],
+    ("adapters.model_mixin", "ModelAdaptersMixin.forward_context"): ["self", "context", "args", "kwargs"],
+    ("transformers.configuration_utils", "PretrainedConfig.get_config_dict"): [
+        "cls",
+        "pretrained_model_name_or_path",
+        "kwargs",
+    ],
     ("transformers.modeling_utils", "PreTrainedModel._tie_or_clone_weights"): [
         "self",
         "output_embeddings",
@@ -185,3 +191,16 @@ def test_prefix_tuning_is_unlinked_from_its_pool_when_saved(case):
     assert {id(pool) for _, pool in _upstream.prefix_pools(model)} == {id(model.base_model.prefix_tuning)}, VERSIONS
     source = inspect.getsource(inspect.unwrap(adapters.ModelAdaptersMixin.save_pretrained))
     assert "layer.set_pool(None)" in source, VERSIONS
+
+
+def test_lora_is_reset_in_a_context_with_an_empty_input():
+    """It says that no adapter is active where nothing is about to run."""
+    assert "ForwardContext(self, torch.empty(0, 1))" in inspect.getsource(adapters.ModelAdaptersMixin.reset_adapter), (
+        VERSIONS
+    )
+
+
+def test_the_attention_of_a_config_is_held_where_we_look_for_it():
+    config = transformers.BertConfig(_attn_implementation_internal="org/kernel")
+    assert config._attn_implementation == "org/kernel" == vars(config)["_attn_implementation_internal"], VERSIONS
+    assert _upstream.find_hub_kernel(config) == ("_attn_implementation_internal", "org/kernel"), VERSIONS
