@@ -31,6 +31,7 @@ POINTS = {
     "delete_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "delete_adapter"),
     "save_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "save_adapter"),
     "save_all_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_all_adapters"),
+    "save_all_adapters_and_heads": ("adapters.model_mixin", "ModelWithHeadsAdaptersMixin", "save_all_adapters"),
     "save_with_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_pretrained"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),
     "load_pretrained": ("transformers.modeling_utils", "PreTrainedModel", "_load_pretrained_model"),
@@ -287,7 +288,7 @@ def decayed_parameter_names(model: Any) -> set[str]:
     """The names of the parameters to which a Trainer applies weight decay."""
     from transformers import Trainer
 
-    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    return set(Trainer.get_decay_parameter_names(None, model))
 
 
 def has_flexible_heads(model: Any) -> bool:

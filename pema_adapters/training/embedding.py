@@ -31,8 +31,8 @@ from pema_adapters.training.watch import UnseenCount, UnseenWatch
 Lookup = Callable[[Tensor], Tensor]
 
 _OWN_ATTRIBUTES = (
-    "base", "_overlay", "_watch", "_count", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old", "grows_over",
-    "was_loaded", "ties_output",
+    "base", "_overlay", "_watch", "_count", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old",
+    "grows_over", "was_loaded", "ties_output",
 )  # fmt: skip
 
 

@@ -30,7 +30,9 @@ def prepared(case, pema=None):
 def test_data_without_a_token_are_no_vocabulary(case, rows):
     model = case.with_adapters()
     model.add_adapter("task", config="pema")
-    with pytest.raises(VocabularyError, match="no token ids in column 'input_ids': .*give the tokenized training data"):
+    with pytest.raises(
+        VocabularyError, match=r"no token ids in column 'input_ids': .*give the tokenized training data"
+    ):
         shrink_embeddings(model, "task", Dataset.from_dict(rows))
 
 
