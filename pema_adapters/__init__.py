@@ -43,8 +43,8 @@ _PUBLIC = {
 
 __all__ = [
     "MemoryReport", "MergeReport", "PEMAConfig", "PartialVocabulary", "PemaError", "load_model", "memory_report",
-    "merge_checkpoint", "parameter_groups", "push_merged_to_hub", "restore_embeddings", "save_delta", "shrink_embeddings",
-    "undo_merge",
+    "merge_checkpoint", "parameter_groups", "push_merged_to_hub", "restore_embeddings", "save_delta",
+    "shrink_embeddings", "undo_merge",
 ]  # fmt: skip
 
 

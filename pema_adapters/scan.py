@@ -233,11 +233,6 @@ class Scanner:
         missing = [name for name in self.columns if name not in {*self.found, *optional, *defaults}]
         if missing or not self.found:
             self.refuse_columns(missing or self.columns)
-        if not self.bitmap.tokens:
-            raise VocabularyError(
-                f"no token ids in column {', '.join(sorted(map(repr, self.found)))}: the data have no rows, or only empty "
-                "ones; give the tokenized training data"
-            )
         used = tuple(name for name in self.columns if name in self.found)
         return Scan(np.flatnonzero(self.bitmap.seen), self.bitmap.tokens, used, notes=tuple(self.notes))
 

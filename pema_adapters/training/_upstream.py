@@ -34,6 +34,7 @@ POINTS = {
     "delete_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "delete_adapter"),
     "save_adapter": ("adapters.model_mixin", "ModelAdaptersMixin", "save_adapter"),
     "save_all_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_all_adapters"),
+    "save_all_adapters_and_heads": ("adapters.model_mixin", "ModelWithHeadsAdaptersMixin", "save_all_adapters"),
     "save_with_adapters": ("adapters.model_mixin", "ModelAdaptersMixin", "save_pretrained"),
     "forward_context": ("adapters.model_mixin", "ModelAdaptersMixin", "forward_context"),
     "adapter_summary": ("adapters.model_mixin", "ModelAdaptersMixin", "adapter_summary"),

@@ -219,8 +219,11 @@ def _load_weights(original: Callable[..., Any], helper: Any, save_directory: Any
 
 
 def _push_adapter(original: Callable[..., Any], model: Any, repo_id: str, adapter: Any, *args: Any, **kw: Any) -> Any:
-    if not any(_has_rows(model, name) for name in _upstream.flat_names(adapter)):
+    names = [name for name in _upstream.flat_names(adapter) if _has_rows(model, name)]
+    if not names:
         return original(model, repo_id, adapter, *args, **kw)
+    for name in names:
+        _upstream.pema_layer(model).refuse_unscanned(name)
     with _upstream.during(_upstream.pushing_rows):
         return original(model, repo_id, adapter, *args, **kw)
 
@@ -256,6 +259,7 @@ _WRAPPERS: dict[str, Callable[..., Any]] = {
     "delete_adapter": _delete_adapter,
     "save_adapter": _save_adapter,
     "save_all_adapters": _save_all_adapters,
+    "save_all_adapters_and_heads": _save_all_adapters,
     "adapter_summary": _adapter_summary,
     "load_pretrained": _load_pretrained,
     "read_config": _read_config,

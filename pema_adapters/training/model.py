@@ -41,6 +41,11 @@ def complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> Partial
         vocabulary = PartialVocabulary.from_dataset(
             vocabulary, vocab_size=vocab_size, columns=columns, optional=optional
         )
+        if not len(vocabulary):
+            raise VocabularyError(
+                f"no token ids in the data: no row of them has any in {', '.join(columns)}: give the tokenized "
+                "training data"
+            )
     if vocabulary.vocab_size != vocab_size:
         raise VocabularyError(
             f"the vocabulary is of {vocabulary.vocab_size} tokens, but {type(model).__name__} has {vocab_size} "

@@ -143,7 +143,8 @@ def _grows(model: Any, adapter_name: str | None, vocabulary: Any) -> bool:
         grows, how = _is_grow(vocabulary), 'shrink_embeddings(model, None, "grow")'
     else:
         grows, how = model.adapters_config.match(adapter_name, PEMAConfig).vocabulary == GROW, GROWING_CONFIG
-    if not grows and (vocabulary is None or _is_grow(vocabulary)):
+    is_empty = isinstance(vocabulary, PartialVocabulary) and not len(vocabulary)
+    if not grows and (vocabulary is None or is_empty or _is_grow(vocabulary)):
         raise VocabularyError(
             f"no vocabulary: give shrink_embeddings a PartialVocabulary or the tokenized training data, or use {how} "
             "to have training add rows as it meets tokens"

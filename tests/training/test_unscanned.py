@@ -30,8 +30,11 @@ def prepared(case, pema=None):
 def test_data_without_a_token_are_no_vocabulary(case, rows):
     model = case.with_adapters()
     model.add_adapter("task", config="pema")
-    with pytest.raises(VocabularyError, match="no token ids in column 'input_ids': .*give the tokenized training data"):
+    with pytest.raises(VocabularyError, match=r"no token ids in the data: .* in input_ids, .*: give the token"):
         shrink_embeddings(model, "task", Dataset.from_dict(rows))
+    scanned = PartialVocabulary.from_dataset(Dataset.from_dict(rows), vocab_size=V)
+    with pytest.raises(VocabularyError, match="no vocabulary: give shrink_embeddings"):
+        shrink_embeddings(model, "task", scanned)
 
 
 def test_an_empty_split_beside_another_is_no_matter():

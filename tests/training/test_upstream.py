@@ -164,7 +164,8 @@ def test_adapters_are_saved_by_folder_and_name_and_all_of_them_through_the_same_
     assert list(inspect.signature(inspect.unwrap(mixin.save_adapter)).parameters)[:3] == [
         "self", "save_directory", "adapter_name",
     ], VERSIONS  # fmt: skip
-    assert "self.save_adapter(" in inspect.getsource(inspect.unwrap(mixin.save_all_adapters)), VERSIONS
+    for one in (mixin, adapters.model_mixin.ModelWithHeadsAdaptersMixin):
+        assert "self.save_adapter(" in inspect.getsource(inspect.unwrap(one.save_all_adapters)), VERSIONS
 
 
 def test_what_is_merged_into_a_linear_layer(case):
