@@ -43,7 +43,11 @@ def run(request, case, data, tmp_path, monkeypatch):
     )  # fmt: skip
     kind, model = (AdapterTrainer, adapter_model(case)) if request.param == "adapter" else (Trainer, full_model(case))
     kind(model, arguments, train_dataset=data, eval_dataset=data, data_collator=default_data_collator).train()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint-12",
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
     return tmp_path / "run"
 
 
