@@ -53,6 +53,8 @@ def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
     if base.index is None or base.index_name is None:
         made = {"metadata": {"total_size": layout.size}, "weight_map": weight_map}
         return json_file(INDEX, made) if len(layout.entries) > 1 else None
+    unlisted = {layout.names.in_output(name) for name in base.tensors.keys() - base.index["weight_map"].keys()}
+    weight_map = {name: file for name, file in weight_map.items() if name not in unlisted}
     if weight_map == base.index["weight_map"] and layout.grown_bytes == 0:
         path = base.folder / base.index_name
         return PlannedFile(INDEX, (Copy(path, 0, path.stat().st_size),))

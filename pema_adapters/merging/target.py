@@ -47,8 +47,9 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 def check_space(target: Path, size: int) -> None:
     """Refuse where the file system lacks room for `size` bytes."""
     parent = next(folder for folder in target.parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < size:
+    usage = shutil.disk_usage(parent)
+    free = usage.free
+    if usage.total and free < size:  # a file system without a size, such as /proc, says 0 of 0
         raise MergeError(f"{parent}: {free:,} bytes free, but the merge takes {size:,}; free some or choose --output")
 
 
