@@ -51,6 +51,8 @@ def index_file(base: Checkpoint, layout: Layout) -> PlannedFile | None:
     if base.index is None or base.index_file is None:
         made = {"metadata": {"total_size": layout.size}, "weight_map": weight_map}
         return json_file(INDEX, made) if len(layout.entries) > 1 else None
+    unlisted = {layout.names.in_output(name) for name in base.tensors.keys() - base.index["weight_map"].keys()}
+    weight_map = {name: file for name, file in weight_map.items() if name not in unlisted}
     if weight_map == base.index["weight_map"] and layout.grown_bytes == 0:
         return PlannedFile(INDEX, (Copy.whole(base.index_file),))
     found = base.index.get("metadata")

@@ -1,5 +1,6 @@
 """Room on the disk: what a plan takes, less what the file system can clone from the base."""
 
+import math
 import shutil
 import tempfile
 from itertools import chain
@@ -26,8 +27,10 @@ def check_free(folder: Path, size: int) -> None:
         raise MergeError(f"{folder}: {free:,} bytes free, but the merge takes {size:,}; free some or choose --output")
 
 
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+def _free(folder: Path) -> float:
+    """Bytes that are free; no limit on a file system without a size, such as /proc, which says 0 of 0."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf
 
 
 def _can_clone(plan: Plan, folder: Path) -> bool:

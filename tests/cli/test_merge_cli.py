@@ -128,12 +128,37 @@ def test_in_place_and_back(pair, capsys):
     assert "nothing to undo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [["--output", "x"], ["--overwrite"]])
-def test_in_place_has_no_output(pair, more, capsys):
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            ["--base", "b", "--delta", "d", "--in-place", "--output", "x"],
+            "--output: not allowed with argument --in-place",
+        ),
+        (
+            ["--base", "b", "--delta", "d", "--in-place", "--undo"],
+            "argument --undo: not allowed with argument --in-place",
+        ),
+        (
+            ["--base", "b", "--delta", "d", "--in-place", "--overwrite"],
+            "--in-place changes the base itself: it goes without",
+        ),
+        (
+            ["--base", "b", "--delta", "d", "--in-place", "--push-to-hub", "r"],
+            "--in-place changes the base itself: it goes",
+        ),
+        (["--delta", "d", "--in-place"], "--in-place changes the base: name its folder with --base"),
+        (["--undo"], "--undo changes the base: name its folder with --base"),
+        (["--base", "b", "--undo", "--dry-run"], "--undo takes --base and --quiet alone, found --dry-run"),
+        (["--base", "b", "--undo", "--delta", "d"], "--undo takes --base and --quiet alone, found --delta"),
+        (["--delta", "d", "--private"], "--private, --create-pr, --commit-message and --token go with --push-to-hub"),
+    ],
+)
+def test_options_that_do_not_go_together(given, line, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(arguments(pair, "--in-place", *more))
+        main(given)
     assert stop.value.code == 2
-    assert "--in-place changes the base itself" in capsys.readouterr().err
+    assert line in capsys.readouterr().err
 
 
 def test_another_dtype(pair, capsys):

@@ -306,3 +306,20 @@ def test_bases_that_are_not_there(make_base, make_adapter, tmp_path):
     refused(tmp_path, MergeError, "base /no/such/folder: no such folder, and not a Hub id", "/no/such/folder", delta)
     Path(tmp_path / "hollow").mkdir()
     refused(tmp_path, FormatError, "hollow: neither model.safetensors nor", tmp_path / "hollow", delta)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_file_system_that_holds_no_files(make_base, make_adapter):
+    base = make_base()
+    with pytest.raises(MergeError, match=r"^/proc/.*: No such file or directory; nothing was left behind"):
+        merge_checkpoint(base.folder, make_adapter(base).folder, "/proc/x")
+
+
+def test_a_tensor_that_the_index_does_not_name_stays_so(make_base, make_adapter):
+    base = make_base(shards=2)
+    path = base.folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["bert.pooler.dense.bias"]
+    path.write_text(json.dumps(index))
+    merge_checkpoint(base.folder, make_adapter(base).folder, base.folder.with_name("out"))
+    assert json.loads((base.folder.with_name("out") / path.name).read_text())["weight_map"] == index["weight_map"]
