@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from _faults_modes import MARKER, Mode, Place, State, run_change
 from _faults_process import Fault, Run
 
-UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|pushed|replaced)")
+UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|replaced)")
 RESTORED = re.compile(r"is as it was|is restored(?! (?:in part|completely))")
+NOT_UNDONE = re.compile(r"nothing was undone")
+NOT_PUSHED = re.compile(r"nothing was pushed")
 COMPLETE = re.compile(r"is complete\b|is merged completely")
 INTACT = re.compile(r"(?<!no )journal is intact")
 JOURNALED = re.compile(r"\.pema-undo|undo journal is intact")
@@ -131,6 +133,10 @@ def _false_claim(case: Case, state: State) -> str | None:
         is_true = state in expected.before
     elif claim := INTACT.search(said):
         is_true, what = "base/.pema-undo" in state, "there is none"
+    elif claim := NOT_UNDONE.search(said):
+        is_true = _without_journal(state) in map(_without_journal, expected.before)
+    elif (claim := NOT_PUSHED.search(said)) and _hub(state) not in map(_hub, expected.before):
+        is_true = False
     else:
         return None
     return "" if is_true else f"says {claim[0]!r}, but {what}"
@@ -230,6 +236,10 @@ def _results(state: State) -> State:
     """Of what "complete" is said: the output folder, or the base changed in place."""
     folder = "work" if any(name.startswith("work/") for name in state) else "base"
     return {name: text for name, text in state.items() if name.startswith(folder)}
+
+
+def _hub(state: State) -> State:
+    return {name: text for name, text in state.items() if name.startswith("hub:")}
 
 
 def _outputs(state: State) -> State:

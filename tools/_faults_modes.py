@@ -252,6 +252,10 @@ class PushCopy(Push):
     def arguments(self, place: Place) -> list[str]:
         return [*super().arguments(place), "--output", str(place.root / "work/out"), "--overwrite"]
 
+    def changes(self, place: Place) -> dict[str, str]:
+        """Without the card, which may be newer on the Hub than in the folder."""
+        return changes(place.kept, place.root, self.base)
+
 
 MODES = {
     mode.name: mode
