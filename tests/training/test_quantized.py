@@ -65,7 +65,7 @@ def test_training_and_merging(base, tmp_path, caplog):
 
 @pytest.mark.parametrize(("skipped", "dtype"), [(None, "U8"), (["classifier"], "F32")])
 def test_a_quantized_head_is_refused_with_the_way_out(base, tmp_path, skipped, dtype):
-    """Transformers leaves the head as it is only where it is told to, or where it is the last module by its own count."""
+    """A list of modules to skip takes the place of Transformers' own, which has the head."""
     model = quantized(base, load_in_4bit=True, llm_int8_skip_modules=skipped or ["pooler"])
     adapters.init(model)
     model.add_adapter("task", config=PEMAConfig())
