@@ -8,11 +8,13 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "tools"))
 
-from _compat_cell import NONE, OK, OURS, THEIRS, Benches, Cell, Result, run
+from _compat_auto import AutoBenches, AutoCell, auto_cells, run_auto
+from _compat_cell import NONE, OK, OURS, REFUSED, THEIRS, Benches, Cell, Result, run
 from _compat_models import ALONE, FAMILIES, LM_HEADS, METHODS, UNUSED, V
-from _compat_table import BEGIN, END, markdown, write_readme
+from _compat_table import BEGIN, END, auto_markdown, markdown, write_readme
 from compatibility import Worker, cells
 
+from pema_adapters.merging import planning
 from pema_adapters.training.base_rows import BaseRows
 
 pytestmark = pytest.mark.filterwarnings(
@@ -56,6 +58,41 @@ def test_language_models(benches, model):
     assert result.status == OK, result.reason
 
 
+@pytest.fixture(scope="module")
+def auto_benches(benches):
+    return AutoBenches(benches.folder)
+
+
+AUTO = [
+    *(AutoCell("roberta", "lora", head) for head in ("classification", "multilabel", "tagging", "qa")),
+    AutoCell("bert", "seq_bn_inv", "masked"),
+    AutoCell("bert", "lora", "masked", "full"),
+    AutoCell("albert", "compacter", "masked", "full"),
+    AutoCell("distilbert", "pema alone", "masked", "grow", "lm"),
+    AutoCell("gpt2", "lora", "causal", "full"),
+    AutoCell("bert", "seq_bn_inv", "base", "full", "lm"),
+    AutoCell("t5", "lora", "seq2seq"),
+]
+
+
+@pytest.mark.parametrize("cell", AUTO, ids=lambda cell: "-".join(vars(cell).values()))
+def test_flexible_heads_loaded_as_printed(auto_benches, cell):
+    result = run_auto(cell, auto_benches)
+    assert result.status == OK, result.reason
+
+
+def test_a_refusal_and_a_head_that_is_not_there(auto_benches):
+    refused = run_auto(AutoCell("t5", "lora", "seq2seq", "full"), auto_benches)
+    assert refused.status == REFUSED and "T5AdapterModel ties the embeddings of its encoder" in refused.reason
+    assert run_auto(AutoCell("t5", "lora", "masked"), auto_benches).status == NONE
+
+
+def test_a_merged_model_that_is_another_is_our_failure(auto_benches, monkeypatch):
+    monkeypatch.setattr(planning, "place_output", lambda base, delta: (delta, []))
+    result = run_auto(AutoCell("bert", "lora", "masked", "full"), auto_benches)
+    assert result.status == OURS and "BertForMaskedLM is another function" in result.reason
+
+
 def test_what_adapters_cannot_do_is_told_from_what_does_not_apply(benches):
     theirs = run(Cell("t5", "prompt_tuning", "classification"), benches)
     assert (theirs.status, theirs.reason) == (
@@ -90,6 +127,29 @@ def test_language_model_heads_are_tried_where_there_are_any():
     assert [cell for group in groups for cell in group] == [
         Cell("vit", ALONE, "classification"), Cell("bert", "lora", "classification"), Cell("bert", "lora", "masked"),
     ]  # fmt: skip
+
+
+def test_auto_cells_and_their_table():
+    groups = auto_cells(("bert",), ("lora", "ia3"), ("qa", "masked"))
+    counts = {(group[0].head, group[0].base): len(group) for group in groups}
+    assert counts == {("qa", "bare"): 2, ("masked", "bare"): 6, ("masked", "lm"): 3, ("base", "lm"): 3}
+    results = [
+        Result(AutoCell("bert", "lora", "masked", "full"), OURS, "why"),
+        Result(AutoCell("bert", "lora", "masked"), OK),
+        Result(AutoCell("bert", "lora", "seq2seq"), NONE, "no head"),
+    ]
+    assert (
+        auto_markdown(results)
+        == """\
+| head | output | equal | refused | fails in adapters without PEMA, too | wrong |
+| --- | --- | --- | --- | --- | --- |
+| masked | full | 0 | 0 | 0 | 1 |
+| masked | tied | 1 | 0 | 0 | 0 |
+
+1 x wrong: why\x20\x20
+
+2 cells: 1 equal, 0 refused, 0 fails in adapters without PEMA, too, 1 wrong."""
+    )
 
 
 RESULTS = [

@@ -11,7 +11,7 @@ BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 CHANGED = "`adapters.init` alone changes what the model computes; compared with the model after it"
 AUTO_STATUS = {
     OK: "equal",
-    REFUSED: "refused in one line",
+    REFUSED: "refused",
     THEIRS: "fails in adapters without PEMA, too",
     OURS: "wrong",
 }

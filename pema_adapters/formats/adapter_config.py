@@ -113,12 +113,12 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
-        """That of the adapter in `folder`. Raises `FormatError` where it is missing or damaged."""
+        """Read the configuration of the adapter in `folder`. Raises `FormatError` where it is missing or damaged."""
         return cls.parse(read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
 
     @classmethod
     def parse(cls, content: dict[str, Any], path: Path) -> "AdapterConfig":
-        """The same from the file's content; `path` is where it was read."""
+        """Check the content of the file at `path`. Raises `FormatError` where it is damaged."""
         name = content.get("name")
         if not isinstance(name, str):
             raise FormatError(f"{path}: expected the name of the adapter, found {_shown(name)}; save the adapter again")
@@ -140,7 +140,7 @@ class AdapterConfig:
         return any(method.trains_rows for method in self.methods)
 
     def without(self, is_left_out: Callable[[Method], bool]) -> "AdapterConfig | None":
-        """The adapter without some of its methods, None without any left; a union of one method is that method."""
+        """Leave out some methods. A union of one method becomes that method; None where no method is left."""
         left = tuple(method for method in self.methods if not is_left_out(method))
         if len(left) == len(self.methods):
             return self

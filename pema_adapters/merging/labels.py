@@ -10,7 +10,7 @@ MOST_LABELS = 1_000_000
 
 
 def labels(head: dict[str, Any], path: Path) -> dict[str, int]:
-    """`{label: number}` in the order of the numbers; "LABEL_0", ... for `num_labels` without names; {} without both.
+    """Read `{label: number}`, in the order of the numbers: "LABEL_0", ... for `num_labels` alone, {} for neither.
 
     `path` is where `head` was read. Raises `FormatError` where there are more than MOST_LABELS.
     """
@@ -25,7 +25,7 @@ def labels(head: dict[str, Any], path: Path) -> dict[str, int]:
 
 
 def label_settings(found: dict[str, int]) -> dict[str, Any]:
-    """What config.json says about labels: nothing (None) for {} and for two that have Transformers' default names."""
+    """Make the settings of config.json: None (no setting) for {} and for Transformers' default, two without names."""
     if not found or found == {"LABEL_0": 0, "LABEL_1": 1}:
         return {"id2label": None, "label2id": None}
     return {"id2label": {str(number): label for label, number in found.items()}, "label2id": found}

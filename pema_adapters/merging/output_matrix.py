@@ -18,10 +18,15 @@ _LM = "_lm"
 
 
 def place_output(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
-    """The delta with its untied output matrix where the merged model looks for it, and what there is to note.
+    """Put the untied output matrix where the merged model looks for it.
 
     That is the output of the head's class, the flexible head itself, or the base's own head where the delta has none.
-    Raises `MergeError` where the base's class is not known.
+
+    Returns:
+        The delta with that name in `untied`, and what there is to note.
+
+    Raises:
+        MergeError: the base's class is not known.
     """
     found, head = _FLEXIBLE.fullmatch(delta.untied), delta.head
     if found is None:
@@ -45,7 +50,7 @@ def is_of_language_model(head: Head) -> bool:
 
 
 def head_with_output(base: Checkpoint, delta: Delta, embedding: str) -> Head | None:
-    """The delta's head, with the base's matrix as its output where that is untied and in no class."""
+    """Add the base's matrix to a flexible head that is untied and stays with its adapter; any other stays as it is."""
     head, matrix = delta.head, base.tensors.get(embedding)
     if head is None or not delta.is_output_in_head or matrix is None:
         return head
@@ -53,14 +58,14 @@ def head_with_output(base: Checkpoint, delta: Delta, embedding: str) -> Head | N
 
 
 def _last_layer(head: Head) -> str:
-    """The weight of the last linear layer: a flexible head counts its layers, activations and norms alike."""
+    """Name the weight of the last linear layer: a flexible head counts layers, activations and norms alike."""
     config: dict[str, Any] = {**DEFAULTS[head.config["config"]["head_type"]], **head.config["config"]}
     each = 1 + bool(config["activation_function"]) + bool(config["layer_norm"])
     return f"heads.{head.config['name']}.{(config['layers'] - 1) * each}.weight"
 
 
 def _output_of_base(base: Checkpoint, delta: Delta) -> str:
-    """The output matrix of the class that config.json of the base names; "" where that has none."""
+    """Name the output matrix of the class that the base's config.json names; "" where it has none."""
     named = base.config.get("architectures")
     model_class = str(named[0]) if isinstance(named, list) and named else ""
     family = STANDARD.get(str(base.config.get("model_type")))

@@ -69,7 +69,7 @@ def _code(choices: Choices) -> str | None:
 
 
 def _check_config(base: Checkpoint) -> list[str]:
-    """A note where the base has no config.json. Raises `FormatError` where there is one that nobody can read."""
+    """Return a note where the base has no config.json. Raises `FormatError` where that is a link to nothing."""
     path = base.folder / CONFIG
     if base.config:
         return []

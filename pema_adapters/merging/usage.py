@@ -23,7 +23,7 @@ class LeftAdapter:
 
     @classmethod
     def read(cls, read_file: Callable[[str], bytes | None]) -> "LeftAdapter":
-        """The same from its files; `read_file` gives None for one that is not there."""
+        """Read its files by `read_file`, which gives None for one that is not there."""
         found = read_file(ADAPTER_CONFIG)
         config = None if found is None else AdapterConfig.parse(json.loads(found), Path(ADAPTER_CONFIG))
         return cls(config, read_file(HEAD_CONFIG) is not None)

@@ -7,6 +7,7 @@ from adapters import ConfigUnion, LoRAConfig
 from transformers import AutoModelForSequenceClassification, BertConfig, BitsAndBytesConfig
 
 from pema_adapters import PartialVocabulary, PEMAConfig, merge_checkpoint, shrink_embeddings
+from pema_adapters.errors import FormatError
 from tests.models import MIXED, USED, V, live_tensors_of_shape, matrix_of, outputs
 from tests.training.test_frozen_rows import step
 
@@ -60,3 +61,19 @@ def test_training_and_merging(base, tmp_path, caplog):
     assert torch.equal(matrix_of(merged)[rows.token_ids.long()], rows.weight)
     for one, other in zip(outputs(merged, MIXED), outputs(model, MIXED), strict=True):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)  # 8 bits are not 32
+
+
+@pytest.mark.parametrize(("skipped", "dtype"), [(None, "U8"), (["classifier"], "F32")])
+def test_a_quantized_head_is_refused_with_the_way_out(base, tmp_path, skipped, dtype):
+    """A list of modules to skip takes the place of Transformers' own, which has the head."""
+    model = quantized(base, load_in_4bit=True, llm_int8_skip_modules=skipped or ["pooler"])
+    adapters.init(model)
+    model.add_adapter("task", config=PEMAConfig())
+    shrink_embeddings(model, "task", PartialVocabulary(USED, V))
+    model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
+    if dtype == "F32":
+        merge_checkpoint(base, tmp_path / "run", tmp_path / "merged", verify=True)
+        return
+    way_out = r'train with BitsAndBytesConfig\(..., llm_int8_skip_modules=\["classifier"\]\)'
+    with pytest.raises(FormatError, match=rf"tensor 'classifier.weight' is U8: the head was quantized .*; {way_out}"):
+        merge_checkpoint(base, tmp_path / "run", tmp_path / "merged")
