@@ -13,7 +13,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, descriptor: int) -> FileIdentity:
-        """The identity of an open file."""
+        """The identity of an open file. Raises OSError as the system does."""
         found = os.fstat(descriptor)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -92,7 +92,8 @@ class InputFile:
         self.path = path
         self._is_pinned = False
         self._handle: OpenFile | None = _open(path)
-        self.identity = _settled_identity(self._handle.descriptor)
+        with reading(path):
+            self.identity = _settled_identity(self._handle.descriptor)
         _open_files.add(self)
         recorded = _recorded.get()
         if recorded is not None:
@@ -131,15 +132,12 @@ class InputFile:
 
     def read(self, begin: int, end: int) -> bytes:
         """The bytes from `begin` to `end`, by `pread`. Raises `InputChangedError` where the file ends before that."""
-        handle, parts, at = self.open(), [], begin
+        handle = self.open()
         with reading(self.path):
-            while at < end:
-                part = os.pread(handle.descriptor, end - at, at)
-                if not part:
-                    raise self.changed(f"it ends at byte {at:,} now")
-                parts.append(part)
-                at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            data = read_range(handle.descriptor, begin, end)
+        if len(data) < end - begin:
+            raise self.changed(f"it ends at byte {begin + len(data):,} now")
+        return data
 
     def view(self, begin: int, end: int, *, contents_only: bool = False) -> RawBytes:
         """The bytes from `begin` to `end`, uint8, read-only, in a memory map; checked for changes first.
@@ -162,7 +160,9 @@ class InputFile:
         return handle
 
     def _compare(self, handle: OpenFile, contents_only: bool = False) -> None:
-        how = self.identity.difference(FileIdentity.of(handle.descriptor), contents_only=contents_only)
+        with reading(self.path):
+            now = FileIdentity.of(handle.descriptor)
+        how = self.identity.difference(now, contents_only=contents_only)
         if how:
             raise self.changed(how)
 
@@ -170,6 +170,18 @@ class InputFile:
         handle = _open(self.path)
         self._compare(handle)
         return handle
+
+
+def read_range(descriptor: int, begin: int, end: int) -> bytes:
+    """The bytes of an open file from `begin` to `end`, however few the system gives at once; fewer at its end."""
+    parts: list[bytes] = []
+    while begin < end:
+        part = os.pread(descriptor, end - begin, begin)
+        if not part:
+            break
+        parts.append(part)
+        begin += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def check_unchanged(files: Iterable[InputFile]) -> None:
@@ -205,7 +217,8 @@ class OpenFile:
         return self._map
 
     def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def] # bound now: os is gone at exit
-        close(self.descriptor)
+        with suppress(OSError):  # it was only read
+            close(self.descriptor)
 
 
 class _RecentFiles:

@@ -231,5 +231,5 @@ def _abandon(base: Path, error: BaseException) -> None:
     except (OSError, MergeError) as other:
         raise MergeError(
             f"{base}: the merge failed ({error}), and the roll-back failed too ({other}); the journal {ARMED} is "
-            "intact: run again, or with --undo"
+            "intact: run --undo"
         ) from error

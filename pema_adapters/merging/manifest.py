@@ -9,6 +9,7 @@ from typing import Any
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import read_json
 from pema_adapters.formats.find import MARKER
+from pema_adapters.hub.card import README
 from pema_adapters.merging.report import MergeReport
 
 VERSION = 1
@@ -38,7 +39,8 @@ def find_foreign_files(folder: Path, names: Collection[str]) -> str:
     if not isinstance(known, dict):
         return _describe("holds files that no merge wrote", sorted(found - {*names, MARKER}))
     foreign = sorted(found - known.keys() - {MARKER})
-    changed = sorted(name for name in found & known.keys() if not _is_unchanged(folder / name, known[name]))
+    own = found & known.keys() - {README}  # the new card keeps what somebody wrote into the old one
+    changed = sorted(name for name in own if not _is_unchanged(folder / name, known[name]))
     return _describe("holds files that no merge wrote", foreign) or _describe("holds files changed since", changed)
 
 

@@ -97,7 +97,7 @@ def staged(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[St
             with defer_interrupts():
                 _commit(stage, target)
                 is_complete = True
-                given.notes += _discard_replaced(target)
+                given.notes += _discard_replaced(target, names)
                 sync_folder(target.parent)
         except BaseException:
             if not is_complete:
@@ -174,12 +174,16 @@ def _put_back(aside: Path, target: Path) -> str:
     return NOTHING_LEFT
 
 
-def _discard_replaced(target: Path) -> list[str]:
+def _discard_replaced(target: Path, names: Collection[str]) -> list[str]:
     """Remove the output that was replaced. Returns a note where that fails."""
     aside = _aside(target)
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
+        if not aside.exists():
+            return []
+        foreign = find_foreign_files(aside, names)
+        if foreign:  # they came after the last look
+            return [f"the replaced output {foreign} and was kept: {aside}"]
+        shutil.rmtree(aside)
     except OSError as error:
         return [f"the replaced output could not be removed ({error.strerror or error}); delete {aside}"]
     return []

@@ -13,6 +13,7 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.io.digest import BackgroundSha256
+from pema_adapters.io.input_file import read_range
 from pema_adapters.merging.plan import PlannedFile
 from pema_adapters.merging.segments import CHUNK
 from pema_adapters.merging.todo import Todo
@@ -34,7 +35,7 @@ def sample_outside(path: Path, ranges: np.ndarray) -> str:
         for start in starts.tolist():
             k = int(np.searchsorted(ends, start, side="right"))
             if k == len(ranges) or ranges[k, 0] >= start + SAMPLE_BYTES:
-                digest.update(os.pread(file.fileno(), SAMPLE_BYTES, start))
+                digest.update(read_range(file.fileno(), start, start + SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -42,7 +43,7 @@ def digest_ranges(path: Path, ranges: np.ndarray) -> str:
     """The sha256 of what a file holds in `ranges` int64 [n, 2], one after another."""
     with path.open("rb", buffering=0) as file, BackgroundSha256() as digest:
         for begin, end in pieces(ranges):
-            digest.update(os.pread(file.fileno(), end - begin, begin))
+            digest.update(read_range(file.fileno(), begin, end))
         return digest.hexdigest()
 
 
@@ -91,7 +92,7 @@ def read_originals(base: Path, todo: Todo) -> Iterator[bytes]:
         with (base / name).open("rb", buffering=0) as file:
             parts, size = [], 0
             for begin, end in pieces(ranges):
-                parts.append(os.pread(file.fileno(), end - begin, begin))
+                parts.append(read_range(file.fileno(), begin, end))
                 if len(parts[-1]) != end - begin:
                     raise MergeError(f"{base / name}: ends before byte {end}; it became shorter meanwhile")
                 size += end - begin

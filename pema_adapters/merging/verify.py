@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from pema_adapters.errors import MergeError
+from pema_adapters.io.input_file import read_range
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
 
@@ -22,7 +23,7 @@ def _verify_file(file: PlannedFile, path: Path, advance: Advance) -> None:
         if size != file.size:
             raise MergeError(f"{path}: has {size} bytes, expected {file.size}; the disk lost a write, nothing was kept")
         for offset, expected in file.chunks():
-            if os.pread(written.fileno(), len(expected), offset) != expected:
+            if read_range(written.fileno(), offset, offset + len(expected)) != expected:
                 raise MergeError(
                     f"{path}: bytes {offset} to {offset + len(expected)} are not those of base and delta; "
                     "the disk lost a write, or base or delta changed during the merge; nothing was kept"
