@@ -181,6 +181,7 @@ def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bo
     from transformers import PretrainedConfig
 
     from pema_adapters.reading.pretrained import load_config
+    from pema_adapters.training.guards import refuse_hub_kernel
 
     if not isinstance(config, (str, PretrainedConfig)):
         raise FormatError(
@@ -189,6 +190,8 @@ def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bo
     name = config if isinstance(config, str) else config.name_or_path or type(config).__name__
     config = load_config(config, trust_remote_code) if isinstance(config, str) else config
     kind = model_class or _class_of(config)
+    if not trust_remote_code:
+        refuse_hub_kernel(config, name)
     try:
         with torch.device("meta"):
             if hasattr(kind, "from_config"):

@@ -141,4 +141,4 @@ def test_every_format_written_now_has_a_version(golden):
     merge_checkpoint("base", "new", "out")
     assert json.loads(Path("out/pema_merge.json").read_bytes())["version"] == 1
     merge_checkpoint("base", "new", in_place=True)
-    assert json.loads(Path("base/.pema-undo/journal.json").read_bytes())["version"] == 1
+    assert json.loads(Path("base/.pema-undo/journal.json").read_bytes())["version"] == 2

@@ -227,13 +227,14 @@ def _kept(options: argparse.Namespace) -> str:
 
 def _loading(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
+    from pema_adapters.formats.checkpoint import CONFIG, read_json
     from pema_adapters.merging.usage import LeftAdapter, loading_lines
 
     output = Path(report.output)
     left = {name: output / "adapters" / name for name in report.adapters_left}
     if not left or not all(folder.is_dir() for folder in left.values()):
         return []
-    config = json.loads((output / "config.json").read_bytes()) if (output / "config.json").exists() else {}
+    config = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
     adapters = {name: LeftAdapter.read(partial(_content, folder)) for name, folder in left.items()}
     lines = loading_lines(report.output, config, adapters, lambda name: python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]

@@ -97,6 +97,13 @@ class Delta:
     methods: tuple[str, ...] = (PEMA,)
 
     @property
+    def recorded_base(self) -> str:
+        """The Hub id or folder that the trained model was loaded from, "" where the delta does not say."""
+        in_fingerprint = self.fingerprint.base if self.fingerprint is not None else ""
+        names = (in_fingerprint, self.config.get("model_name"), self.config.get("_name_or_path"))
+        return next((name for name in names if isinstance(name, str) and name), "")
+
+    @property
     def static_head(self) -> Head | None:
         """The adapter's head, where it is one of an ordinary Transformers class."""
         return self.head if self.head is not None and self.head.is_static else None

@@ -43,12 +43,17 @@ def parse_json(file: InputFile) -> dict[str, Any]:
     """The JSON object in `file`; raises `FormatError` where it is something else, or larger than MAX_JSON."""
     if file.size > MAX_JSON:
         raise FormatError(f"{file.path}: {file.size:,} bytes, expected JSON of at most {MAX_JSON:,}")
+    return decode_json(file.read(0, file.size), file.path)
+
+
+def decode_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `data`, the content of `path`; raises `FormatError` where it is something else."""
     try:
-        found = json.loads(file.read(0, file.size))
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file.path}: not valid JSON ({error})") from None
+        raise FormatError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(found, dict):
-        raise FormatError(f"{file.path}: expected a JSON object, found {type(found).__name__}")
+        raise FormatError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
 
 

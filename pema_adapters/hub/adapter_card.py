@@ -22,7 +22,7 @@ def complete(folder: Path, adapter_name: str, repo_id: str) -> None:
     text = decode_card(path.read_bytes(), repo_id)
     for theirs, ours in _REPLACED:
         text = text.replace(theirs, ours)
-    base = hub_id("", delta.config)
+    base = hub_id("", delta)
     made = {
         "library_name": ADAPTERS_LIBRARY,
         "base_model": base,

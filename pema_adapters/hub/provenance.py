@@ -1,9 +1,8 @@
 """What a card says about where something comes from: its base, methods, versions, and the sums of its files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pema_adapters.files import sum_of_file
 from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
@@ -13,12 +12,10 @@ from pema_adapters.merging.resolve import HUB_ID
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
 
 
-def hub_id(name: str, config: Mapping[str, Any]) -> str | None:
+def hub_id(name: str, delta: Delta) -> str | None:
     """The base as the Hub knows it: by the name given, or by what the delta says; None for a folder nobody knows."""
-    for found in (name, config.get("model_name"), config.get("_name_or_path")):
-        if isinstance(found, str) and HUB_ID.fullmatch(found) and not Path(found).exists():
-            return found
-    return None
+    names = (found for found in (name, delta.recorded_base) if HUB_ID.fullmatch(found) and not Path(found).exists())
+    return next(names, None)
 
 
 def sha256_of(delta: Delta) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from pema_adapters.hub.card import README, decode_card, is_ours
 from pema_adapters.hub.errors import causes, explain, is_conflict
 from pema_adapters.hub.stream import opened
 from pema_adapters.hub.token import check_token
+from pema_adapters.io.locking import check_platform
 from pema_adapters.merging.merge import (
     Inputs,
     Merge,
@@ -126,6 +127,7 @@ def _target(
 
 
 def _push(base: str | None, delta: str, output: str | Path | None, target: _Target, options: Options) -> MergeReport:
+    check_platform()
     start = time.perf_counter()
     with open_inputs(base, delta, options, is_output_needed=False) as inputs:
         merge = prepare(inputs, None if output is None else Path(output), options)

@@ -80,6 +80,7 @@ class InputFile:
 
     Args:
         path: the file; a link is followed once, now.
+        descriptor: of the file, where it is open already and may have no name; it belongs to this object from now on.
 
     Attributes:
         identity: of the file at the time when this object was made.
@@ -88,10 +89,10 @@ class InputFile:
         FormatError: the file is missing, unreadable, or no regular file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
         self._is_pinned = False
-        self._handle: OpenFile | None = _open(path)
+        self._handle: OpenFile | None = _open(path) if descriptor is None else OpenFile(descriptor)
         with reading(path):
             self.identity = _settled_identity(self._handle.descriptor)
         _open_files.add(self)

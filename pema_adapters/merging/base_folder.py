@@ -33,13 +33,6 @@ class FoundBase:
     notes: tuple[str, ...] = ()
 
 
-def recorded_base(delta: Delta) -> str:
-    """The Hub id or folder that the trained model was loaded from, "" where the delta does not say."""
-    in_fingerprint = delta.fingerprint.base if delta.fingerprint is not None else ""
-    names = (in_fingerprint, delta.config.get("model_name"), delta.config.get("_name_or_path"))
-    return next((name for name in names if isinstance(name, str) and name), "")
-
-
 def locate_base(request: BaseRequest, delta: Delta) -> FoundBase:
     """Find the base, and download it where it is on the Hub alone.
 
@@ -61,7 +54,7 @@ def locate_base(request: BaseRequest, delta: Delta) -> FoundBase:
             if given is not None
             else "a merge in place changes the base; name its folder with --base"
         )
-    recorded = recorded_base(delta)
+    recorded = delta.recorded_base
     if given is not None and not _stands_for(given, recorded):
         return FoundBase(given, _download(given, recorded, request))
     if not recorded:

@@ -12,7 +12,7 @@ from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.find import MARKER
 from pema_adapters.hub.card import README
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
-from pema_adapters.io.locking import locked
+from pema_adapters.io.locking import check_platform, locked
 from pema_adapters.merging.base_folder import BaseRequest, locate_base
 from pema_adapters.merging.journal import PATCHING, state_of
 from pema_adapters.merging.manifest import encode_manifest
@@ -103,6 +103,7 @@ def undo_merge(base: str | Path) -> None:
     """Restore a base that was merged in place, byte for byte. Raises `MergeError` where there is nothing to undo."""
     from pema_adapters.merging.in_place import undo
 
+    check_platform()
     try:
         undo(Path(base))
     except OSError as error:
@@ -110,6 +111,7 @@ def undo_merge(base: str | Path) -> None:
 
 
 def _merge(base: str | None, delta: str, output: Path | None, options: Options) -> MergeReport:
+    check_platform()
     start = time.perf_counter()
     with open_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place) as inputs:
         if options.choices.in_place:
@@ -187,6 +189,7 @@ def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
     merge = Merge(plan, _report(plan, str(target or ""), inputs), target, (*inputs.files, *files))
     if target is None:
         return merge
+    merge.check_inputs()  # what the card says of config.json is read again
     merge = with_card(merge, folder_card(target, inputs, merge, options))
     check_replaceable(target, options.overwrite, merge.plan.names)
     return merge

@@ -1,6 +1,5 @@
 """The card of a merged checkpoint: what was trained, what was folded in, how it was made, how it is loaded."""
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import CONFIG
+from pema_adapters.formats.checkpoint import CONFIG, decode_json
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, is_ours, metadata, read_card, written
 from pema_adapters.hub.provenance import hub_id, hub_link, methods_of, origin, versions
 from pema_adapters.io.text import escape_markdown, markdown_code, markdown_code_block, python_literal
@@ -49,14 +48,14 @@ def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "Option
 
 def _base_name(inputs: "Inputs") -> str:
     """Its Hub id, else the name of its folder."""
-    return hub_id(inputs.base_name, inputs.delta.config) or Path(inputs.base_name).resolve().name
+    return hub_id(inputs.base_name, inputs.delta) or Path(inputs.base_name).resolve().name
 
 
 def _card(existing: str, name: str, section: str, inputs: "Inputs", report: MergeReport) -> str:
     trained = metadata(read_card(inputs.delta.folder))
     ours = {
         "library_name": LIBRARY,
-        "base_model": hub_id(inputs.base_name, inputs.delta.config),
+        "base_model": hub_id(inputs.base_name, inputs.delta),
         "base_model_relation": "finetune",
         "tags": _tags(inputs.delta, report),
         **{key: trained.get(key) for key in ("datasets", "metrics")},
@@ -91,7 +90,7 @@ def _section(
 
 def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
-    base = hub_id(inputs.base_name, delta.config)
+    base = hub_id(inputs.base_name, delta)
     methods = escape_markdown(", ".join(methods_of(delta)))
     what = "full fine-tuning" if delta.kind == "full" else f"the adapter {markdown_code(delta.name)} ({methods})"
     of = f" of {hub_link(base)}" if base else ""
@@ -109,7 +108,7 @@ def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
 def _loading(checkpoint: str, merge: "Merge", where: Callable[[str], str]) -> list[str]:
     """The lines that load the model, or model and adapter."""
     files = {file.name: file for file in merge.plan.files}
-    config = json.loads(files[CONFIG].read(0, files[CONFIG].size)) if CONFIG in files else {}
+    config = decode_json(files[CONFIG].read(0, files[CONFIG].size), Path(CONFIG)) if CONFIG in files else {}
     left = {name: LeftAdapter.read(partial(_content, files, name)) for name in merge.report.adapters_left}
     return loading_lines(checkpoint, config, left, where)
 

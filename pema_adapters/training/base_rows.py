@@ -55,7 +55,7 @@ class BaseRows:
         """The rows of a two-dimensional tensor in a file of weights."""
         rows, dim = tensor.shape
         assert tensor.start is not None
-        return cls(InputFile(tensor.path), tensor.start, (rows, dim), TORCH_DTYPES[tensor.dtype])
+        return cls(tensor.source, tensor.start, (rows, dim), TORCH_DTYPES[tensor.dtype])
 
     def followed_by(self, tail: Tensor) -> BaseRows:
         """These rows and `tail` [n, d] after them."""
@@ -66,9 +66,10 @@ class BaseRows:
     @classmethod
     def spill(cls, matrix: Tensor) -> BaseRows:
         """Write `matrix` [V, d] to an unnamed file in the temporary folder (TMPDIR), which goes with this object."""
-        with _temporary_file(None) as (file, path):
+        with tempfile.TemporaryFile(prefix=".pema-") as file:
             _write_blocks(file, blocks(matrix))
-            return cls(InputFile(path), 0, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
+            spilled = InputFile(Path(tempfile.gettempdir(), "spilled rows"), descriptor=os.dup(file.fileno()))
+        return cls(spilled, 0, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
 
     def __len__(self) -> int:
         return self.file_rows + (0 if self._tail is None else len(self._tail))
@@ -155,30 +156,14 @@ class MappedMatrix:
     """
 
     def __init__(self, folder: Path, rows: Iterator[Tensor], shape: tuple[int, int], dtype: torch.dtype):
-        with _temporary_file(folder) as (file, path):
+        with tempfile.TemporaryFile(prefix=".pema-", dir=folder) as file:
             _write_blocks(file, (block.to(dtype) for block in rows))
-            data = np.memmap(path, np.uint8, "r+", shape=(shape[0], shape[1] * dtype.itemsize))
+            data = np.memmap(file, np.uint8, "r+", shape=(shape[0], shape[1] * dtype.itemsize))
         self.tensor = torch.from_numpy(data).view(dtype)
 
     def write(self, token_ids: Tensor, rows: Tensor) -> None:
         """Put `rows` [n, d] in the place of `token_ids` [n]."""
         self.tensor[token_ids.cpu().long()] = rows.detach().cpu().to(self.tensor.dtype)
-
-
-class _temporary_file:
-    """A file without a name once the block ends: nothing to clean up, whatever happens to the process."""
-
-    def __init__(self, folder: Path | None):
-        self._folder = folder
-
-    def __enter__(self) -> tuple[Any, Path]:
-        descriptor, name = tempfile.mkstemp(prefix=".pema-", dir=self._folder)
-        self._file, self._path = os.fdopen(descriptor, "wb"), Path(name)
-        return self._file, self._path
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 def _write_blocks(file: Any, rows: Iterator[Tensor]) -> None:

@@ -258,7 +258,7 @@ def test_interrupted(where, folder, capsys, monkeypatch):
     arguments = ["--data", "x.txt", "--tokenizer", "large", "--model", "large", "--plot", "x.png", "--save", "x.voc"]
     assert main(arguments) == 1
     signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr() == ("", "pema-scan: interrupted; nothing was left behind\n")
+    assert capsys.readouterr() == ("", "pema-scan: interrupted\n")
     assert [path.name for path in folder.glob("x.*")] == ["x.txt"]
 
 
