@@ -287,3 +287,10 @@ def test_a_tensor_in_two_spellings(tmp_path):
     save_file({"LayerNorm.gamma": MATRIX, "LayerNorm.weight": MATRIX + 1}, tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match=r"'LayerNorm.gamma' is stored as 'LayerNorm.weight' as well; expected one"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_config_of_gigabytes_is_refused_unread(single):
+    with (single / "config.json").open("r+b") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(FormatError, match=r"config.json: 3,221,225,472 bytes, expected JSON of at most 100,000,000"):
+        Checkpoint.open(single)

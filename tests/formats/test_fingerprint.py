@@ -131,3 +131,29 @@ def test_any_json_is_read_or_refused(field, value):
         assert "fingerprint" in str(error)
     else:
         assert Fingerprint.from_array(found.to_array()) == found
+
+
+class Counting:
+    """A checkpoint that counts how often it is asked for its shapes."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.asked = checkpoint, 0
+
+    def shapes(self):
+        self.asked += 1
+        return self.checkpoint.shapes()
+
+    def rows(self, name, ids):
+        return self.checkpoint.rows(name, ids)
+
+    def values(self, name, positions):
+        return self.checkpoint.values(name, positions)
+
+
+def test_shapes_are_asked_for_once_however_many_tensors_there_are(store):
+    source = Counting(store(state() | {f"bert.layer.{i}.weight": torch.ones(2) for i in range(50)}))
+    names = [name for name in source.checkpoint.tensors if name != E]
+    taken = Fingerprint.take(source, embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)
+    assert source.asked == 1
+    taken.check(source, IDS, where="base")
+    assert source.asked == 2

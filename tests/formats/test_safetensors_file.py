@@ -146,3 +146,11 @@ def test_bytes_of_a_tensor():
     assert size_in_bytes("BF16", (3, 2)) == 12
     assert size_in_bytes("F4", (3,)) == 2
     assert size_in_bytes("I64", ()) == 8
+
+
+def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 2)
+    tensors = {name: entry(shape=(0,), offsets=(0, 0)) for name in ("a", "b", "c")}
+    path = written(tmp_path / "x.safetensors", tensors, b"")
+    with pytest.raises(FormatError, match=r"x.safetensors: header of 3 tensors, expected at most 2 in one file"):
+        read_header(path)

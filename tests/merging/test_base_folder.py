@@ -13,7 +13,6 @@ from pema_adapters import PartialVocabulary, PEMAConfig, merge_checkpoint
 from pema_adapters.cli.merge import main
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.artifact import read_delta
-from pema_adapters.merging.base_folder import recorded_base
 from tests.merging.conftest import read
 
 from ..models import USED, V
@@ -46,7 +45,7 @@ def trained(request, hub, case, tmp_path, monkeypatch):
 
 
 def test_the_base_is_recorded(trained):
-    assert recorded_base(read_delta("run")) == TINY
+    assert read_delta("run").recorded_base == TINY
 
 
 def test_no_base_from_the_hub(trained, hub, capsys):
