@@ -53,7 +53,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "truncate": ("EIO", "ENOSPC"),
     "flock": ("EWOULDBLOCK", "ENOLCK", "EINTR"),
     "mmap": ("ENOMEM", "ENODEV"),
-    "stat": ("EIO", "EACCES", "ENOENT"),
+    "stat": ("EIO", "EACCES"),  # ENOENT of a file that is there would be a lie that no system tells
     "list": ("EIO", "EACCES"),
     "mode": ("EPERM", "EIO"),
     "advise": ("EINVAL",),

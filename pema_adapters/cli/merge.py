@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._run import add_version, run
+from pema_adapters.errors import PemaError
 from pema_adapters.io.locking import check_platform
 from pema_adapters.io.text import escape_terminal, python_literal
 
@@ -234,8 +235,11 @@ def _loading(report: "MergeReport") -> list[str]:
     left = {name: output / "adapters" / name for name in report.adapters_left}
     if not left or not all(folder.is_dir() for folder in left.values()):
         return []
-    config = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
-    adapters = {name: LeftAdapter.read(partial(_content, folder)) for name, folder in left.items()}
+    try:
+        config = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
+        adapters = {name: LeftAdapter.read(partial(_content, folder)) for name, folder in left.items()}
+    except (OSError, PemaError) as error:  # the merge is complete all the same
+        return [escape_terminal(f"  the lines that load both cannot be given: {error}")]
     lines = loading_lines(report.output, config, adapters, lambda name: python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]
 

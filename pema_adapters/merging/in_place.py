@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pema_adapters.errors import MergeError
+from pema_adapters.errors import InputChangedError, MergeError
 from pema_adapters.files import sum_of_file
 from pema_adapters.io.digest import BackgroundSha256
 from pema_adapters.io.input_file import InputFile, check_unchanged
@@ -28,6 +28,7 @@ from pema_adapters.merging.progress import Advance
 from pema_adapters.merging.rollback import roll_back
 from pema_adapters.merging.space import check_free
 from pema_adapters.merging.todo import INSTEAD, Todo, changing, todo_of
+from pema_adapters.merging.undo_data import sample_outside
 from pema_adapters.merging.write import sync_folder
 
 
@@ -63,10 +64,11 @@ def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
     try:
         armed = journal.arm(base, todo, work.report)
         check_unchanged(work.files)
-        written, digests = _apply(plan, todo, base, advance)
+        written, digests = _apply(work, todo, advance)
         if verify:
             _verify(plan, base, expected, advance)
         check_unchanged(_not_written(work.files, todo, base))
+        _check_around(todo, base, armed)
         outcome = {"bytes_written": written, "max_rounding_error": plan.rounding.largest}
         with defer_interrupts():
             journal.finish(base, armed, {**work.report, **outcome}, digests)
@@ -87,6 +89,14 @@ def _not_written(files: Iterable[InputFile], todo: Todo, base: Path) -> list[Inp
     """The input files that the merge itself does not write."""
     own = {base / name for name in (*todo.patched, *todo.renamed, *(file.name for file in todo.new))}
     return [file for file in files if file.path not in own]
+
+
+def _check_around(todo: Todo, base: Path, armed: journal.Journal) -> None:
+    """Raise `InputChangedError` if somebody else wrote to a file while it was patched."""
+    for name, ranges in todo.patched.items():
+        path = base / todo.renamed.get(name, name)
+        if sample_outside(path, ranges) != armed.samples[name]:
+            raise InputChangedError(f"{path}: changed while it was in use: somebody else wrote to it during the merge")
 
 
 def _after_the_end(base: Path, error: BaseException) -> BaseException:
@@ -136,7 +146,8 @@ def _restore(base: Path) -> dict[str, Any]:
 
 def _progress(base: Path) -> str:
     if not (base / ARMED).is_dir():
-        return f"{base} is restored"
+        rest = f"; what is left of the undo journal, {PARTIAL} in it, may go" if (base / PARTIAL).exists() else ""
+        return f"{base} is restored{rest}"
     try:
         if journal.state_of(base) == DONE:
             return f"{base} is still merged, nothing was undone"
@@ -159,11 +170,12 @@ def undo(base: Path) -> dict[str, Any]:
         return _restore(base)
 
 
-def _apply(plan: Plan, todo: Todo, base: Path, advance: Advance) -> tuple[int, dict[str, str]]:
+def _apply(work: InPlace, todo: Todo, advance: Advance) -> tuple[int, dict[str, str]]:
     """Patch, rename, and put new files in place, all on disk.
 
     Returns the bytes written, and the sha256 of what every patched file holds in its ranges now.
     """
+    plan, base = work.plan, work.base
     written, digests = 0, {}
     for file in plan.files:
         name = todo.name_in_base(file.name)
@@ -176,6 +188,7 @@ def _apply(plan: Plan, todo: Todo, base: Path, advance: Advance) -> tuple[int, d
     for number, file in enumerate(todo.new):
         path = base / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_unchanged(found for found in work.files if found.path == path)
         (base / ARMED / "new" / str(number)).replace(path)
         written += file.size
     names = (*todo.renamed.values(), *(file.name for file in todo.new))

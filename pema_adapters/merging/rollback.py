@@ -35,12 +35,15 @@ def roll_back(base: Path) -> Journal:
     journal = read_journal(base)
     _check_journal(base, journal)
     ranges = read_ranges(base, journal)
-    _check_patched(base, journal, ranges)
+    _check_sizes(base, journal)
+    _check_samples(base, journal, ranges)
+    _check_written(base, journal, ranges)
     _check_whole(base, journal)
     if journal.state == DONE:  # an undo that is cut off must be found unfinished
         write_journal(base / ARMED, replace(journal, state=PATCHING))
     _restore_names(base, journal)
     _restore_ranges(base, ranges)
+    _check_samples(base, journal, ranges)  # again: nobody else wrote to the base meanwhile
     _restore_files(base, journal)
     discard(base)
     (base / ARMED).replace(base / PARTIAL)
@@ -56,29 +59,44 @@ def _check_journal(base: Path, journal: Journal) -> None:
             raise damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
 
 
-def _check_patched(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
-    """Patched files hold what the merge wrote (once it has ended), and around it what they held before."""
+def _check_sizes(base: Path, journal: Journal) -> None:
     for name, size in journal.patched.items():
         path = _where(base, journal, name)
         found = path.stat().st_size if path.is_file() else "no"
         if found != size:
             raise _changed(path, f"{found} bytes, expected {size}")
-        if name in journal.samples and sample_outside(path, ranges[name]) != journal.samples[name]:
-            raise _changed(path, "its other tensors are not those that the merge left")
-        written = journal.written.get(name) if journal.state == DONE else None
-        if written is not None and digest_ranges(path, ranges[name]) != written:
+
+
+def _check_written(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
+    """Patched files hold what the merge wrote, once it has ended."""
+    for name, written in journal.written.items() if journal.state == DONE else ():
+        path = _where(base, journal, name)
+        if digest_ranges(path, ranges[name]) != written:
             raise _changed(path, "the rows or weights that the merge wrote are not there any more")
+
+
+def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
+    """Around their ranges, patched files hold what they held before."""
+    for name, expected in journal.samples.items():
+        path = _where(base, journal, name)
+        if sample_outside(path, ranges[name]) != expected:
+            raise _changed(path, "its other tensors are not those that the merge left")
 
 
 def _check_whole(base: Path, journal: Journal) -> None:
     """Files that the merge put in place whole are as it made them, or as they were before, or gone."""
-    before = {name: journal.sums[f"saved/{number}"] for number, name in enumerate(journal.replaced)}
-    for name, made in journal.made.items():
-        path = base / name
-        if not path.exists() and name not in before:
-            continue
-        if not path.is_file() or not any(_is_content(path, one) for one in (made, before.get(name)) if one):
-            raise _changed(path, "its content is not what the merge wrote")
+    for name in journal.made:
+        _check_made(base, journal, name)
+
+
+def _check_made(base: Path, journal: Journal, name: str) -> None:
+    path, expected = base / name, [journal.made[name]]
+    if name in journal.replaced:
+        expected.append(journal.sums[f"saved/{journal.replaced.index(name)}"])
+    elif not path.exists():
+        return
+    if not path.is_file() or not any(_is_content(path, one) for one in expected):
+        raise _changed(path, "its content is not what the merge wrote")
 
 
 def _is_content(path: Path, digest: list[int | str]) -> bool:
@@ -133,9 +151,13 @@ def _restore_files(base: Path, journal: Journal) -> None:
         saved = base / ARMED / "saved" / str(number)
         copy.unlink(missing_ok=True)
         save_copy(saved.read_bytes(), copy, like=saved)
+        if name in journal.made:
+            _check_made(base, journal, name)
         copy.replace(base / name)
         sync_folder((base / name).parent)
     for name in journal.created:
+        if name in journal.made:
+            _check_made(base, journal, name)
         (base / name).unlink(missing_ok=True)
     for name in sorted(journal.folders, key=len, reverse=True):
         _remove_folder(base / name)

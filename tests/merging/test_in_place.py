@@ -275,7 +275,7 @@ def test_refusals(base, tmp_path, monkeypatch):
         (todo, "MOST_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
         (os, "access", lambda path, mode: path != base, "base: not writable, so it cannot be merged in place"),
         (os, "access", lambda path, mode: path == base, "model-1.safetensors: not writable, so it cannot"),
-        (shutil, "disk_usage", lambda path: SimpleNamespace(free=9), "base: 9 bytes free, but the merge takes"),
+        (shutil, "disk_usage", lambda path: SimpleNamespace(free=9, total=1 << 40), "base: 9 bytes free, but the merge takes"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
