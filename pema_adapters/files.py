@@ -5,15 +5,15 @@ import os
 import secrets
 from pathlib import Path
 
-from pema_adapters.errors import FormatError
+from pema_adapters.errors import FormatError, reading
 
 CHUNK = 1 << 20
 
 
 def sum_of_file(path: Path) -> str:
-    """The sha256 of a file."""
+    """The sha256 of a file. Raises `FormatError` where it cannot be read."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         while data := file.read(CHUNK):
             digest.update(data)
     return digest.hexdigest()

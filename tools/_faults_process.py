@@ -159,6 +159,7 @@ def import_all() -> None:
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             if not module.name.startswith("pema_adapters.cli.") or module.name.endswith((".merge", "_run")):
                 importlib.import_module(module.name)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # as pema-merge does before it imports the client
     if "HF_ENDPOINT" in os.environ:
         importlib.import_module("huggingface_hub.hf_api")
         importlib.import_module("huggingface_hub.lfs")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pema_adapters import __version__
 from pema_adapters.errors import PemaError
-from pema_adapters.io.interrupts import Terminated, raise_on_sigterm
+from pema_adapters.io.interrupts import Terminated, raise_on_signals
 
 DONE, FAILED = 0, 1
 _BESIDE = ("numpy", "safetensors")
@@ -25,7 +25,7 @@ def run(program: str, work: Callable[[], str], *, is_done_unprinted: bool = Fals
         The exit code: 0 done, 1 refused or failed. A reader that closes its pipe has read enough: 0.
     """
     try:
-        with raise_on_sigterm():
+        with raise_on_signals():
             text = work()
     except (PemaError, OSError) as error:
         _complain(f"{program}: error: {_one_line(error)}")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+RETRY_SECONDS = 0.01
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -15,20 +16,25 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def raise_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM raise `Terminated` in the block, rather than end the process as it is."""
+def raise_on_signals() -> Iterator[None]:
+    """Have SIGTERM raise `Terminated` in the block, and SIGINT KeyboardInterrupt, wherever code can hear of them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    previous = {number: signal.signal(number, _raise) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous if previous is not None else signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _raise(number: int, frame: FrameType | None) -> None:
+    """Raise what stands for a signal; a moment later where a finalizer is running, whose exceptions Python drops."""
+    if frame is not None and frame.f_code.co_name == "__del__":
+        threading.Timer(RETRY_SECONDS, signal.raise_signal, (number,)).start()
+        return
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextmanager

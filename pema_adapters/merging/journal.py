@@ -210,7 +210,7 @@ def discard(base: Path) -> None:
 def damaged(path: Path, why: str) -> MergeError:
     """The error of a journal that cannot be followed."""
     return MergeError(
-        f"{path}: the undo journal is damaged ({why}), and nothing was touched; fetch the base again, or delete "
+        f"{path}: the undo journal is damaged ({why}) and was not followed; fetch the base again, or delete "
         f"{ARMED} in it to keep it as it is"
     )
 

@@ -275,7 +275,12 @@ def test_refusals(base, tmp_path, monkeypatch):
         (todo, "MOST_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
         (os, "access", lambda path, mode: path != base, "base: not writable, so it cannot be merged in place"),
         (os, "access", lambda path, mode: path == base, "model-1.safetensors: not writable, so it cannot"),
-        (shutil, "disk_usage", lambda path: SimpleNamespace(free=9, total=1 << 40), "base: 9 bytes free, but the merge takes"),
+        (
+            shutil,
+            "disk_usage",
+            lambda path: SimpleNamespace(free=9, total=1 << 40),
+            "base: 9 bytes free, but the merge takes",
+        ),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
@@ -333,7 +338,7 @@ def test_damaged_journals_touch_nothing(base, name, how):
     if how != "gone":
         path.write_bytes(data if how == "flip" else data[:-1])
     before = content(base)
-    with pytest.raises(MergeError, match=rf"{name}: the undo journal is damaged .*, and nothing was touched; fetch"):
+    with pytest.raises(MergeError, match=rf"{name}: the undo journal is damaged .* and was not followed; fetch"):
         undo(base)
     assert content(base) == before
 
@@ -358,6 +363,6 @@ def test_a_journal_from_somebody_else_does_not_lead_elsewhere(base, tmp_path, na
     (base / journal.ARMED).mkdir()
     sums = {part: [0, "0" * 64] for part in ("undo.bin", "ranges.npy")}
     journal.write_journal(base / journal.ARMED, journal.Journal(journal.PATCHING, {}, [], [name], [], sums))
-    with pytest.raises(MergeError, match=r"other' is a link or lies outside of the base\), and nothing was touched"):
+    with pytest.raises(MergeError, match=r"other' is a link or lies outside of the base\) and was not followed"):
         roll_back_interrupted(base)
     assert (tmp_path / "other").exists()

@@ -146,7 +146,7 @@ def test_forged_ranges_touch_nothing(pair, ranges):
     base, delta = pair
     merge_checkpoint(base, delta, in_place=True)
     forge(base, ranges)
-    refused(base, r"ranges.npy: the undo journal is damaged \(.*\), and nothing was touched")
+    refused(base, r"ranges.npy: the undo journal is damaged \(.*\) and was not followed")
 
 
 FIELDS = [
@@ -162,7 +162,7 @@ def test_forged_fields_touch_nothing(pair, fields):
     base, delta = pair
     merge_checkpoint(base, delta, in_place=True)
     forge(base, **fields)
-    refused(base, r"journal.json: the undo journal is damaged \(.*\), and nothing was touched")
+    refused(base, r"journal.json: the undo journal is damaged \(.*\) and was not followed")
 
 
 def test_a_journal_that_cannot_be_removed_is_named(pair, monkeypatch):
