@@ -150,6 +150,14 @@ def test_what_is_not_there(steps, tmp_path):
     assert refused(tmp_path / "nowhere", "latest").startswith(f"{tmp_path}/nowhere: no such folder; expected a Trainer")
 
 
+def test_no_state_to_name_the_best(steps):
+    state = steps / "checkpoint-12" / "trainer_state.json"
+    state.unlink(missing_ok=True)
+    assert (
+        refused(steps, "best") == f"{state}: no such file to name the best checkpoint; choose a step with --checkpoint"
+    )
+
+
 @pytest.mark.parametrize("named", [None, "run/final", 3, ["checkpoint-4"]])
 def test_no_best(steps, named):
     set_best(steps, named)
