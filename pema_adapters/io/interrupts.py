@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back while files change hands."""
+"""Signal handling: SIGTERM as an exception, and Ctrl-C and SIGTERM deferred while files are renamed."""
 
 import signal
 import threading
@@ -16,7 +16,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM raise `Terminated` in the block, rather than end the process as it is."""
+    """Raise `Terminated` on SIGTERM during the block, so that clean-up code runs before the process ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -33,7 +33,7 @@ def _raise_terminated(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back during the block, and deliver them when it has ended.
+    """Defer SIGINT and SIGTERM until the block has ended.
 
     Signals are handled by the main thread alone; in another thread this does nothing.
     """

@@ -64,10 +64,10 @@ def _check_patched(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) 
         if found != size:
             raise _changed(path, f"{found} bytes, expected {size}")
         if name in journal.samples and sample_outside(path, ranges[name]) != journal.samples[name]:
-            raise _changed(path, "its other tensors are not those that the merge left")
+            raise _changed(path, "bytes that the merge did not write have changed")
         written = journal.written.get(name) if journal.state == DONE else None
         if written is not None and digest_ranges(path, ranges[name]) != written:
-            raise _changed(path, "the rows or weights that the merge wrote are not there any more")
+            raise _changed(path, "the rows or weights that the merge wrote have changed")
 
 
 def _check_whole(base: Path, journal: Journal) -> None:

@@ -64,7 +64,7 @@ def _check_earlier_output(target: Path, overwrite: bool) -> bool:
 
 @dataclass
 class Stage:
-    """The folder to write into, and what there is to say once it is in place."""
+    """The staging folder, and notes for the report."""
 
     folder: Path
     notes: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ def staged(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[St
         names: the files that the block writes.
 
     Raises:
-        MergeError: the target cannot be replaced, or the system refused; it says truly what is left.
+        MergeError: the target cannot be replaced, or the system refused; the message says what is left.
         KeyboardInterrupt: its text says what is left.
     """
     stage = target.with_name(f".{target.name}.pema-partial")
@@ -165,7 +165,7 @@ def _commit(stage: Path, target: Path) -> None:
 
 
 def _put_back(aside: Path, target: Path) -> str:
-    """Put the earlier output back, if there was one. Returns what there is to say."""
+    """Put the earlier output back, if there was one. Returns the end of the error message."""
     try:
         if aside.exists():
             aside.replace(target)

@@ -139,7 +139,7 @@ def test_what_is_no_choice(steps, choice, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--delta", str(steps), f"--checkpoint={choice}"])
     assert stop.value.code == 2
-    assert f"{choice!r} is none of latest, best and the number of a step" in capsys.readouterr().err
+    assert f"expected latest, best or the number of a step, found {choice!r}" in capsys.readouterr().err
 
 
 def test_what_is_not_there(steps, tmp_path):
