@@ -68,7 +68,7 @@ def test_contents_only_does_not_mind_another_name_or_mode(path):
     path.rename(path.with_name("moved"))
     path.with_name("moved").unlink()
     assert bytes(file.view(3, 6, contents_only=True)) == bytes([3, 4, 5])
-    with pytest.raises(InputChangedError):
+    with pytest.raises(InputChangedError, match="it was replaced or renamed, or its links, mode or times were changed"):
         file.check()
 
 

@@ -19,7 +19,7 @@ _BESIDE = ("numpy", "safetensors")
 def run(program: str, work: Callable[[], str], *, is_done_unprinted: bool = False) -> int:
     """Do `work` and print the text that it returns; print a `PemaError` as one line on stderr.
 
-    is_done_unprinted: what counts is on the disk, so that text which cannot be printed is no failure.
+    is_done_unprinted: the result is on the disk already, so a summary that cannot be printed is no failure.
 
     Returns:
         The exit code: 0 done, 1 refused or failed. A reader that closes its pipe has read enough: 0.
@@ -90,7 +90,7 @@ def _complain(line: str) -> None:
 
 
 def _discard_stdout() -> None:
-    """Lead standard output nowhere: the interpreter would try to flush what is left in it, and fail again."""
+    """Redirect standard output to os.devnull: the interpreter would flush it again at exit, and fail again."""
     with contextlib.suppress(OSError, ValueError):  # no file behind it
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LONGEST_LINE = 10_000
-"""Characters of a line of the summary; the lines to paste are no use if they are cut."""
+"""Characters of a line of the summary, so many that lines to paste are not cut."""
 EPILOG = """\
 examples:
   pema-merge --delta run/
@@ -90,7 +90,7 @@ def _add_inputs(group: "argparse._ArgumentGroup") -> None:
     add(
         "--base",
         help="folder of a checkpoint (safetensors or .bin, one file or shards), or a Hub id (default: the base that "
-        "DELTA records; a short name that ends it will do, too)",
+        "DELTA records; the last part of its name is enough)",
     )
     add("--delta", help="folder written by save_adapter, save_delta or a Trainer, or a Hub id")
     add("--adapter", metavar="NAME", help="the adapter to merge, if DELTA holds several")
@@ -146,7 +146,7 @@ def _checkpoint(text: str) -> str:
     from pema_adapters.formats.trainer_checkpoints import is_choice
 
     if not is_choice(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of latest, best and the number of a step")
+        raise argparse.ArgumentTypeError(f"expected latest, best or the number of a step, found {text!r}")
     return text
 
 

@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that the repositories or folders of --tokenizer, --model and --data bring along, with "
-        "your rights; read it first (default: refuse what needs it, and never ask)",
+        help="run Python code from the repositories or folders of --tokenizer, --model and --data, with your "
+        "permissions; read it first (default: refuse what needs it, without asking)",
     )
     add("--save", metavar="FILE", help="write the vocabulary, for PartialVocabulary.load")
     add(
@@ -125,7 +125,7 @@ def _positive(text: str) -> int:
 
 
 def _scan(options: argparse.Namespace) -> str:
-    """Scan, or remember; returns what to print. All checks precede the first scan, all work the first output."""
+    """Scan, or reuse earlier results; returns the text to print, once all is checked, scanned and written."""
     from pema_adapters.cli._scan_answers import Answers
 
     answers = Answers(options)

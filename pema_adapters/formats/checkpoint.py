@@ -204,6 +204,10 @@ class Checkpoint:
 def _nothing_in(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder; expected a checkpoint with {SINGLE} or {INDEX}"
+    broken = [folder / name for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX) if (folder / name).is_symlink()]
+    if broken:  # a snapshot of the Hub's cache that was copied without its blobs, say
+        found = f"is a link to {broken[0].readlink()}, which does not exist"
+        return f"{broken[0]}: {found}; copy the folder with cp -rL, or fetch it again"
     return f"{folder}: neither {SINGLE} nor {INDEX}, nor {PICKLE} or {PICKLE_INDEX}; not a checkpoint folder"
 
 

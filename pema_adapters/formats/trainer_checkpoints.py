@@ -73,6 +73,8 @@ def _step_of(folder: Path, delta: Path) -> int | None:
 
 def _best_step(state: Path) -> int:
     """The step of the best checkpoint; its folder may have been moved with the whole run since."""
+    if not state.is_file():
+        raise FormatError(f"{state}: no such file to name the best checkpoint; choose a step with --checkpoint")
     named = read_json(state).get("best_model_checkpoint")
     name = PurePosixPath(named.replace("\\", "/")).name if isinstance(named, str) else ""
     match = _NAME.fullmatch(name)

@@ -14,7 +14,7 @@ INHERITED = ("language", "license", "license_name", "license_link")
 """What a card takes over from the base's, where it says nothing itself."""
 LISTS = ("tags", "datasets", "metrics", "language")
 MAX_BYTES = 1 << 20
-"""Of a card that is only read for its metadata, as much is read."""
+"""At most so many bytes are read of a card whose metadata alone count."""
 _BEGIN, _END = "<!-- pema: begin -->", "<!-- pema: end -->"
 _OURS = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 _METADATA = re.compile(r"\s*---[ \t]*[\r\n]+(.*?)[\r\n]+---[ \t]*(?:\r\n|\r|\n|\Z)", re.DOTALL)
@@ -116,7 +116,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _joined(old: Any, new: Any) -> list[Any]:
-    """Both as one list; of `new`, which may be somebody else's, text alone counts."""
+    """Join both into one list, without the items of `new` that are not text."""
     ours = [item for item in (new if isinstance(new, list) else [new]) if isinstance(item, str)]
     theirs = old if isinstance(old, list) else [] if old is None else [old]
     return [*theirs, *(item for item in dict.fromkeys(ours) if item not in theirs)]

@@ -12,10 +12,10 @@ from typing import Literal
 Use = Literal["download", "push"]
 MAX_REASON = 200
 """Characters of what an error says."""
-_OFFLINE = "{said}), and the cache does not hold it whole; download it once with a network, or give a folder"
+_OFFLINE = "{said}), and the local cache has no complete copy; download it once with a network, or give a folder"
 _HIDDEN = "not found, or private); check the name, or log in (hf auth login)"
-_LOG_IN = "no token, or one that the Hub does not know); log in (hf auth login), or give --token"
-_REFUSED = "{said}); the token does not count there: log in (hf auth login), or check HF_TOKEN"
+_LOG_IN = "no token, or one that the Hub rejects); log in (hf auth login), or give --token"
+_REFUSED = "{said}); the Hub rejects the token: log in (hf auth login), or check HF_TOKEN"
 _AGAIN = "{said}); check the network and run again, what is uploaded is not sent again"
 _NAME = "{said}); check the name"
 _LOOP = "it redirects without end); check HF_ENDPOINT and the proxy"
@@ -43,7 +43,7 @@ _MAP = (
     _Row("GatedRepoError", (), *2 * ("it is gated); ask for access on its page there and log in (hf auth login)",)),
     _Row("RepositoryNotFoundError", (401,), _HIDDEN, _LOG_IN),
     _Row("RepositoryNotFoundError", (), _HIDDEN,
-         "no such repository, or no token that may see it); check the name, or log in (hf auth login, --token)"),
+         "no such repository, or the token has no access to it); check the name, or log in (hf auth login, --token)"),
     _Row("RevisionNotFoundError", (), *2 * ("no revision {revision!r}); give a branch, tag or commit of it",)),
     _Row("LocalEntryNotFoundError", (), _OFFLINE, _AGAIN),
     _Row("LocalTokenNotFoundError", (), *2 * ("no token); log in (hf auth login), or set HF_TOKEN",)),
@@ -53,7 +53,7 @@ _MAP = (
     _Row("", (401,), _REFUSED, _LOG_IN),
     _Row("", (403,), _REFUSED,
          "{said}); give a token that may write there (hf auth login, --token), or free some quota"),
-    _Row("", (409, 412), "{said}); try again later", "somebody else pushes there); run again when they have ended"),
+    _Row("", (409, 412), "{said}); try again later", "another push is in progress); run again when it has ended"),
     _Row("", (413,), "{said}); try again later", "{said}); it is too large for the Hub"),
     _Row("", (429,), "{said}); try again later",
          "{said}); too many requests: run again later, what is uploaded is not sent again"),

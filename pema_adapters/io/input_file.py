@@ -65,13 +65,13 @@ class FileIdentity:
         contents_only: a change of the inode's metadata alone (a rename, a new link, a mode) is no difference.
         """
         if (self.device, self.inode) != (now.device, now.inode):
-            return "another file has taken its name"
+            return "another file replaced it"
         if self.size != now.size:
             return f"its size went from {self.size:,} to {now.size:,} bytes"
         if self.mtime_ns != now.mtime_ns:
             return "it was written to"
         if self.ctime_ns != now.ctime_ns and not contents_only:
-            return "it was replaced, or its times were set"
+            return "it was replaced or renamed, or its links, mode or times were changed"
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, held back while files change hands."""
+"""Signal handling: SIGTERM as an exception, and Ctrl-C and SIGTERM deferred while files are renamed."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Have SIGTERM raise `Terminated` in the block, and SIGINT KeyboardInterrupt, wherever code can hear of them."""
+    """Raise `Terminated` on SIGTERM and KeyboardInterrupt on SIGINT during the block, so that clean-up code runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,7 +39,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back during the block, and deliver them when it has ended.
+    """Defer SIGINT and SIGTERM until the block has ended.
 
     Signals are handled by the main thread alone; in another thread this does nothing.
     """

@@ -255,9 +255,8 @@ class Layout:
             for segment in entry.segments
             if isinstance(part := segment.rows if isinstance(segment, Rows) else segment, Cast)
         }
-        self.notes += [
-            f"the delta's {source} weights were cast to the base's {target}" for source, target in sorted(casts)
-        ]
+        of = "" if self.dtype else "the base's "  # with --dtype, the user's
+        self.notes += [f"the delta's {source} weights were cast to {of}{target}" for source, target in sorted(casts)]
 
 
 def _list(names: Iterable[str]) -> str:

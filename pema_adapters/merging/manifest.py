@@ -13,7 +13,10 @@ from pema_adapters.hub.card import README
 from pema_adapters.merging.report import MergeReport
 
 VERSION = 1
+CHANGED = "holds files changed after the merge, or copied without their times"
 _LISTED = 5
+_TIME_STEP_NS = 2_000_000_000
+"""FAT keeps times in steps of 2 s, SMB and NFS servers in their own: what was set is not what is found later."""
 
 
 def encode_manifest(report: MergeReport, folder: Path, names: Collection[str]) -> bytes:
@@ -28,11 +31,12 @@ def find_foreign_files(folder: Path, names: Collection[str]) -> str:
     """Describe what lies in the output `folder` of an earlier merge and is not that merge's own; "" for nothing.
 
     Args:
-        folder: holds a manifest.
-        names: the files of the merge that is to replace it; a manifest of an early version does not list its own.
+        folder: what the merge wrote.
+        names: the files of the merge that is to replace it. A manifest of an early version does not list its own, and
+            a removal that was cut off may have taken the manifest.
     """
     try:
-        known = read_json(folder / MARKER).get("files")
+        known = read_json(folder / MARKER).get("files") if (folder / MARKER).exists() else None
     except FormatError as error:
         return str(error)
     found = _files_in(folder)
@@ -41,7 +45,7 @@ def find_foreign_files(folder: Path, names: Collection[str]) -> str:
     foreign = sorted(found - known.keys() - {MARKER})
     own = found & known.keys() - {README}  # the new card keeps what somebody wrote into the old one
     changed = sorted(name for name in own if not _is_unchanged(folder / name, known[name]))
-    return _describe("holds files that no merge wrote", foreign) or _describe("holds files changed since", changed)
+    return _describe("holds files that no merge wrote", foreign) or _describe(CHANGED, changed)
 
 
 def _files_in(folder: Path) -> set[str]:
@@ -55,7 +59,11 @@ def _files_in(folder: Path) -> set[str]:
 
 def _is_unchanged(path: Path, known: Any) -> bool:
     found = path.stat(follow_symlinks=False)
-    return bool(known == {"size": found.st_size, "mtime_ns": found.st_mtime_ns})
+    try:
+        is_same_time = abs(found.st_mtime_ns - known["mtime_ns"]) <= _TIME_STEP_NS
+        return is_same_time and bool(found.st_size == known["size"])
+    except (TypeError, KeyError):
+        return False
 
 
 def _describe(what: str, names: list[str]) -> str:

@@ -158,7 +158,7 @@ class Merge:
 
 @contextmanager
 def open_inputs(base: str | None, delta: str, options: Options, is_output_needed: bool) -> Iterator[Inputs]:
-    """Get base and delta, from the Hub where they are no folders, and keep merges in place out of them in the block.
+    """Find or download base and delta, and lock both against merges in place during the block.
 
     Raises `MergeError`, `FormatError`.
     """

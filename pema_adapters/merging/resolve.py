@@ -118,7 +118,7 @@ def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_R
     except Exception as error:  # whatever the client makes of an answer that it does not expect
         folder = otherwise(repository) if is_unreachable(error) else None
         if folder is None:
-            where = f"{repository.kind} {repository.name}: no such folder, and cannot be had from the Hub"
+            where = f"{repository.kind} {repository.name}: no such folder, and cannot be downloaded from the Hub"
             raise MergeError(f"{where} {explain(error, 'download', repository.revision)}") from error
         return folder
     if folder is None:

@@ -72,7 +72,7 @@ def _check_written(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) 
     for name, written in journal.written.items() if journal.state == DONE else ():
         path = _where(base, journal, name)
         if digest_ranges(path, ranges[name]) != written:
-            raise _changed(path, "the rows or weights that the merge wrote are not there any more")
+            raise _changed(path, "the rows or weights that the merge wrote have changed")
 
 
 def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
@@ -80,7 +80,7 @@ def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) 
     for name, expected in journal.samples.items():
         path = _where(base, journal, name)
         if sample_outside(path, ranges[name]) != expected:
-            raise _changed(path, "its other tensors are not those that the merge left")
+            raise _changed(path, "bytes that the merge did not write have changed")
 
 
 def _check_whole(base: Path, journal: Journal) -> None:

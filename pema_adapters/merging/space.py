@@ -1,4 +1,4 @@
-"""Room on the disk: what a plan takes, less what the file system can clone from the base."""
+"""Disk space: the size of a plan, less the blocks that the file system can clone from the base."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from pema_adapters.merging.write import clone_range
 
 
 def check_space(plan: Plan, folder: Path) -> None:
-    """Refuse where the file system of `folder`, into which the plan is to be written, lacks the room for it."""
+    """Refuse where the file system of `folder` has not enough space for the plan. Raises `MergeError`."""
     needed = plan.size
     if _free(folder) < needed and _can_clone(plan, folder):
         needed = _size_without_clones(plan)
@@ -45,7 +45,7 @@ def _can_clone(plan: Plan, folder: Path) -> bool:
 
 
 def _size_without_clones(plan: Plan) -> int:
-    """Bytes that the plan takes at most beside the clones: the ends of each, and the blocks that get other rows."""
+    """Upper bound of the bytes written beside the clones: the ends of each, and the blocks that get other rows."""
     saved = sum(copy.length - 2 * BLOCK - rewritten for copy, rewritten in _clonable_copies(plan))
     return max(plan.size - saved, 0)
 

@@ -41,8 +41,8 @@ def check_replaceable(target: Path, overwrite: bool, names: Collection[str]) -> 
     foreign = find_foreign_files(target, names)
     if foreign:
         raise MergeError(
-            f"output {target} {foreign}, and --overwrite would lose them; move them away, or choose another folder "
-            "with --output"
+            f"output {target} {foreign}, and --overwrite would lose them; move them away, choose another folder with "
+            "--output, or delete the folder if you need nothing in it"
         )
 
 
@@ -64,7 +64,7 @@ def _check_earlier_output(target: Path, overwrite: bool) -> bool:
 
 @dataclass
 class Stage:
-    """The folder to write into, and what there is to say once it is in place."""
+    """The staging folder, and notes for the report."""
 
     folder: Path
     notes: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ def staged(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[St
         names: the files that the block writes.
 
     Raises:
-        MergeError: the target cannot be replaced, or the system refused; it says truly what is left.
+        MergeError: the target cannot be replaced, or the system refused; the message says what is left.
         KeyboardInterrupt: its text says what is left.
     """
     stage = target.with_name(f".{target.name}.pema-partial")
@@ -90,7 +90,7 @@ def staged(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[St
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquire(stage)
         try:
-            _recover(target)
+            _recover(target, names)
             check_replaceable(target, overwrite, names)
             yield (given := Stage(stage))
             check_replaceable(target, overwrite, names)  # again: hours may have passed
@@ -165,7 +165,7 @@ def _commit(stage: Path, target: Path) -> None:
 
 
 def _put_back(aside: Path, target: Path) -> str:
-    """Put the earlier output back, if there was one. Returns what there is to say."""
+    """Put the earlier output back, if there was one. Returns the end of the error message."""
     try:
         if aside.exists():
             aside.replace(target)
@@ -189,15 +189,21 @@ def _discard_replaced(target: Path, names: Collection[str]) -> list[str]:
     return []
 
 
-def _recover(target: Path) -> None:
-    """Finish what a merge that was killed in `_commit` left: an earlier output that is aside goes back, or goes."""
+def _recover(target: Path, names: Collection[str]) -> None:
+    """Put an earlier output back that a killed merge left aside, or remove it where a newer one took its place.
+
+    Raises `MergeError` where it holds files of somebody else: `_discard_replaced` kept it for them.
+    """
     aside = _aside(target)
     if not aside.exists():
         return
-    if target.exists() and any(target.iterdir()):
-        shutil.rmtree(aside)
-    else:
+    if not target.exists() or not any(target.iterdir()):
         aside.replace(target)
+        return
+    foreign = find_foreign_files(aside, names)
+    if foreign:
+        raise MergeError(f"{aside}: the output that an earlier merge replaced {foreign}; move it away, or delete it")
+    shutil.rmtree(aside)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""What an undo journal keeps of a base: original bytes, whole files, and digests by which a change shows later."""
+"""Contents of an undo journal: original bytes, whole files, and digests that reveal later changes."""
 
 import hashlib
 import os
@@ -48,7 +48,7 @@ def digest_ranges(path: Path, ranges: np.ndarray) -> str:
 
 
 def take_mode(path: Path, base: Path, name: str) -> None:
-    """Let no more people read a new file than the one that it replaces, or than the base's weights."""
+    """Give a new file the mode of the file that it replaces, or else make it no more readable than the weights."""
     weights = sorted(base.glob("*.safetensors"))
     like = base / name if (base / name).exists() else weights[0] if weights else base
     found = like.stat().st_mode
@@ -65,7 +65,7 @@ def take_owner(path: Path, like: Path) -> None:
 
 
 def save_copy(data: "bytes | PlannedFile", path: Path, like: Path | None = None) -> list[Any]:
-    """Have `data` on disk as `path`, with mode and times of `like`. Returns its size and sha256."""
+    """Write `data` to `path` and fsync it, with mode and times of `like`. Returns its size and sha256."""
     parts = ((0, data),) if isinstance(data, bytes) else data.chunks()
     return save((part for _, part in parts), path, like)
 
@@ -87,7 +87,7 @@ def save(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[A
 
 
 def read_originals(base: Path, todo: Todo) -> Iterator[bytes]:
-    """What all ranges hold, a few MB at a time."""
+    """Yield the original bytes of all ranges, a few MB at a time."""
     for name, ranges in todo.patched.items():
         with (base / name).open("rb", buffering=0) as file:
             parts, size = [], 0

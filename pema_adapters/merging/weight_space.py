@@ -110,7 +110,7 @@ def _needed(parts: dict[str, Stored], shared: dict[str, Stored]) -> dict[str, St
 
 
 def _settings(module: str, parts: dict[str, Stored], methods: list[Method]) -> Mapping[str, Any]:
-    """Those of the method that made these parts. Several that say the same about them are as good as one."""
+    """The settings of the method that made these parts; several methods may match if their settings agree."""
     path = next(iter(parts.values())).path
     unknown = parts.keys() - _PARTS
     if unknown:

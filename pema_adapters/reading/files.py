@@ -61,7 +61,8 @@ def reading_data(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind = "" if isinstance(error, _SPEAKING) and str(error) else f"{type(error).__name__}: "
-        raise FormatError(f"{name}: cannot be read as a data set: {kind}{error}") from error
+        said = " ".join(str(error).split())
+        raise FormatError(f"{name}: cannot be read as a data set: {kind}{said}") from error
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _refuse_columns(path: Path, found: int) -> None:
 
 
 def _check_parquet(path: Path) -> None:
-    """Refuse by what the footer says of row groups, and a footer that contradicts itself."""
+    """Refuse a file by the sizes in its footer, or because the footer contradicts itself."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -60,4 +60,5 @@ def _from_pretrained(kind: Any, name: str, what: str, trust_remote_code: bool) -
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:  # the middle ones: JSON, no object
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise FormatError(f"{name}: the {what} {NEEDS_CODE}") from error
-        raise FormatError(f"{name}: no {what} found, here or on the Hub: {error}") from error
+        said = " ".join(str(error).split())
+        raise FormatError(f"{name}: no {what} found, here or on the Hub: {said}") from error

@@ -252,7 +252,7 @@ def is_merged_projection(layer: Any) -> bool:
 
 @contextmanager
 def shared_parameters(model: Any) -> Iterator[None]:
-    """Have the parameters that all layers share (VeRA's) at hand in the block, as in a forward."""
+    """Make the parameters that all layers share (VeRA's) available during the block, as in a forward."""
     import torch
     from adapters.context import ForwardContext
 

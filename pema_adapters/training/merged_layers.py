@@ -54,7 +54,7 @@ def reset_layers(original: Callable[..., Any], model: Any) -> None:
 
 
 def _complete(layer: Any, lora: Any) -> Unmerged:
-    """Make a merged layer what it is to be. Returns what it was."""
+    """Correct a layer that adapters has merged. Returns its state before the merge."""
     bias = None if layer.bias is None else layer.bias.data
     if lora.use_dora:
         weight = lora.dora_w_o

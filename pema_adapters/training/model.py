@@ -43,7 +43,7 @@ def complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> Partial
         )
         if not len(vocabulary):
             raise VocabularyError(
-                f"no token ids in the data: no row of them has any in {', '.join(columns)}: give the tokenized "
+                f"no token ids in the data: every row is empty in {', '.join(columns)}: give the tokenized "
                 "training data"
             )
     if vocabulary.vocab_size != vocab_size:

@@ -84,7 +84,7 @@ def full_state_dict(
 
 
 def warn_of_unmerged_rows(model: Any, folder: Any) -> None:
-    """Say that a checkpoint which a user saves is without the rows of adapters: plain Transformers will not read them.
+    """Warn that save_pretrained writes the base's embedding, without the trained rows of adapters.
 
     AutoAdapterModel does read them.
     """

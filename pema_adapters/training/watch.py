@@ -1,4 +1,4 @@
-"""Noticing unseen tokens in training: at once on the CPU, on an accelerator without a synchronisation a step."""
+"""Counting unseen tokens in training: at once on the CPU, on an accelerator without a synchronisation a step."""
 
 from __future__ import annotations
 

@@ -210,6 +210,7 @@ def test_failures_are_one_line(failure, folder, capsys, monkeypatch):
     assert err.startswith("pema-scan: error: ")
     assert err.count("\n") == 1
     assert message in err
+    assert "\\n" not in err, "a line break of a library became an escape"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--data", "x"], ["--tokenizer", "t", "--data", "x", "--max-length", "0"]])

@@ -127,6 +127,14 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         Checkpoint.open(tmp_path)
 
 
+def test_a_snapshot_copied_without_its_blobs_is_called_that(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/0123")
+    with pytest.raises(
+        FormatError, match=r"model.safetensors: is a link to ../../blobs/0123, which does not exist; copy"
+    ):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_tensor_that_is_not_there(single):
     with pytest.raises(FormatError, match=r"no tensor 'x' among its 4"):
         Checkpoint.open(single).rows("x", np.array([0]))

@@ -98,7 +98,7 @@ def no_commit(hub):
 
 def a_file_of_a_commit_that_is_a_path(hub):
     hub.fail("HEAD", json=[], headers={"X-Repo-Commit": "../../x", "ETag": '"1"'}, times=9)
-    return "cannot be had from the Hub ("
+    return "cannot be downloaded from the Hub ("
 
 
 def a_file_of_another_commit(hub):
@@ -162,7 +162,7 @@ def test_one_line_for_all_tries_of_the_client(hub, pair, tmp_path):
     environment.pop("HF_HUB_VERBOSITY", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    assert "the cache does not hold it whole" in done.stderr
+    assert "the local cache has no complete copy" in done.stderr
 
 
 def test_a_base_is_of_one_commit_whatever_is_pushed_meanwhile(hub, pair):

@@ -110,7 +110,7 @@ def test_the_full_name_is_that_of_the_hub(trained, make_case):
 def test_another_name_does_not_stand_for_it(trained, capsys):
     assert main(["--base", "iny", "--delta", "run"]) == 1
     assert capsys.readouterr().err == (
-        "pema-merge: error: base iny: no such folder, and cannot be had from the Hub (not found, or private); check "
+        "pema-merge: error: base iny: no such folder, and cannot be downloaded from the Hub (not found, or private); check "
         f"the name, or log in (hf auth login); the delta was trained on {TINY}\n"
     )
 

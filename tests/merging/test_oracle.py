@@ -97,6 +97,12 @@ def test_rounding_is_reported_also_by_a_dry_run(make_base, make_adapter, tmp_pat
     assert any("F32 weights were cast to the base's BF16" in note for note in report.notes)
 
 
+def test_a_cast_that_the_user_asked_for_is_not_called_that_of_the_base(make_base, make_adapter, tmp_path):
+    base = make_base()
+    report = merge_checkpoint(base.folder, make_adapter(base).folder, tmp_path / "out", dtype="float16")
+    assert "the delta's F32 weights were cast to F16" in report.notes
+
+
 def test_config_of_a_static_head(make_base, make_adapter, tmp_path):
     base = make_base()
     merge_checkpoint(base.folder, make_adapter(base, head=HEAD).folder, tmp_path / "out")

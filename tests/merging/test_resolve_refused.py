@@ -1,4 +1,4 @@
-"""What is said where a base or a delta cannot be had from the Hub, and what the environment settles, by the command."""
+"""What is said where a base or a delta cannot be downloaded from the Hub, and what the environment settles, by the command."""
 
 import subprocess
 import sys
@@ -72,22 +72,22 @@ def files_alone_fail(hub, monkeypatch):
         (no_such_revision, r"\(no revision 'v2'\); give a branch, tag or commit of it"),
         (
             a_wrong_token,
-            r"\(401 Client Error: Unauthorized: Invalid credentials in Authorization header\); the token does not count there: log in \(hf auth login\), or check",
+            r"\(401 Client Error: Unauthorized: Invalid credentials in Authorization header\); the Hub rejects the token: log in \(hf auth login\), or check",
         ),
         (
             a_poor_token,
-            r"\(403 Forbidden: enable access.*\); the token does not count there: log in \(hf auth login\), or check HF_TOK",
+            r"\(403 Forbidden: enable access.*\); the Hub rejects the token: log in \(hf auth login\), or check HF_TOK",
         ),
         (an_answer(500), r"\(500 Server Error: Internal Server Error: a lot of text\); try again later"),
         (an_answer(429), r"\(429 Client Error: Too Many Requests: a lot of text\); try again later"),
-        (offline, r"\(Cannot reach .*: offline mode is enabled.*\), and the cache does not hold it whole; "),
+        (offline, r"\(Cannot reach .*: offline mode is enabled.*\), and the local cache has no complete copy; "),
         (
             no_server,
-            r"\(HTTPConnection.*: Failed to establish a new connection: .* Connection refused\), and the cache does not hold it whole; download it once with a network",
+            r"\(HTTPConnection.*: Failed to establish a new connection: .* Connection refused\), and the local cache has no complete copy; download it once with a network",
         ),
         (
             files_alone_fail,
-            r"\(An error happened while trying to locate the file on the Hub.*\), and the cache does not",
+            r"\(An error happened while trying to locate the file on the Hub.*\), and the local cache has no",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_what_the_hub_refuses(hub, monkeypatch, arrange, what):
     arrange(hub, monkeypatch)
     for kind, resolve in (("base", from_hub), ("delta", delta_from_hub)):
         with pytest.raises(
-            MergeError, match=rf"^{kind} some/thing: no such folder, and cannot be had .*{what}"
+            MergeError, match=rf"^{kind} some/thing: no such folder, and cannot be downloaded .*{what}"
         ) as raised:
             resolve("some/thing", "v2")
         assert "\n" not in str(raised.value)
@@ -129,14 +129,14 @@ def pair(make_base, make_adapter):
         (a_gate, ["--revision", "v2"],
          "(it is gated); ask for access on its page there and log in (hf auth login)"),
         (a_wrong_token, [], "(401 Client Error: Unauthorized: Invalid credentials in Authorization header); "
-         "the token does not count there: log in (hf auth login), or check HF_TOKEN"),
+         "the Hub rejects the token: log in (hf auth login), or check HF_TOKEN"),
         (no_such_revision, ["--revision", "v2"], "(no revision 'v2'); give a branch, tag or commit of it"),
     ],
 )  # fmt: skip
 def test_the_command_says_it_in_one_line(hub, pair, monkeypatch, capsys, arrange, more, line):
     arrange(hub, monkeypatch)
     assert main(["--base", "some/thing", "--delta", str(pair[1].folder), *more]) == 1
-    start = "pema-merge: error: base some/thing: no such folder, and cannot be had from the Hub "
+    start = "pema-merge: error: base some/thing: no such folder, and cannot be downloaded from the Hub "
     assert capsys.readouterr() == ("", f"{start}{line}\n")
     assert not (pair[1].folder / "merged").exists()
 
@@ -145,8 +145,10 @@ def test_the_command_without_network(hub, pair, tmp_path, capsys):
     hub.stop()
     assert main(["--base", str(pair[0].folder), "--delta", "some/thing", "--output", str(tmp_path / "out")]) == 1
     out, err = capsys.readouterr()
-    assert err.startswith("pema-merge: error: delta some/thing: no such folder, and cannot be had from the Hub (HTTP")
-    assert err.endswith("the cache does not hold it whole; download it once with a network, or give a folder\n")
+    assert err.startswith(
+        "pema-merge: error: delta some/thing: no such folder, and cannot be downloaded from the Hub (HTTP"
+    )
+    assert err.endswith("the local cache has no complete copy; download it once with a network, or give a folder\n")
     assert (out, err.count("\n")) == ("", 1)
 
 
@@ -168,7 +170,9 @@ def test_the_environment_counts(hub, pair, tmp_path):
 
     refused = run(hub, home, tmp_path / "none")
     assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
-    assert "someone/task: no such folder, and cannot be had from the Hub (not found, or private)" in refused.stderr
+    assert (
+        "someone/task: no such folder, and cannot be downloaded from the Hub (not found, or private)" in refused.stderr
+    )
 
     done = run(hub, home, tmp_path / "out", HF_TOKEN="hf_good")
     assert (done.returncode, done.stderr) == (0, "")

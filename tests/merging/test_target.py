@@ -1,6 +1,7 @@
 """The output folder: what --overwrite may replace, and what the words say when it fails."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -48,8 +49,24 @@ def test_a_link_of_the_user_is_not_lost(merged, tmp_path):
 
 def test_edits_of_the_user_are_not_lost(merged):
     (merged[2] / "config.json").write_text("{}")
-    with pytest.raises(MergeError, match=r"out holds files changed since \(config.json\), and --overwrite would lose"):
+    with pytest.raises(
+        MergeError, match=r"out holds files changed after the merge, .* \(config.json\), and --overwrite would"
+    ):
         merge_checkpoint(*merged, overwrite=True)
+
+
+def test_a_copy_without_its_times_is_refused_with_the_way_out(merged, tmp_path):
+    for path in merged[2].iterdir():
+        os.utime(path, (1, 1))
+    with pytest.raises(MergeError, match=r"or copied without their times .*, or delete the folder if you need nothing"):
+        merge_checkpoint(*merged, overwrite=True)
+
+
+def test_a_file_system_that_rounds_times_does_not_make_files_look_changed(merged):
+    for path in merged[2].iterdir():
+        seconds = path.stat().st_mtime_ns // 2_000_000_000 * 2
+        os.utime(path, (seconds, seconds))
+    merge_checkpoint(*merged, overwrite=True)
 
 
 def test_a_manifest_without_a_list_of_files_still_protects_the_others(merged):
@@ -59,6 +76,20 @@ def test_a_manifest_without_a_list_of_files_still_protects_the_others(merged):
     (merged[2] / "mine").touch()
     with pytest.raises(MergeError, match=r"holds files that no merge wrote \(mine\)"):
         merge_checkpoint(*merged, overwrite=True)
+
+
+def test_files_in_a_replaced_output_that_was_kept_are_not_lost_by_the_next_merge(merged, tmp_path):
+    aside = tmp_path / ".out.pema-replaced"
+    shutil.copytree(merged[2], aside)
+    (aside / "notes.txt").write_text("mine")
+    with pytest.raises(MergeError, match=r"pema-replaced: .* holds files that no merge wrote \(notes.txt\); move it"):
+        merge_checkpoint(*merged, overwrite=True)
+    assert (aside / "notes.txt").read_text() == "mine"
+    assert (merged[2] / "model.safetensors").exists()
+    (aside / "notes.txt").unlink()
+    (aside / "pema_merge.json").unlink()  # as a removal that was cut off leaves it
+    merge_checkpoint(*merged, overwrite=True)
+    assert not aside.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -139,7 +139,7 @@ def test_what_is_no_choice(steps, choice, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--delta", str(steps), f"--checkpoint={choice}"])
     assert stop.value.code == 2
-    assert f"{choice!r} is none of latest, best and the number of a step" in capsys.readouterr().err
+    assert f"expected latest, best or the number of a step, found {choice!r}" in capsys.readouterr().err
 
 
 def test_what_is_not_there(steps, tmp_path):
@@ -148,6 +148,14 @@ def test_what_is_not_there(steps, tmp_path):
         f"{steps}/checkpoint-4: no folder checkpoint-STEP here; --checkpoint takes a Trainer's output folder"
     )
     assert refused(tmp_path / "nowhere", "latest").startswith(f"{tmp_path}/nowhere: no such folder; expected a Trainer")
+
+
+def test_no_state_to_name_the_best(steps):
+    state = steps / "checkpoint-12" / "trainer_state.json"
+    state.unlink(missing_ok=True)
+    assert (
+        refused(steps, "best") == f"{state}: no such file to name the best checkpoint; choose a step with --checkpoint"
+    )
 
 
 @pytest.mark.parametrize("named", [None, "run/final", 3, ["checkpoint-4"]])
