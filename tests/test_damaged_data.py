@@ -114,6 +114,7 @@ def test_ids_that_do_not_fit_are_still_named_by_their_row():
         ids_of(with_buffers([0, 1, 2], [1, 1000]))
 
 
+@pytest.mark.slow
 def test_seeded_damage():
     """A part of tools/fuzz_arrow.py: two formats, six kinds of columns, three ways to read them."""
     command = [sys.executable, TOOLS / "fuzz_arrow.py", "--mutations", "252"]

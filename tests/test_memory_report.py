@@ -24,6 +24,7 @@ from transformers import (
 from pema_adapters import PartialVocabulary, load_model, memory_report
 from pema_adapters.errors import FormatError, SurgeryError, VocabularyError
 from pema_adapters.memory import Memory
+from pema_adapters.training.output import PartialOutput
 from tests.models import SMALL, V, bert_like
 
 D = SMALL["hidden_size"]
@@ -52,8 +53,8 @@ def measured(model):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    frozen = {name: module.weight for name, module in model.named_modules() if "weight" in module._buffers}
-    weights = [*model.parameters(), *frozen.values()]
+    frozen = [head.matrix for head in model.modules() if isinstance(head, PartialOutput) and head.holds_base]
+    weights = [*model.parameters(), *frozen]
     states = [value for state in optimizer.state.values() for value in state.values()]
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return Memory(*(sum(tensor.nbytes for tensor in tensors) for tensors in (weights, grads, states)))

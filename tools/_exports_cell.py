@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pema_adapters import (
     save_delta,
     shrink_embeddings,
 )  # fmt: skip
-from pema_adapters.merging.usage import loading_lines
+from pema_adapters.merging.usage import LeftAdapter, loading_lines
 
 NAME, STEPS = "task", 3
 EQUAL, REFUSED, WARNED, ADAPTERS, WRONG = "equal", "refused", "warned", "adapters", "WRONG"
@@ -164,11 +165,15 @@ def _write_merged(subject: Subject, model: Any, folder: Path) -> None:
 
 def _load_merged(subject: Subject, folder: Path) -> Any:
     """By the lines that pema-merge prints."""
-    left = {each.name: [file.name for file in each.iterdir()] for each in sorted(folder.glob("adapters/*"))}
+    left = {each.name: LeftAdapter.read(partial(_read, each)) for each in sorted(folder.glob("adapters/*"))}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names: dict[str, Any] = {"adapters": adapters, "transformers": transformers}
     exec("\n".join(loading_lines(str(folder), config, left, lambda name: repr(f"{folder}/adapters/{name}"))), names)
     return names["model"].eval()
+
+
+def _read(folder: Path, name: str) -> bytes | None:
+    return (folder / name).read_bytes() if (folder / name).is_file() else None
 
 
 def _load_plain(subject: Subject, folder: Path) -> Any:

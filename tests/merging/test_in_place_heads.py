@@ -142,6 +142,7 @@ def test_killed_at_every_step(pair, monkeypatch):
     assert number > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [roll_back_interrupted, undo])
 def test_killed_at_every_step_back(pair, monkeypatch, back):
     monkeypatch.setattr(patching, "STEP", 32)

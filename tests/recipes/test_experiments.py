@@ -93,6 +93,7 @@ def test_no_two_methods_or_tasks_go_by_one_name():
         assert len({plain(name) for name in names}) == len(names)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_refuses_other_settings(base, data_dir, tmp_path, glue):
     out = tmp_path / "out"
     options = [

@@ -134,6 +134,7 @@ def counted_steps(monkeypatch):
     return taken
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_goes_on(base, data_dir, tmp_path, glue):
     """And its run dies with it, which would write where the next command works. The figure is in a folder to come."""
     options = [

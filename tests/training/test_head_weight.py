@@ -17,6 +17,13 @@ WAY_OUT = (
 )
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled_models():
+    """What torch.compile keeps would keep matrices alive that later tests look for."""
+    yield
+    torch.compiler.reset()
+
+
 def chunked_loss(model, ids, chunk=2):
     """As fused losses do it: the backbone, then the head's weight, some tokens at a time."""
     hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1].reshape(-1, 32)

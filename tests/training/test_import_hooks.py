@@ -77,6 +77,7 @@ def test_an_interrupted_import_is_complete_when_it_is_done_again(at):
     assert found == ["PEMAConfig True", "base"]
 
 
+@pytest.mark.slow
 def test_a_name_that_is_missing_is_one_error_each_time_and_nothing_is_patched():
     found = run(
         MISSING,
