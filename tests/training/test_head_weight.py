@@ -1,6 +1,8 @@
 """The weight of a tied head, read by who does not call the head: fused losses, DistributedDataParallel, copies."""
 
 import copy
+import subprocess
+import sys
 
 import adapters
 import pytest
@@ -15,13 +17,6 @@ from .test_output import MIXED, MODELS, SEEN, USED, V, close, logits, make, trai
 WAY_OUT = (
     r"its trained rows lie apart .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
 )
-
-
-@pytest.fixture(autouse=True)
-def forget_compiled_models():
-    """What torch.compile keeps would keep matrices alive that later tests look for."""
-    yield
-    torch.compiler.reset()
 
 
 def chunked_loss(model, ids, chunk=2):
@@ -124,8 +119,25 @@ def test_the_matrix_goes_where_the_model_goes(make):  # noqa: F811
     assert twin.lm_head.matrix.data_ptr() != model.lm_head.matrix.data_ptr()
     assert twin.lm_head.embedding is twin.get_input_embeddings()
     close(logits(twin), before)
-    close(logits(torch.compile(model, backend="eager")), before)
     assert model.to("meta").lm_head.matrix.is_meta
+
+
+COMPILED = """
+from pathlib import Path
+import sys, torch
+from tests.training.test_output import MODELS, logits, with_adapter, train
+config, auto_class = MODELS["gpt2"]
+torch.manual_seed(3)
+auto_class.from_config(config()).save_pretrained(sys.argv[1])
+model = with_adapter(sys.argv[1], auto_class)
+train(model)
+torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))
+"""
+
+
+def test_a_compiled_model_computes_the_same(tmp_path):
+    """In a process of its own: what torch.compile keeps would keep matrices alive that other tests look for."""
+    subprocess.run([sys.executable, "-c", COMPILED, tmp_path], check=True)
 
 
 def test_a_model_that_asks_for_the_dtype_of_its_head(tmp_path):
