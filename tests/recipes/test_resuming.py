@@ -20,6 +20,7 @@ from .conftest import RECIPES
 from .tiny import BY_NAME, SETTING
 
 
+@pytest.mark.slow
 class TestRun:
     @pytest.mark.parametrize("method, pema", [("Full fine-tuning", "on"), ("Compacter", "on")])
     def test_goes_on_from_a_checkpoint(self, base, place, method, pema, monkeypatch):
