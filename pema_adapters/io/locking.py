@@ -20,8 +20,8 @@ except ImportError:  # Windows
 IS_AVAILABLE = fcntl is not None
 """Whether the system has `flock`."""
 
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
-"""What network and user-space file systems answer where they have no locks, or none on a folder opened for reading."""
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+"""What network and user-space file systems answer where they have no locks."""
 
 
 def check_platform() -> None:
