@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,6 @@ PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_JSON = 100_000_000
 """Bytes of a JSON file that is parsed; the index of the largest checkpoints has some 20 MB."""
-Tensor: TypeAlias = Stored
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import numpy as np
 
 from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.artifact import Delta
-from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, Tensor
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.names import EMBEDDINGS
 from pema_adapters.formats.safetensors_file import FLOATS
+from pema_adapters.formats.stored import Stored
 
 
 def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
@@ -47,7 +48,7 @@ def _size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     return fingerprint.vocab_size
 
 
-def _check_config(base: Checkpoint, matrix: Tensor | None) -> None:
+def _check_config(base: Checkpoint, matrix: Stored | None) -> None:
     """Raise `FormatError` where config.json tells another V than the matrix has: nothing would load the output."""
     if "vocab_size" not in base.config:
         return

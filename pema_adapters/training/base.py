@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles
-from pema_adapters.formats.checkpoint import Tensor as StoredTensor
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
 from pema_adapters.formats.names import match
+from pema_adapters.formats.stored import Stored
 from pema_adapters.training import _upstream
 from pema_adapters.training.base_rows import TORCH_DTYPES, BaseRows, blocks
 
@@ -252,7 +252,7 @@ def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
     return on_disk.followed_by(weight[count:].detach().cpu().clone())
 
 
-def _is_readable(tensor: StoredTensor) -> bool:
+def _is_readable(tensor: Stored) -> bool:
     """Whether rows can be read where they lie: their dtype is known, and they lie one after another."""
     return tensor.dtype in TORCH_DTYPES and tensor.start is not None
 

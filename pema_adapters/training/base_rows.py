@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.formats.checkpoint import Tensor as StoredTensor
+from pema_adapters.formats.stored import Stored
 from pema_adapters.io.input_file import InputFile
 
 BLOCK_BYTES = 32 << 20
@@ -51,7 +51,7 @@ class BaseRows:
         self._tail: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: StoredTensor) -> BaseRows:
+    def of(cls, tensor: Stored) -> BaseRows:
         """The rows of a two-dimensional tensor in a file of weights."""
         rows, dim = tensor.shape
         assert tensor.start is not None
