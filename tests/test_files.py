@@ -85,3 +85,11 @@ def test_damaged_archives(tmp_path):
         (tmp_path / "x.txt.gz").write_bytes(content)
         with pytest.raises(FormatError, match=r"x\.txt\.gz: cannot be read as a data set"):
             scan_text(load_data([str(tmp_path / "x.txt.gz")]), Encoder(Words()), vocab_size=len(WORDS))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model-00001-of-00002.bin", "tokenizer_config.json"])
+def test_the_folder_of_a_model_is_not_data(name, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).touch()
+    with pytest.raises(FormatError, match=r"the folder of a model or tokenizer; expected data: \.txt, "):
+        load_data([str(tmp_path)])

@@ -17,7 +17,6 @@ from pema_adapters.formats.versions import UNVERSIONED, check_version
 VERSION = 1
 SAMPLES = 64
 BLOCK_ROWS = 1024
-_WAY_OUT = "give the base that the delta was trained on, or insist with --allow-base-mismatch"
 
 
 class TensorSource(Protocol):
@@ -96,14 +95,12 @@ class Fingerprint:
         embedding = self._find(stored, self.embedding, where)
         if shapes[embedding][:1] != (self.base_vocab_size,):
             rows = shapes[embedding][0] if shapes[embedding] else "no"
-            raise BaseMismatchError(
-                f"{where}: tensor {embedding!r} has {rows} rows, expected {self.base_vocab_size}; {_WAY_OUT}"
-            )
+            raise BaseMismatchError(f"{where}: tensor {embedding!r} has {rows} rows, expected {self.base_vocab_size}")
         for key, (shape, digest) in self.tensors.items():
             name = self._find(stored, key, where)
             if shapes[name] != shape:
                 found = f"shape {list(shapes[name])}, expected {list(shape)}"
-                raise BaseMismatchError(f"{where}: tensor {name!r} has {found}; {_WAY_OUT}")
+                raise BaseMismatchError(f"{where}: tensor {name!r} has {found}")
             if (found := _readable(where, name, partial(_digest_values, source, name, shape))) != digest:
                 raise _differs(where, name, "sampled values", found, digest)
         old = token_ids[token_ids < self.base_vocab_size]
@@ -138,8 +135,8 @@ class Fingerprint:
     def _find(stored: Mapping[str, str], key: str, where: str) -> str:
         if key not in stored:
             raise BaseMismatchError(
-                f"{where}: no tensor {key!r}, which the model that was trained has; {_WAY_OUT} (if it was drawn at "
-                "random when the base was loaded, save that model with save_pretrained and train on the result)"
+                f"{where}: no tensor {key!r}, which the model that was trained has (if it was randomly initialized "
+                "when the base was loaded, save that model with save_pretrained and train on the result)"
             )
         return stored[key]
 
@@ -169,13 +166,11 @@ def _readable(where: str, name: str, digest: Callable[[], str]) -> str:
     try:
         return digest()
     except FormatError as error:
-        raise BaseMismatchError(f"{where}: tensor {name!r}: {error}; {_WAY_OUT}") from None
+        raise BaseMismatchError(f"{where}: tensor {name!r}: {error}") from None
 
 
 def _differs(where: str, name: str, what: str, found: str, expected: str) -> BaseMismatchError:
-    return BaseMismatchError(
-        f"{where}: tensor {name!r}: {what} differ (digest {found}, expected {expected}); {_WAY_OUT}"
-    )
+    return BaseMismatchError(f"{where}: tensor {name!r}: {what} differ (digest {found}, expected {expected})")
 
 
 def sample_positions(shape: tuple[int, ...]) -> np.ndarray:

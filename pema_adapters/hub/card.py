@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError, reading
+from pema_adapters.formats.versions import UNVERSIONED, check_version
 
 README = "README.md"
 LIBRARY, ADAPTERS_LIBRARY = "transformers", "adapter-transformers"
@@ -15,8 +16,12 @@ INHERITED = ("language", "license", "license_name", "license_link")
 LISTS = ("tags", "datasets", "metrics", "language")
 MAX_BYTES = 1 << 20
 """At most so many bytes are read of a card whose metadata alone count."""
+VERSION = 1
+"""The version of our section, in a comment on its first line: what later versions need to tell old sections apart."""
 _BEGIN, _END = "<!-- pema: begin -->", "<!-- pema: end -->"
-_OURS = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+_OURS = re.compile(
+    re.escape(_BEGIN) + r"(?:\s*<!-- pema: version (?P<version>\d{1,9}) -->)?.*?" + re.escape(_END), re.DOTALL
+)
 _METADATA = re.compile(r"\s*---[ \t]*[\r\n]+(.*?)[\r\n]+---[ \t]*(?:\r\n|\r|\n|\Z)", re.DOTALL)
 
 
@@ -60,21 +65,23 @@ def written(existing: str, repo_id: str, section: str, ours: Mapping[str, Any], 
         inherited: metadata for what neither has.
 
     Raises:
-        FormatError: the metadata of `existing` cannot be read, so they would be lost.
+        FormatError: the metadata of `existing` cannot be read, so they would be lost; or its section of ours was
+            written by a newer version of this package.
     """
+    where = f"{repo_id}: {README}: "
     try:
         old, text = _parsed(existing)
     except ValueError as error:
-        raise FormatError(
-            f"{repo_id}: README.md: its metadata cannot be read ({error}); fix the YAML front matter"
-        ) from None
+        raise FormatError(f"{where}its metadata cannot be read ({error}); fix the YAML front matter") from None
+    if found := _OURS.search(text):
+        check_version(int(found["version"] or UNVERSIONED), VERSION, where)
     made = {key: value for key, value in inherited.items() if key in INHERITED and _is_plain(value)} | old
     for key, value in ours.items():
         if value is not None:
             made[key] = _joined(made.get(key), value) if key in LISTS else value
-    block = f"{_BEGIN}\n{_without_comments(section.strip())}\n{_END}"
+    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_without_comments(section.strip())}\n{_END}"
     body = text.strip() or f"# {repo_id.rpartition('/')[2]}"
-    body = _OURS.sub(lambda _: block, body, count=1) if _OURS.search(body) else f"{body}\n\n{block}"
+    body = _OURS.sub(lambda _: block, body, count=1) if found else f"{body}\n\n{block}"
     return f"---\n{_to_yaml(made)}---\n\n{body}\n"
 
 

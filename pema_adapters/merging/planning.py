@@ -20,6 +20,7 @@ from pema_adapters.merging.weight_space import weight_space
 
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What `--dtype` may be, and how safetensors files call it."""
+_WAY_OUT = "give the base that the delta was trained on, or merge all the same with --allow-base-mismatch"
 _IDENTITY = ("model_type", "hidden_size")
 _ROWS = 1024
 
@@ -82,20 +83,23 @@ def _check_base(base: Checkpoint, delta: Delta, allow: bool) -> list[str]:
     """Compare the base with the delta's fingerprint. Returns what there is to note if a mismatch is allowed."""
     try:
         _check_architecture(base, delta)
-        if delta.fingerprint is not None:
-            delta.fingerprint.check(base, delta.token_ids, where=str(base.folder))
-        elif delta.weight is not None:
-            raise BaseMismatchError(
-                f"{delta.weight.path}: no fingerprint of the base it was trained on, so it may belong to another; "
-                "insist with --allow-base-mismatch"
-            )
+        _check_fingerprint(base, delta)
     except BaseMismatchError as error:
         if not allow:
-            raise
+            raise BaseMismatchError(f"{error}; {_WAY_OUT}") from None
         return [f"merged all the same: {error}"]
     if delta.fingerprint is not None:
         return []
     return ["without PEMA rows there is no fingerprint: only names and shapes tell that the adapter fits this base"]
+
+
+def _check_fingerprint(base: Checkpoint, delta: Delta) -> None:
+    if delta.fingerprint is not None:
+        delta.fingerprint.check(base, delta.token_ids, where=str(base.folder))
+    elif delta.weight is not None:
+        raise BaseMismatchError(
+            f"{delta.weight.path}: no fingerprint of the base it was trained on, so it may belong to another"
+        )
 
 
 def _check_architecture(base: Checkpoint, delta: Delta) -> None:
@@ -104,7 +108,7 @@ def _check_architecture(base: Checkpoint, delta: Delta) -> None:
         if found is not None and expected is not None and found != expected:
             raise BaseMismatchError(
                 f"{base.folder / 'config.json'}: {key} is {str(found)[:40]!r}, but the delta was trained on "
-                f"{str(expected)[:40]!r}; give the base that it was trained on, or insist with --allow-base-mismatch"
+                f"{str(expected)[:40]!r}"
             )
 
 

@@ -10,6 +10,7 @@ from functools import singledispatch
 from pathlib import Path
 
 from pema_adapters.io.input_file import Bytes
+from pema_adapters.merging.patching import write_all
 from pema_adapters.merging.plan import Plan, PlannedFile
 from pema_adapters.merging.progress import Advance
 from pema_adapters.merging.segments import BLOCK, CHUNK, Copy, Rows, Segment
@@ -78,10 +79,8 @@ class Sink:
 
     def write(self, data: Bytes, at: int) -> int:
         """Write all of `data` at the offset `at`. Returns how much that is."""
-        done = os.pwrite(self.fd, data, at)
-        while done < len(data):
-            done += os.pwrite(self.fd, memoryview(data)[done:], at + done)
-        return done
+        write_all(self.fd, data, at)
+        return len(data)
 
     def settle(self, begin: int, end: int) -> None:
         """Say that a range is final, so that the disk gets it now rather than at the fsync, while copying goes on.

@@ -24,6 +24,7 @@ BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder o
 
 _KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
 _SPEAKING = (OSError, ValueError, EOFError, zlib.error)  # whose messages need no name before them
+_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "tokenizer_config.json")
 NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
 
 
@@ -92,6 +93,10 @@ def _parts_of(name: str) -> list[str]:
     folder = Path(name)
     if not folder.is_dir() or _is_saved(folder):
         return [name]
+    if (folder / "config.json").is_file() and any(any(folder.glob(one)) for one in _OF_MODELS):
+        raise FormatError(
+            f"{name}: the folder of a model or tokenizer; expected data: {_KNOWN}, or what save_to_disk wrote"
+        )
     found = [str(path) for path in _data_in(folder)]
     if not found:
         raise FormatError(f"{name}: a folder without data; expected {_KNOWN}, or what save_to_disk wrote")

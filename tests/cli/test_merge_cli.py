@@ -120,6 +120,8 @@ def test_in_place_and_back(pair, capsys):
     assert capsys.readouterr().out.startswith(f"changed {pair[0].folder} (")
     after = bytes_of(pair[0].folder)
     assert main(arguments(pair, "--output", str(pair[1].folder / "merged"), "--allow-base-mismatch")) == 0
+    note = capsys.readouterr().out
+    assert "note:    merged all the same: " in note and "--allow-base-mismatch" not in note
     merged = bytes_of(pair[1].folder / "merged")
     assert all(after[name] == merged[name] for name in before)  # merging twice is merging once
     assert main(["--base", str(pair[0].folder), "--undo"]) == 0
