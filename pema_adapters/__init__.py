@@ -7,38 +7,38 @@ neither adapters nor torch: the public names below are imported at first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pema_adapters.training import method
+from pema_adapters.training import patches
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pema_adapters.analysis.memory_report import MemoryReport, memory_report
     from pema_adapters.errors import PemaError
-    from pema_adapters.hub.push import push_merged_to_hub
-    from pema_adapters.memory import MemoryReport, memory_report
-    from pema_adapters.merging.merge import merge_checkpoint, undo_merge
+    from pema_adapters.merging.api import merge_checkpoint, undo_merge
     from pema_adapters.merging.report import MergeReport
-    from pema_adapters.training.config import PEMAConfig
-    from pema_adapters.training.loading import load_model
+    from pema_adapters.publishing.push import push_merged_to_hub
+    from pema_adapters.training.load_model import load_model
+    from pema_adapters.training.method.config import PEMAConfig
     from pema_adapters.training.parameter_groups import parameter_groups
-    from pema_adapters.training.saving import save_delta
-    from pema_adapters.training.surgery import restore_embeddings, shrink_embeddings
+    from pema_adapters.training.save import save_delta
+    from pema_adapters.training.shrink import restore_embeddings, shrink_embeddings
     from pema_adapters.vocabulary import PartialVocabulary
 
 _PUBLIC = {
-    "PEMAConfig": "training.config",
+    "PEMAConfig": "training.method.config",
     "PartialVocabulary": "vocabulary",
     "PemaError": "errors",
-    "MemoryReport": "memory",
+    "MemoryReport": "analysis.memory_report",
     "MergeReport": "merging.report",
-    "load_model": "training.loading",
-    "memory_report": "memory",
-    "merge_checkpoint": "merging.merge",
+    "load_model": "training.load_model",
+    "memory_report": "analysis.memory_report",
+    "merge_checkpoint": "merging.api",
     "parameter_groups": "training.parameter_groups",
-    "push_merged_to_hub": "hub.push",
-    "restore_embeddings": "training.surgery",
-    "save_delta": "training.saving",
-    "shrink_embeddings": "training.surgery",
-    "undo_merge": "merging.merge",
+    "push_merged_to_hub": "publishing.push",
+    "restore_embeddings": "training.shrink",
+    "save_delta": "training.save",
+    "shrink_embeddings": "training.shrink",
+    "undo_merge": "merging.api",
 }
 
 __all__ = [
@@ -58,4 +58,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-method.register_on_import()
+patches.register_on_import()

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pema_adapters.cli._run import add_version
+from pema_adapters.cli._common import add_version
 
 COMMANDS = {"merge": "write the full checkpoint (pema-merge)", "scan": "count the rows that data use (pema-scan)"}
 

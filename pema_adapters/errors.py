@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pema_adapters.io.text import escape_terminal
+from pema_adapters.io.escaping import escape_terminal
 
 
 class PemaError(Exception):

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, VocabularyError
-from pema_adapters.files import replace_file
 from pema_adapters.formats.versions import UNVERSIONED, check_version
-from pema_adapters.reading.basics import DEFAULT_COLUMNS, checked_vocab_size
+from pema_adapters.io.files import replace_file
+from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_vocab_size
 
 FORMAT = "pema-vocabulary"
 VERSION = 1
@@ -73,7 +73,7 @@ class PartialVocabulary:
             VocabularyError: no such column, a column that holds no integers, or an id outside [0, V); the
                 message names the split, the column, the row and the id.
         """
-        from pema_adapters.scan import scan
+        from pema_adapters.scanning.scanner import scan
 
         options: dict[str, Any] = {"columns": columns, "optional": optional, "progress": progress}
         return cls(scan(data, vocab_size=vocab_size, num_proc=num_proc, **options).token_ids, vocab_size)

@@ -22,8 +22,8 @@ from _training import Place, Setting, run
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from pema_adapters.files import replace_file
-from pema_adapters.reading.workers import end_with_parent
+from pema_adapters.io.files import replace_file
+from pema_adapters.scanning.worker_pool import end_with_parent
 
 GIVEN = (
     "base", "batch_size", "max_length", "warmup_ratio", "weight_decay", "max_grad_norm", "bf16", "group_by_length",

@@ -8,8 +8,8 @@ from _tasks import Benchmark, plain
 from _training import PEMA
 from compacter_baselines import METHODS
 
+from pema_adapters.analysis.heaps_law import known_format
 from pema_adapters.errors import PemaError
-from pema_adapters.growth import known_format
 
 FULL = "Full fine-tuning"
 PEFT_LEARNING_RATE = 1e-3

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .hub.fixture import hub  # noqa: F401 - a fixture for every test
-from .models import CONFIGS, HEADS, USED, Case
+from tests.hub.fixture import hub  # noqa: F401 - a fixture for every test
+from tests.models import CONFIGS, HEADS, USED, Case
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from pema_adapters import (
     shrink_embeddings,
 )
 from pema_adapters.errors import BaseMismatchError
-
-from .models import CONFIGS, MIXED, SEEN, USED, Case, V, matrix_of, outputs
-from .training.test_surgery import COMPACTER, perturb
-from .training.test_training import run
+from tests.models import CONFIGS, MIXED, SEEN, USED, Case, V, matrix_of, outputs
+from tests.training.test_shrink import COMPACTER, perturb
+from tests.training.test_training import run
 
 FAMILIES = [family for family in CONFIGS if family != "xlm-roberta"]  # as roberta
 

@@ -14,10 +14,9 @@ from transformers import AutoModelForSequenceClassification
 import pema_adapters
 from pema_adapters import PartialVocabulary, merge_checkpoint, undo_merge
 from pema_adapters.errors import FormatError, MergeError
-from pema_adapters.formats.artifact import read_delta
-from pema_adapters.formats.find import find_delta
-
-from .models import outputs
+from pema_adapters.formats.delta import read_delta
+from pema_adapters.formats.delta_discovery import find_delta
+from tests.models import outputs
 
 GOLDEN = Path(__file__).parent / "golden"
 IDS = [0, 2, 3, 5, 8, 13, 21, 34]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from pema_adapters.errors import FormatError, VocabularyError
 from pema_adapters.vocabulary import PartialVocabulary
+from tests.paths import REPOSITORY
 
 V = 100
 IDS = st.lists(st.integers(0, V - 1))
@@ -183,4 +184,4 @@ def test_no_heavy_import():
         "heavy = {'torch', 'transformers', 'datasets', 'adapters', 'pyarrow', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=REPOSITORY)

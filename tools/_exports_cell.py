@@ -32,7 +32,7 @@ from pema_adapters import (
     save_delta,
     shrink_embeddings,
 )  # fmt: skip
-from pema_adapters.merging.usage import LeftAdapter, loading_lines
+from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
 
 NAME, STEPS = "task", 3
 EQUAL, REFUSED, WARNED, ADAPTERS, WRONG = "equal", "refused", "warned", "adapters", "WRONG"

@@ -103,7 +103,7 @@ def _judge(root: Path, files: Files, options: Options) -> Outcome:
 
 def _checked_in_place(root: Path, files: Files, report: Report) -> str:
     """The base is the output now; what it was is laid beside it, for the oracle and to compare it with an undo."""
-    from pema_adapters.merging.merge import undo_merge
+    from pema_adapters.merging.api import undo_merge
 
     (root / "base").rename(root / "out")
     put(root, {name: node for name, node in files.items() if name.startswith("base/")})
@@ -118,7 +118,7 @@ def _checked_in_place(root: Path, files: Files, report: Report) -> str:
 
 def _by_call(root: Path, options: Options) -> Report:
     from pema_adapters.errors import PemaError
-    from pema_adapters.merging.merge import merge_checkpoint
+    from pema_adapters.merging.api import merge_checkpoint
 
     try:
         done = merge_checkpoint(root / "base", root / "delta", None if options.in_place else root / "out",

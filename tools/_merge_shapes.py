@@ -19,7 +19,7 @@ from _bench import anonymous_bytes
 
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint
-from pema_adapters.formats.safetensors_file import encode_header, size_in_bytes
+from pema_adapters.formats.safetensors_header import encode_header, size_in_bytes
 
 D, FEED_FORWARD, HEADS, POSITIONS = 768, 3072, 12, 514
 E = "roberta.embeddings.word_embeddings.weight"

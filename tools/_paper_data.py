@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters import PartialVocabulary
-from pema_adapters.reading.pretrained import load_tokenizer
+from pema_adapters.hub.pretrained import load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 NO_TEXT = {"label", "idx", "index"}

@@ -10,9 +10,9 @@ from datasets import Dataset, load_from_disk
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pema_adapters.reading.files import load_data
-from pema_adapters.reading.text import BATCH, Encoder
-from pema_adapters.text_scan import scan_text
+from pema_adapters.scanning.data_files import load_data
+from pema_adapters.scanning.text_columns import BATCH, Encoder
+from pema_adapters.scanning.text_scanner import scan_text
 
 TRAINED_ROWS = 16_000
 LINES = 5  # of a text

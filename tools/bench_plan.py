@@ -17,10 +17,10 @@ import numpy as np
 from _bench import table, write_json
 from safetensors.numpy import save_file
 
-from pema_adapters.formats.artifact import read_delta
 from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.formats.delta import read_delta
 from pema_adapters.formats.fingerprint import Fingerprint
-from pema_adapters.merging.planning import plan_merge
+from pema_adapters.merging.planning.planner import plan_merge
 
 V, D, K = 200, 8, 25
 SIZES = ((1_000, 50), (10_000, 500))

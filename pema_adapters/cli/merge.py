@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_adapters.cli._run import add_version, run
+from pema_adapters.cli._common import add_version, run
 from pema_adapters.errors import PemaError
+from pema_adapters.io.escaping import escape_terminal, python_literal
 from pema_adapters.io.locking import check_platform
-from pema_adapters.io.text import escape_terminal, python_literal
 
 if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
@@ -160,13 +160,13 @@ def _merge(options: argparse.Namespace) -> str:
 
 
 def _merged(options: argparse.Namespace) -> "MergeReport":
-    from pema_adapters.merging.merge import merge_checkpoint
+    from pema_adapters.merging.api import merge_checkpoint
 
     return merge_checkpoint(options.base, options.delta, options.output, in_place=options.in_place, **_how(options))
 
 
 def _pushed(options: argparse.Namespace) -> "MergeReport":
-    from pema_adapters.hub.push import push_merged_to_hub
+    from pema_adapters.publishing.push import push_merged_to_hub
 
     return push_merged_to_hub(
         options.base,
@@ -190,7 +190,7 @@ def _how(options: argparse.Namespace) -> dict[str, Any]:
 
 def _undo(options: argparse.Namespace) -> str:
     check_platform()
-    from pema_adapters.merging.merge import undo_merge
+    from pema_adapters.merging.api import undo_merge
 
     undo_merge(options.base)
     return "" if options.quiet else escape_terminal(f"restored {options.base}")
@@ -229,7 +229,7 @@ def _kept(options: argparse.Namespace) -> str:
 def _loading(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
     from pema_adapters.formats.checkpoint import CONFIG, read_json
-    from pema_adapters.merging.usage import LeftAdapter, loading_lines
+    from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
 
     output = Path(report.output)
     left = {name: output / "adapters" / name for name in report.adapters_left}

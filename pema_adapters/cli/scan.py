@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pema_adapters.cli._run import add_version, run
+from pema_adapters.cli._common import add_version, run
 
 if TYPE_CHECKING:
-    from pema_adapters.cli._scan_figures import Scanned
+    from pema_adapters.cli._scan_report import Scanned
 
 EPILOG = """\
 examples:
@@ -126,7 +126,7 @@ def _positive(text: str) -> int:
 
 def _scan(options: argparse.Namespace) -> str:
     """Scan, or reuse earlier results; returns the text to print, once all is checked, scanned and written."""
-    from pema_adapters.cli._scan_answers import Answers
+    from pema_adapters.cli._scan_results import Answers
 
     answers = Answers(options)
     figures = answers.known()
@@ -138,7 +138,7 @@ def _scan(options: argparse.Namespace) -> str:
 
 def _found(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of all tokenizers; files that were asked for are written."""
-    from pema_adapters.cli._scan_figures import figures_of, scanned, subjects
+    from pema_adapters.cli._scan_report import figures_of, scanned, subjects
 
     _only_our_errors()
     figure_format = _checked_outputs(options)
@@ -150,8 +150,8 @@ def _found(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _checked_outputs(options: argparse.Namespace) -> str:
     """The format of the figure, if there is to be one; refused where a file could not be written."""
-    from pema_adapters.files import check_replaceable
-    from pema_adapters.growth import format_of
+    from pema_adapters.analysis.heaps_law import format_of
+    from pema_adapters.io.files import check_replaceable
 
     if options.save:
         check_replaceable(Path(options.save))
@@ -159,8 +159,8 @@ def _checked_outputs(options: argparse.Namespace) -> str:
 
 
 def _write(found: Sequence["Scanned"], figure_format: str, options: argparse.Namespace) -> None:
-    from pema_adapters.files import replace_file
-    from pema_adapters.growth import drawn
+    from pema_adapters.analysis.heaps_law import drawn
+    from pema_adapters.io.files import replace_file
 
     figure = drawn(figure_format, [one.curve for one in found]) if options.plot else b""
     if options.save:
@@ -170,7 +170,7 @@ def _write(found: Sequence["Scanned"], figure_format: str, options: argparse.Nam
 
 
 def _text(figures: Sequence[dict[str, Any]], as_json: bool) -> str:
-    from pema_adapters.cli._scan_table import text_of
+    from pema_adapters.cli._scan_format import text_of
 
     return json.dumps(figures[0] if len(figures) == 1 else figures, indent=2) if as_json else text_of(figures)
 

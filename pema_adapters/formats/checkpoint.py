@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.names import canonical
-from pema_adapters.formats.pickled import read_pickle
-from pema_adapters.formats.safetensors_file import DTYPE_BYTES, Header, as_float32, read_header
-from pema_adapters.formats.stored import Stored
-from pema_adapters.formats.tied import tied_names
+from pema_adapters.formats.safetensors_header import DTYPE_BYTES, Header, as_float32, read_header
+from pema_adapters.formats.shared_tensors import tied_names
+from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.tensor_names import canonical
+from pema_adapters.formats.torch_pickle import read_pickle
 from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 SINGLE = "model.safetensors"

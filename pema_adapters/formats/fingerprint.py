@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from pema_adapters.errors import BaseMismatchError, FormatError
-from pema_adapters.formats.names import canonical, match
+from pema_adapters.formats.tensor_names import canonical, match
 from pema_adapters.formats.versions import UNVERSIONED, check_version
 
 VERSION = 1

@@ -3,10 +3,10 @@
 import shlex
 from pathlib import Path
 
-from pema_adapters.formats.artifact import Delta, read_delta
+from pema_adapters.formats.delta import Delta, read_delta
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, README, decode_card, written
 from pema_adapters.hub.provenance import hub_id, hub_link, methods_of, origin
-from pema_adapters.io.text import escape_markdown, markdown_code_block, python_literal
+from pema_adapters.io.escaping import escape_markdown, markdown_code_block, python_literal
 
 _REPLACED = (
     ("pip install -U adapters\n", "pip install -U adapters pema-adapters\n"),

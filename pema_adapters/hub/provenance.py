@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pema_adapters.files import sum_of_file
-from pema_adapters.formats.artifact import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
-from pema_adapters.io.text import escape_markdown, markdown_code
-from pema_adapters.merging.resolve import HUB_ID
+from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
+from pema_adapters.hub.download import HUB_ID
+from pema_adapters.io.escaping import escape_markdown, markdown_code
+from pema_adapters.io.files import sum_of_file
 
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
 

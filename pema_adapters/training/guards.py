@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from pema_adapters.errors import FormatError, SurgeryError
-from pema_adapters.training import _upstream
-from pema_adapters.training.embedding import PartialEmbedding
-from pema_adapters.training.model import input_embedding
-from pema_adapters.training.output import PartialOutput
+from pema_adapters.training.base.model_vocabulary import input_embedding
+from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
+from pema_adapters.training.output.tied_head import PartialOutput
+from pema_adapters.training.upstream import private_names as _upstream
 
 
 def refuse_resize(model: Any, new_num_tokens: int | None) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.training import _upstream
-from pema_adapters.training.model import input_embedding
-from pema_adapters.training.rows import RowTable
+from pema_adapters.training.base.model_vocabulary import input_embedding
+from pema_adapters.training.embedding.row_table import RowTable
+from pema_adapters.training.upstream import private_names as _upstream
 
 
 def parameter_groups(

@@ -72,7 +72,7 @@ def test_an_interrupt_is_one_line(pair, capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pema_adapters.merging.merge.write_plan", interrupted)
+    monkeypatch.setattr("pema_adapters.merging.api.write_plan", interrupted)
     assert main(arguments(pair)) == 1
     assert capsys.readouterr().err == "pema-merge: interrupted; nothing was left behind\n"
     assert not list(pair[1].folder.glob("*merged*"))

@@ -14,15 +14,15 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from pema_adapters.cli._scan_cache import Data, cached_scan
 from pema_adapters.cli.scan import main
-from pema_adapters.reading import identity
-from pema_adapters.reading.store import Store
-from pema_adapters.reading.text import Encoder
-from pema_adapters.text_scan import scan_text
+from pema_adapters.io.cache_folder import Store
+from pema_adapters.scanning.cache import content_key
+from pema_adapters.scanning.cache.cached_scan import Data, cached_scan
+from pema_adapters.scanning.text_columns import Encoder
+from pema_adapters.scanning.text_scanner import scan_text
+from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
-REPOSITORY = Path(__file__).parents[2]
 WORDS = ["[PAD]", "[UNK]", *"abcdefgh", *(f"w{number}" for number in range(500))]
 
 
@@ -56,7 +56,9 @@ def without_source(figures):
 @pytest.fixture
 def no_more_scans(monkeypatch):
     def forbid():
-        monkeypatch.setattr("pema_adapters.cli._scan_cache.scan_text", lambda *_, **__: pytest.fail("it was scanned"))
+        monkeypatch.setattr(
+            "pema_adapters.scanning.cache.cached_scan.scan_text", lambda *_, **__: pytest.fail("it was scanned")
+        )
 
     return forbid
 
@@ -123,7 +125,7 @@ def test_a_file_is_read_once(folder, capsys, monkeypatch):
     os.utime("x.txt", (time.time() - 60,) * 2)
     scanned(capsys)
     assert len(entries(folder, "file")) == 1
-    monkeypatch.setattr(identity, "sum_of_file", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(content_key, "sum_of_file", lambda _: pytest.fail("it was read"))
     assert scanned(capsys)["from_cache"]
 
 
@@ -149,7 +151,7 @@ def test_data_that_change_meanwhile_are_not_remembered(folder, capsys, monkeypat
         (folder / "x.txt").write_text("a b\nd\n")
         return found
 
-    monkeypatch.setattr("pema_adapters.cli._scan_cache.scan_text", change_after)
+    monkeypatch.setattr("pema_adapters.scanning.cache.cached_scan.scan_text", change_after)
     scanned(capsys)
     assert not entries(folder, "scan")
 
@@ -187,10 +189,10 @@ def test_tokenizers_in_python(folder):
     (folder / "same.txt").write_bytes((folder / "vocab.txt").read_bytes())
     (folder / "other.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b"]))
     first, same, other = (BertTokenizer(f"{name}.txt") for name in ("vocab", "same", "other"))
-    assert identity.identity_of_tokenizer(first) == identity.identity_of_tokenizer(same)
-    assert identity.identity_of_tokenizer(first) != identity.identity_of_tokenizer(other)
+    assert content_key.identity_of_tokenizer(first) == content_key.identity_of_tokenizer(same)
+    assert content_key.identity_of_tokenizer(first) != content_key.identity_of_tokenizer(other)
     elsewhere = type("Other", (BertTokenizer,), {})("vocab.txt")
-    assert identity.identity_of_tokenizer(elsewhere) is None
+    assert content_key.identity_of_tokenizer(elsewhere) is None
     scans = [cached_scan(Data(("x.txt",)), Encoder(elsewhere), 9, num_proc=1, use_cache=True) for _ in range(2)]
     assert [source for _, source in scans] == ["", ""]
 
@@ -209,7 +211,7 @@ def start(folder, before):
 
 SLOWLY = (
     "import time\n"
-    "from pema_adapters.reading.bitmap import GrowingBitmap as B; import pema_adapters.remembered as r\n"
+    "from pema_adapters.scanning.bitmap import GrowingBitmap as B; import pema_adapters.scanning.cache.scan_store as r\n"
     "mark = B.mark; r.SECONDS_BETWEEN_WRITES = 0.1\n"
     "B.mark = lambda *a, **b: (time.sleep(0.15), mark(*a, **b))[1]"
 )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pema_adapters import PartialVocabulary
 from pema_adapters.cli.scan import main
+from tests.paths import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
 
@@ -229,9 +230,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'numpy', 'torch', 'transformers', 'datasets', 'adapters', 'tqdm'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, capture_output=True, text=True)
     assert "--text-column" in done.stdout
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import datasets
 import pytest
@@ -15,15 +14,15 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
 from pema_adapters import PartialVocabulary, memory_report
+from pema_adapters.analysis.heaps_law import heaps_law
+from pema_adapters.analysis.memory_report import OPTIMIZERS
 from pema_adapters.cli.scan import main
-from pema_adapters.growth import heaps_law
-from pema_adapters.memory import OPTIMIZERS
+from tests.paths import REPOSITORY
 
 TRAINED_ON = ["the cat sat on the mat", "a naïve café, a 猫 and the cat"] * 3
 TEXT = "the cat sat\non the cat\n"
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is the extra `plot`")
 pytestmark = pytest.mark.usefixtures("settings_as_they_were")
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -212,7 +211,7 @@ REFUSED = {
 @needs_matplotlib
 @pytest.mark.parametrize("case", REFUSED)
 def test_outputs_are_refused_before_the_scan(case, folder, capsys, monkeypatch):
-    monkeypatch.setattr("pema_adapters.scan.Scanner.any", lambda *_: pytest.fail("it was scanned"))
+    monkeypatch.setattr("pema_adapters.scanning.scanner.Scanner.any", lambda *_: pytest.fail("it was scanned"))
     (folder / "folder.png").mkdir()
     arguments, message = REFUSED[case]
     assert main(["--data", "x.txt", "--tokenizer", "large", *arguments]) == 1
@@ -242,7 +241,7 @@ def run_in_child(folder, *arguments, before="", **environment):
 
 def test_silent_without_a_terminal(folder, capsys):
     """Even a long scan, and even what datasets does before it."""
-    before = "import pema_adapters.reading.kinds as k; k.SECONDS_BEFORE_PROGRESS = 0"
+    before = "import pema_adapters.scanning.iteration as k; k.SECONDS_BEFORE_PROGRESS = 0"
     done = run_in_child(folder, "--model", "large", before=before)
     assert (done.returncode, done.stderr) == (0, "")
     printed(capsys, "--tokenizer", "large")
@@ -267,7 +266,7 @@ def test_interrupted_in_a_stream(folder):
     (folder / "x.txt").write_text(TEXT * 5_000)
     before = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from pema_adapters.reading.bitmap import GrowingBitmap as B; mark, seen = B.mark, []\n"
+        "from pema_adapters.scanning.bitmap import GrowingBitmap as B; mark, seen = B.mark, []\n"
         "B.mark = lambda *a, **b: (seen.append(1), signal.raise_signal(signal.SIGINT) if len(seen) > 3 else 0, mark(*a, **b))[2]"
     )
     done = run_in_child(folder, before=before)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.names import canonical, match
+from pema_adapters.formats.tensor_names import canonical, match
 
 INDEX = "model.safetensors.index.json"
 MATRIX = torch.arange(40.0).reshape(10, 4)

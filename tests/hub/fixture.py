@@ -99,5 +99,5 @@ def _set_http(hub: ClientHub, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(sleep=hub.waits.append)
     monkeypatch.setattr(_http, "time", clock)
     monkeypatch.setattr(file_download, "time", clock)
-    monkeypatch.setattr("pema_adapters.merging.patience._sleep", hub.waits.append)
+    monkeypatch.setattr("pema_adapters.hub.retry._sleep", hub.waits.append)
     _http.reset_sessions()

@@ -8,8 +8,8 @@ from huggingface_hub import constants
 
 from pema_adapters.cli.merge import main
 from pema_adapters.errors import MergeError
+from pema_adapters.hub.download import delta_from_hub, from_hub
 from pema_adapters.hub.errors import explain, is_unreachable
-from pema_adapters.merging.resolve import delta_from_hub, from_hub
 from tests.merging.conftest import make_adapter, make_base  # noqa: F401 - fixtures
 
 BASE, MERGED, SECRET = "someone/base", "team/merged", "hf_verysecret"

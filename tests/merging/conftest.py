@@ -12,7 +12,7 @@ import torch
 
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint
-from pema_adapters.formats.names import canonical
+from pema_adapters.formats.tensor_names import canonical
 
 V, D = 20, 4
 IDS = [2, 3, 4, 9, 17, 19]

@@ -9,7 +9,7 @@ import numpy as np
 
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint
-from pema_adapters.formats.safetensors_file import encode_header
+from pema_adapters.formats.safetensors_header import encode_header
 from tests.merging.conftest import D, T, noise, read
 
 
@@ -90,7 +90,7 @@ def test_memory_is_bounded(tmp_path):
     run(f"""
         import re, resource
         from pathlib import Path
-        from pema_adapters.merging.merge import merge_checkpoint
+        from pema_adapters.merging.api import merge_checkpoint
         data = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (data + (40 << 20), -1))
         try:

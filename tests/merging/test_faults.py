@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "fault_merge.py"
+from tests.paths import TOOLS
+
+TOOL = TOOLS / "fault_merge.py"
 FAULTS = (
     "fresh:open:30:EMFILE", "fresh:pwrite:9:ENOSPC", "fresh:pwrite:9:short", "fresh:fsync:5:EIO", "fresh:rename:1:EIO",
     "fresh:copy:3:EXDEV+", "fresh:disk:40:ENOSPC+", "fresh:any:200:SIGINT", "fresh:any:200:replace-base",

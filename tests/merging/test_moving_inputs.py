@@ -9,9 +9,10 @@ import pytest
 
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import InputChangedError
-from pema_adapters.merging import in_place, merge
+from pema_adapters.merging import api
+from pema_adapters.merging.in_place import execute
 from tests.merging.conftest import T, noise, write
-from tests.merging.test_in_place import content
+from tests.merging.in_place.test_execute import content
 
 
 def rewrite(path):
@@ -62,7 +63,7 @@ def change_after(monkeypatch, module, name, action):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_plan_and_commit_is_refused(pair, tmp_path, monkeypatch, change, name, moment, verify):
     path = tmp_path / name
-    change_after(monkeypatch, merge, moment, lambda: change(path))
+    change_after(monkeypatch, api, moment, lambda: change(path))
     with pytest.raises(InputChangedError, match=f"{path}: changed while it was in use: .*; run again"):
         merge_checkpoint(*pair, tmp_path / "out", verify=verify)
     assert sorted(child.name for child in tmp_path.iterdir()) == ["base", "run"]
@@ -70,7 +71,7 @@ def test_a_change_between_plan_and_commit_is_refused(pair, tmp_path, monkeypatch
 
 def test_a_delta_saved_again_is_refused_in_place_and_the_base_is_as_it_was(pair, tmp_path, monkeypatch):
     before = content(tmp_path / "base")
-    change_after(monkeypatch, in_place, "_apply", lambda: rewrite(tmp_path / "run" / "adapter.safetensors"))
+    change_after(monkeypatch, execute, "_apply", lambda: rewrite(tmp_path / "run" / "adapter.safetensors"))
     with pytest.raises(InputChangedError, match=r"adapter.safetensors: changed while it was in use: it was written to"):
         merge_checkpoint(*pair, in_place=True)
     assert content(tmp_path / "base") == before
@@ -78,14 +79,14 @@ def test_a_delta_saved_again_is_refused_in_place_and_the_base_is_as_it_was(pair,
 
 def test_a_base_that_changes_before_it_is_patched_is_refused(pair, tmp_path, monkeypatch):
     path = tmp_path / "base" / "model.safetensors"
-    change_after(monkeypatch, in_place, "todo_of", lambda: rewrite(path))
+    change_after(monkeypatch, execute, "todo_of", lambda: rewrite(path))
     with pytest.raises(InputChangedError, match=r"model.safetensors: changed while it was in use"):
         merge_checkpoint(*pair, in_place=True)
     assert not (tmp_path / "base" / ".pema-undo").exists()
 
 
 def test_a_dry_run_sees_changes(pair, tmp_path, monkeypatch):
-    change_after(monkeypatch, merge, "plan_merge", lambda: rewrite(tmp_path / "base" / "model.safetensors"))
+    change_after(monkeypatch, api, "plan_merge", lambda: rewrite(tmp_path / "base" / "model.safetensors"))
     with pytest.raises(InputChangedError):
         merge_checkpoint(*pair, tmp_path / "out", dry_run=True)
 

@@ -13,8 +13,7 @@ from pema_adapters.cli.merge import main
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.trainer_checkpoints import pick_checkpoint
 from tests.merging.conftest import read
-
-from ..models import USED, V
+from tests.models import USED, V
 
 STEPS = (4, 8, 12)
 

@@ -1,19 +1,19 @@
 """The recipes are commands, not a package: their folder has to be on the path. What they run on is tiny."""
 
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-RECIPES = Path(__file__).parent.parent.parent / "recipes"
+from tests.paths import RECIPES
+
 sys.path.insert(0, str(RECIPES))
 
-from _experiments import main  # noqa: E402
-from _training import Place  # noqa: E402
-from glue import GLUE  # noqa: E402
+from _experiments import main
+from _training import Place
+from glue import GLUE
 
-from .tiny import SPECIAL, WORDS, V, lines, write  # noqa: E402
+from tests.recipes.tiny import SPECIAL, WORDS, V, lines, write
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from compacter_baselines import METHODS
 from glue import GLUE
 from xnli import XNLI
 
-from .conftest import RECIPES
-from .tiny import BY_NAME, SETTING, V, lines, write
+from tests.recipes.conftest import RECIPES
+from tests.recipes.tiny import BY_NAME, SETTING, V, lines, write
 
 
 class TestRun:

@@ -16,8 +16,8 @@ from _tasks import TaskError
 from _training import run
 from transformers import Trainer
 
-from .conftest import RECIPES
-from .tiny import BY_NAME, SETTING
+from tests.recipes.conftest import RECIPES
+from tests.recipes.tiny import BY_NAME, SETTING
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ import torch
 
 from pema_adapters import PartialVocabulary, load_model, restore_embeddings
 from pema_adapters.errors import UnseenTokenError
-
-from ..models import MIXED, SEEN, USED, V, assert_same, matrix_of, outputs, with_rows
+from tests.models import MIXED, SEEN, USED, V, assert_same, matrix_of, outputs, with_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

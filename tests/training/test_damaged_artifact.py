@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pema_adapters.errors import SurgeryError
-
-from ..models import MIXED, assert_same, outputs
-from .test_surgery import perturb, rows_of, shrunk
+from tests.models import MIXED, assert_same, outputs
+from tests.training.test_shrink import perturb, rows_of, shrunk
 
 IDS = "bert.pema.adapters.task.token_ids"
 WEIGHT = "bert.pema.adapters.task.weight"

@@ -7,8 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from pema_adapters import PartialVocabulary, PEMAConfig, load_model, parameter_groups, shrink_embeddings
 from pema_adapters.errors import SurgeryError
-
-from ..models import SEEN, USED, V, batch
+from tests.models import SEEN, USED, V, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

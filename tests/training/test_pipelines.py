@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from pema_adapters import merge_checkpoint
-from tests.training.test_output import V, make, train, with_adapter  # noqa: F401 - a fixture among them
+from tests.training.output.test_tied_head import V, make, train, with_adapter  # noqa: F401 - a fixture among them
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

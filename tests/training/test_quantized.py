@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BitsAnd
 from pema_adapters import PartialVocabulary, PEMAConfig, merge_checkpoint, shrink_embeddings
 from pema_adapters.errors import FormatError
 from tests.models import MIXED, USED, V, live_tensors_of_shape, matrix_of, outputs
-from tests.training.test_frozen_rows import step
+from tests.training.method.test_frozen_rows import step
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -10,9 +10,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 import pema_adapters
 from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_embeddings, save_delta, shrink_embeddings
 from pema_adapters.errors import SurgeryError
-
-from ..models import MIXED, USED, V, assert_same, matrix_of, outputs
-from .test_surgery import COMPACTER
+from tests.models import MIXED, USED, V, assert_same, matrix_of, outputs
+from tests.training.test_shrink import COMPACTER
 
 ADAPTER = ConfigUnion(PEMAConfig(), COMPACTER)
 

@@ -1,0 +1,140 @@
+"""The figures of `pema-scan` as text."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pema_adapters.io.escaping import escape_terminal
+
+Figures = dict[str, Any]
+
+LABELS = {
+    "tokenizer": "tokenizer",
+    "data": "data",
+    "columns": "columns",
+    "model": "model",
+    "vocab_size": "rows of the embedding (V)",
+    "tokens": "tokens seen",
+    "partial_vocab_size": "distinct tokens (K)",
+    "reduction": "reduction",
+    "unused": "tokens never used",
+    "embedding_dim": "embedding width (d)",
+    "embedding_parameters": "embedding parameters",
+    "partial_embedding_parameters": "  with PEMA",
+    "rows_kept": "rows in training",
+    "rows_saved": "embedding rows saved",
+    "parameters": "model parameters",
+    "parameters_saved": "  saved",
+}
+COLUMNS = {
+    "tokenizer": "tokenizer",
+    "model": "model",
+    "vocab_size": "V",
+    "tokens": "tokens seen",
+    "partial_vocab_size": "K",
+    "reduction": "reduction",
+    "rows_saved": "rows saved",
+    "parameters_saved": "model parameters saved",
+    "unused": "never used",
+}
+OPTIMIZERS = {"adamw_fp32": "AdamW fp32", "adamw_bf16": "AdamW bf16", "adamw_8bit": "AdamW 8-bit"}
+MEMORY = ("weights", "gradients", "optimizer_states", "total")
+TIED_HEAD = (
+    "{} is tied to its output, which keeps the matrix, frozen, beside the K rows: gradients and optimizer states are "
+    "saved, weights are not"
+)
+
+
+def text_of(all_figures: Sequence[Figures]) -> str:
+    """One tokenizer: a list of figures. Several: a table with a row for each. Then what they save, and are without."""
+    cells = [_cells(figures) for figures in all_figures]
+    parts = [_list(cells[0]) if len(cells) == 1 else _table(_rows(cells))]
+    if any("memory" in figures for figures in all_figures):
+        parts.append(_table(_memory_rows(all_figures)))
+    parts += [_unused(figures, len(cells) > 1) for figures in all_figures if figures.get("unused_tokens")]
+    if notes := [f"note: {note}" for figures in all_figures for note in _notes(figures)]:
+        parts.append("\n".join(dict.fromkeys(map(escape_terminal, notes))))
+    return "\n\n".join(parts)
+
+
+def _cells(figures: Figures) -> dict[str, str]:
+    """Every figure as it is printed."""
+    report = figures.get("memory", [None])[0]
+    cells = {key: _cell(key, value) for key, value in figures.items() if key in LABELS}
+    if report:
+        cells["rows_kept"] = f"{report['partial_vocab_size']:,} (K, and ids that the model inserts itself)"
+        cells["rows_saved"] = _share(report["embedding_rows_saved"], report["vocab_size"])
+        cells["parameters"] = f"{report['parameters']:,} ({report['built']})"
+        cells["parameters_saved"] = _share(report["parameters_saved"], report["parameters"])
+    return cells
+
+
+def _cell(key: str, value: Any) -> str:
+    if key == "reduction" or isinstance(value, int):
+        return f"{value:.1%}" if key == "reduction" else f"{value:,}"
+    return escape_terminal(", ".join(value) if isinstance(value, list) else str(value))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})"
+
+
+def _list(cells: dict[str, str]) -> str:
+    width = max(map(len, LABELS.values()))
+    return "\n".join(f"{LABELS[key].ljust(width)}  {cells[key]}" for key in LABELS if key in cells)
+
+
+def _rows(cells: Sequence[dict[str, str]]) -> list[list[str]]:
+    keys = [key for key in COLUMNS if any(key in row for row in cells)]
+    return [[COLUMNS[key] for key in keys], *([row.get(key, "") for key in keys] for row in cells)]
+
+
+def _memory_rows(all_figures: Sequence[Figures]) -> list[list[str]]:
+    """What full fine-tuning saves, a row for each optimizer of each model."""
+    named = len(all_figures) > 1
+    head = [*(["model"] if named else []), "saved in training", *(name.replace("_", " ") for name in MEMORY), "of"]
+    rows = [head]
+    for report in (report for figures in all_figures for report in figures.get("memory", [])):
+        saved, before = report["saved"], report["before"]["total"]
+        amounts = [_bytes(saved[name]) for name in MEMORY]
+        share = f"{_bytes(before)} ({saved['total'] / before:.1%})"
+        rows.append(
+            [*([escape_terminal(report["model"])] if named else []), OPTIMIZERS[report["optimizer"]], *amounts, share]
+        )
+    return rows
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number} B"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: text to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [any(cell[:1].isdigit() or cell.startswith("-") for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(_line(row, widths, right) for row in rows)
+
+
+def _line(row: Iterable[str], widths: Iterable[int], right: Iterable[bool]) -> str:
+    cells = zip(row, widths, right, strict=True)
+    return "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in cells).rstrip()
+
+
+def _unused(figures: Figures, named: bool) -> str:
+    """The paper's table 1."""
+    of = f" of {escape_terminal(figures['tokenizer'])}" if named else ""
+    head = f"never used{of}, the first {len(figures['unused_tokens'])}:"
+    shown = [
+        (f"{token_id:,}", "no token" if text is None else repr(text)) for token_id, text in figures["unused_tokens"]
+    ]
+    width = max(len(token_id) for token_id, _ in shown)
+    return "\n".join([head, *(f"  {token_id.rjust(width)}  {text}" for token_id, text in shown)])
+
+
+def _notes(figures: Figures) -> list[str]:
+    notes = [*figures["notes"], *([figures["note"]] if "note" in figures else [])]
+    if any(report["has_tied_head"] for report in figures.get("memory", [])):
+        notes.append(TIED_HEAD.format(figures["model"]))
+    return notes

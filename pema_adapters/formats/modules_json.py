@@ -1,0 +1,22 @@
+"""modules.json of a Sentence Transformers model, which names the folders of its modules."""
+
+import json
+from pathlib import Path
+
+from pema_adapters.errors import reading
+from pema_adapters.formats.checkpoint import is_plain_name
+
+MODULES = "modules.json"
+
+
+def module_paths(path: Path) -> list[str]:
+    """The folders that modules.json names, hidden ones (.git, say) left out; [] where it is something else."""
+    if not path.is_file():
+        return []
+    with reading(path):
+        text = path.read_bytes()
+    try:
+        names = [str(module["path"]) for module in json.loads(text)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return [name for name in dict.fromkeys(names) if is_plain_name(name) and not name.startswith(".")]

@@ -1,0 +1,229 @@
+"""A base or a delta on the Hub: the folder of its snapshot in the local cache, downloaded as far as it is not there.
+
+Of a repository only what a merge needs is downloaded: weights once, in one format, and the small files beside them.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from pema_adapters.errors import FormatError, MergeError, PemaError
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
+from pema_adapters.formats.checkpoint import (
+    CONFIG,
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    is_plain_name,
+    read_json,
+    weight_files,
+)
+from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
+from pema_adapters.formats.delta_discovery import MARKER
+from pema_adapters.formats.modules_json import MODULES, module_paths
+from pema_adapters.hub.errors import explain, is_unreachable
+from pema_adapters.hub.retry import patiently
+from pema_adapters.hub.token import check_token
+from pema_adapters.io.files import replace_file
+
+Fetch = Callable[[str], Path]
+"""Gives a file of the repository, downloaded if need be."""
+Choose = Callable[[Collection[str], Fetch], list[str]]
+"""Of the names of all files of a repository those that a merge needs; an index has to be fetched for that."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+_SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_INTERFACE, _CARD = "adapter_interface.json", "README.md"
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """kind: what it is wanted as, "base" or "delta"."""
+
+    kind: str
+    name: str
+    revision: str | None
+    token: str | bool | None
+
+    def __post_init__(self) -> None:
+        if not HUB_ID.fullmatch(self.name):
+            raise MergeError(f"{self.kind} {self.name}: no such folder, and not a Hub id")
+
+
+def from_hub(name: str, revision: str | None, token: str | bool | None = None) -> Path:
+    """The snapshot folder of the base `name`: its weights, safetensors rather than pickles, and the files beside them.
+
+    The Hub is asked what there is now, for who has loaded a model has not got its tokenizer; what the cache holds is
+    not downloaded again, and counts alone where the Hub cannot be reached. Raises `MergeError`.
+    """
+    return _downloaded(_Repository("base", name, revision, token), _base_files, _cached_base)
+
+
+def delta_from_hub(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The snapshot folder of the delta `name`, which lies there itself or one level below (see `find_delta`).
+
+    The Hub is asked what there is now; where it cannot be reached, the cache counts. Raises `MergeError`.
+    """
+    return _downloaded(_Repository("delta", name, revision, token), _delta_files, _cached_delta)
+
+
+def _cached_base(repository: _Repository) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
+        try:
+            found = try_to_load_from_cache(repository.name, file, revision=repository.revision)
+        except HFValidationError:  # the download will say so
+            return None
+        if isinstance(found, str):
+            folder = Path(found).parent
+            return folder if _is_whole(folder) else None
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        weight_files(folder)
+    except FormatError:
+        return False
+    return (folder / CONFIG).exists()
+
+
+def _cached_delta(repository: _Repository) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository.name, revision=repository.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    return folder if _delta_files(names, lambda file: folder / file) else None
+
+
+def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None]) -> Path:
+    """The snapshot folder with the chosen files; `otherwise` is asked where the Hub cannot be reached."""
+    repository = replace(repository, token=check_token(repository.token))
+    try:
+        folder = _snapshot(repository, choose)
+    except PemaError:
+        raise
+    except Exception as error:  # whatever the client makes of an answer that it does not expect
+        folder = otherwise(repository) if is_unreachable(error) else None
+        if folder is None:
+            where = f"{repository.kind} {repository.name}: no such folder, and cannot be downloaded from the Hub"
+            raise MergeError(f"{where} {explain(error, 'download', repository.revision)}") from error
+        return folder
+    if folder is None:
+        raise MergeError(_holds_none(repository))
+    return folder
+
+
+def _snapshot(repository: _Repository, choose: Choose) -> Path | None:
+    """Download the chosen files, all of one commit, whatever is pushed meanwhile; None where none are chosen."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    name, revision, token = repository.name, repository.revision, repository.token
+    commit = str(patiently(lambda: HfApi().model_info(name, revision=revision, token=token)).sha)
+    if not _COMMIT.fullmatch(commit):
+        raise MergeError(f"{repository.kind} {name}: the Hub says that it is at {commit!r}, expected a commit's id")
+    names = patiently(lambda: list(HfApi().list_repo_files(name, revision=commit, token=token)))
+    if bad := [file for file in names if not _is_relative(file)]:
+        raise MergeError(
+            f"{repository.kind} {name}: the Hub lists {bad[0]!r}, expected names of files in the repository"
+        )
+    fetch = cache(lambda file: Path(patiently(lambda: hf_hub_download(name, file, revision=commit, token=token))))
+    folders = [fetch(file).parents[file.count("/")] for file in choose(names, fetch)]
+    if not folders:
+        return None
+    if other := next((folder.name for folder in folders if folder.name != commit), None):
+        raise MergeError(
+            f"{repository.kind} {name}: the Hub gave a file of commit {other!r}, expected {commit}; try again"
+        )
+    if revision != commit:
+        _remember(folders[0], revision or "main", commit)
+    return folders[0]
+
+
+def _is_relative(file: object) -> bool:
+    """Whether a name is one of a file below its folder."""
+    return isinstance(file, str) and all(map(is_plain_name, file.split("/")))
+
+
+def _remember(snapshot: Path, revision: str, commit: str) -> None:
+    """Note in the client's cache which commit a branch or tag is, for a time without network, as the client does."""
+    refs = snapshot.parents[1] / "refs"
+    path = refs / revision
+    if not _is_relative(revision) or (path.is_file() and path.read_bytes() == commit.encode()):
+        return
+    with suppress(OSError):  # the cache is best-effort
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, commit.encode())
+
+
+def _base_files(names: Collection[str], fetch: Fetch) -> list[str]:
+    """Weights, and the small files beside them."""
+    weights = _weights("", names, fetch)
+    small = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, some) for some in _SMALL)]
+    kept = [*(name for name in small if not name.endswith(".index.json")), *_of_modules(names, fetch)]
+    return [*kept, *weights] if weights else []
+
+
+def _of_modules(names: Collection[str], fetch: Fetch) -> list[str]:
+    """The files of the modules of a Sentence Transformers model, which lie in folders of their own."""
+    folders = tuple(f"{path}/" for path in module_paths(fetch(MODULES))) if MODULES in names else ()
+    return [name for name in names if name.startswith(folders)] if folders else []
+
+
+def _delta_files(names: Collection[str], fetch: Fetch) -> list[str]:
+    """Those of the delta at the top, or else of all deltas one level below."""
+    folders = {name.split("/")[0] + "/" for name in names if name.count("/") == 1}
+    below = (_delta_in(folder, names, fetch) for folder in sorted(folders))
+    return _delta_in("", names, fetch) or [file for files in below for file in files]
+
+
+def _delta_in(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
+    """The files of the delta in `folder` ("" or "task/"), none where there is no delta."""
+    if folder.startswith(".") or folder + MARKER in names:
+        return []
+    if folder + ADAPTER_CONFIG in names:
+        weights, head = (_first(folder, some, names) for some in (ADAPTER_WEIGHTS, HEAD_WEIGHTS))
+        beside = [name for part in (HEAD_CONFIG, _INTERFACE, _CARD) if (name := folder + part) in names]
+        return [folder + ADAPTER_CONFIG, *weights, *head, *beside] if weights else []
+    weights = _weights(folder, names, fetch) if folder + CONFIG in names else []
+    return [folder + CONFIG, *weights] if weights else []
+
+
+def _weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
+    """The weights files of a checkpoint, by the order of `weight_files`, and the index of shards."""
+    for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
+        if folder + single in names:
+            return [folder + single]
+        if folder + index in names:
+            shards = read_json(fetch(folder + index)).get("weight_map")
+            found = {folder + str(shard) for shard in shards.values()} if isinstance(shards, dict) else set()
+            return [folder + index, *(name for name in names if name in found)]
+    return []
+
+
+def _first(folder: str, wanted: tuple[str, ...], names: Collection[str]) -> list[str]:
+    return [folder + name for name in wanted if folder + name in names][:1]
+
+
+def _holds_none(repository: _Repository) -> str:
+    where = f"{repository.kind} {repository.name}: the Hub repository holds no"
+    if repository.kind == "base":
+        return (
+            f"{where} {SINGLE} and no {INDEX}, nor {PICKLE} or {PICKLE_INDEX}; give a repository with PyTorch weights"
+        )
+    return (
+        f"{where} delta, neither itself nor one level below: expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]} "
+        f"(push_adapter_to_hub), or {CONFIG} with {SINGLE} (save_delta)"
+    )

@@ -1,0 +1,166 @@
+"""Putting a base back from its undo journal."""
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pema_adapters.errors import MergeError
+from pema_adapters.io.files import sum_of_file
+from pema_adapters.merging.in_place.undo_data import digest_ranges, pieces, sample_outside, save_copy
+from pema_adapters.merging.in_place.undo_journal import (
+    ARMED,
+    DONE,
+    PARTIAL,
+    PATCHING,
+    Journal,
+    damaged,
+    discard,
+    read_journal,
+    read_ranges,
+    write_journal,
+)
+from pema_adapters.merging.output.file_patcher import patching
+from pema_adapters.merging.output.writer import sync_folder
+from pema_adapters.merging.plan.segments import CHUNK
+
+
+def roll_back(base: Path) -> Journal:
+    """Put the base back as it was and remove the journal. After a crash at any step, just do it again.
+
+    Raises `MergeError` before anything is touched where the journal is damaged, or where a file is not what the merge
+    left: somebody changed it since, and that would be lost.
+    """
+    journal = read_journal(base)
+    _check_journal(base, journal)
+    ranges = read_ranges(base, journal)
+    _check_sizes(base, journal)
+    _check_samples(base, journal, ranges)
+    _check_written(base, journal, ranges)
+    _check_whole(base, journal)
+    if journal.state == DONE:  # an undo that is cut off must be found unfinished
+        write_journal(base / ARMED, replace(journal, state=PATCHING))
+    _restore_names(base, journal)
+    _restore_ranges(base, ranges)
+    _check_samples(base, journal, ranges)  # again: nobody else wrote to the base meanwhile
+    _restore_files(base, journal)
+    discard(base)
+    (base / ARMED).replace(base / PARTIAL)
+    sync_folder(base)
+    discard(base)
+    return journal
+
+
+def _check_journal(base: Path, journal: Journal) -> None:
+    for name, (size, expected) in journal.sums.items():
+        path = base / ARMED / name
+        if not path.is_file() or path.stat().st_size != size or sum_of_file(path) != expected:
+            raise damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
+
+
+def _check_sizes(base: Path, journal: Journal) -> None:
+    for name, size in journal.patched.items():
+        path = _where(base, journal, name)
+        found = path.stat().st_size if path.is_file() else "no"
+        if found != size:
+            raise _changed(path, f"{found} bytes, expected {size}")
+
+
+def _check_written(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
+    """Patched files hold what the merge wrote, once it has ended."""
+    for name, written in journal.written.items() if journal.state == DONE else ():
+        path = _where(base, journal, name)
+        if digest_ranges(path, ranges[name]) != written:
+            raise _changed(path, "the rows or weights that the merge wrote have changed")
+
+
+def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
+    """Around their ranges, patched files hold what they held before."""
+    for name, expected in journal.samples.items():
+        path = _where(base, journal, name)
+        if sample_outside(path, ranges[name]) != expected:
+            raise _changed(path, "bytes that the merge did not write have changed")
+
+
+def _check_whole(base: Path, journal: Journal) -> None:
+    """Files that the merge put in place whole are as it made them, or as they were before, or gone."""
+    for name in journal.made:
+        _check_made(base, journal, name)
+
+
+def _check_made(base: Path, journal: Journal, name: str) -> None:
+    path, expected = base / name, [journal.made[name]]
+    if name in journal.replaced:
+        expected.append(journal.sums[f"saved/{journal.replaced.index(name)}"])
+    elif not path.exists():
+        return
+    if not path.is_file() or not any(_is_content(path, one) for one in expected):
+        raise _changed(path, "its content is not what the merge wrote")
+
+
+def _is_content(path: Path, digest: list[int | str]) -> bool:
+    return [path.stat().st_size, sum_of_file(path)] == digest
+
+
+def _where(base: Path, journal: Journal, name: str) -> Path:
+    """Where the base's file `name` is now: under its own name, or the other one. Raises `MergeError` if both are."""
+    path = base / journal.renamed.get(name, name)
+    if path == base / name or not path.exists():
+        return base / name
+    if (base / name).exists():
+        raise _changed(base / name, f"there again, beside {path.name}")
+    return path
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder that the merge made, unless somebody put something into it."""
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _changed(path: Path, how: str) -> MergeError:
+    return MergeError(
+        f"{path}: {how}; it was changed after the merge in place, and undoing that would lose the change; move the "
+        f"file away and fetch the base again, or delete {ARMED} to keep everything as it is"
+    )
+
+
+def _restore_names(base: Path, journal: Journal) -> None:
+    for name in journal.renamed:
+        path = _where(base, journal, name)
+        if path != base / name:
+            path.replace(base / name)
+            sync_folder(base)
+
+
+def _restore_ranges(base: Path, ranges: dict[str, np.ndarray]) -> None:
+    with (base / ARMED / "undo.bin").open("rb", buffering=CHUNK) as saved:
+        for name, found in ranges.items():
+            with patching(base / name) as patcher:
+                for begin, end in pieces(found):
+                    patcher.write(saved.read(end - begin), begin)
+
+
+def _restore_files(base: Path, journal: Journal) -> None:
+    copy = base / ARMED / "restored"
+    for number, name in enumerate(journal.replaced):
+        saved = base / ARMED / "saved" / str(number)
+        copy.unlink(missing_ok=True)
+        save_copy(saved.read_bytes(), copy, like=saved)
+        if name in journal.made:
+            _check_made(base, journal, name)
+        copy.replace(base / name)
+        sync_folder((base / name).parent)
+    for name in journal.created:
+        if name in journal.made:
+            _check_made(base, journal, name)
+        (base / name).unlink(missing_ok=True)
+    for name in sorted(journal.folders, key=len, reverse=True):
+        _remove_folder(base / name)
+    for folder in {base / parent for name in journal.created for parent in Path(name).parents}:
+        if folder.is_dir():
+            sync_folder(folder)

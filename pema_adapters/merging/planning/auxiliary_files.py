@@ -1,0 +1,89 @@
+"""The files of the output that are not its weights: what is carried over, and what stays an adapter."""
+
+from pathlib import Path
+
+from pema_adapters.errors import reading
+from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
+from pema_adapters.formats.checkpoint import CONFIG, INDEX
+from pema_adapters.formats.delta import HEAD_CONFIG, Delta
+from pema_adapters.formats.delta_discovery import MARKER
+from pema_adapters.formats.modules_json import MODULES, module_paths
+from pema_adapters.formats.safetensors_header import encode_header
+from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.io.input_file import InputFile
+from pema_adapters.io.links import check_link
+from pema_adapters.merging.plan.plan import PlannedFile
+from pema_adapters.merging.plan.segments import Copy, Literal, joined, stored_bytes
+from pema_adapters.merging.planning.config_files import json_file
+
+WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ggml",
+    ".tflite", ".pb", ".npz", ".mlmodel", ".pkl", ".lock", ".incomplete",
+}  # fmt: skip
+ADAPTERS = "adapters"
+INTERFACE = "adapter_interface.json"
+
+
+def carried_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
+    """Tokenizer, generation configuration, README and other small files of the base, copied as they are.
+
+    Weights in any format are left behind, and folders too, but for the modules of a Sentence Transformers model.
+
+    Raises:
+        FormatError: one of them, or config.json, is a link that leads out of the folder, and is not left in place.
+    """
+    top = [path for path in sorted(folder.iterdir()) if _is_carried(path) and not path.is_dir()]
+    below = [path for module in _modules(folder) for path in (module, *_walk(module))]
+    if not in_place:
+        for path in (folder / CONFIG, *top, *below):
+            check_link(path, folder)
+    return [_copied(path, folder) for path in top + below if path.is_file()]
+
+
+def _is_carried(path: Path) -> bool:
+    name = path.name
+    own = {CONFIG, INDEX, MARKER, ADAPTER_CONFIG, HEAD_CONFIG, "trainer_state.json"}
+    return not (name.startswith(".") or path.suffix in WEIGHTS or name.endswith(".index.json") or name in own)
+
+
+def _modules(folder: Path) -> list[Path]:
+    return [folder / name for name in module_paths(folder / MODULES) if (folder / name).is_dir()]
+
+
+def _walk(folder: Path) -> list[Path]:
+    """What lies below a folder, but for hidden names. Raises `FormatError` where a folder cannot be listed."""
+    found: list[Path] = []
+    with reading(folder):
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith("."):
+                found += [path, *(_walk(path) if path.is_dir() and not path.is_symlink() else ())]
+    return found
+
+
+def _copied(path: Path, folder: Path) -> PlannedFile:
+    return PlannedFile(path.relative_to(folder).as_posix(), joined([Copy.whole(InputFile(path))]))
+
+
+def left_files(delta: Delta) -> list[PlannedFile]:
+    """What cannot go into weights yet: `adapters/NAME`, an artifact without PEMA, ready for `load_adapter`."""
+    if delta.kind == "full":
+        return []
+    folder = f"{ADAPTERS}/{delta.name}"
+    files = []
+    if delta.rest.config is not None:
+        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.rest.config.content))
+        files.append(weights_file(f"{folder}/adapter.safetensors", delta.rest.tensors))
+    if delta.head is not None and not delta.head.is_static:
+        files.append(json_file(f"{folder}/{HEAD_CONFIG}", delta.head.config))
+        files.append(weights_file(f"{folder}/model_head.safetensors", delta.head.tensors))
+    interface = delta.folder / INTERFACE
+    if files and (interface.is_file() or interface.is_symlink()):
+        check_link(interface, delta.folder)
+        files.append(PlannedFile(f"{folder}/{INTERFACE}", (Copy.whole(InputFile(interface), of_base=False),)))
+    return files
+
+
+def weights_file(name: str, tensors: dict[str, Stored]) -> PlannedFile:
+    """A safetensors file of tensors as they are."""
+    header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
+    return PlannedFile(name, joined([Literal(header), *(stored_bytes(t, of_base=False) for t in tensors.values())]))

@@ -1,0 +1,87 @@
+"""The scan behind `pema-scan`: not done again for data and a tokenizer that were scanned before, even in part."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pema_adapters.io.cache_folder import Store
+from pema_adapters.scanning.cache.content_key import (
+    identity_of_dataset,
+    identity_of_path,
+    identity_of_tokenizer,
+    sum_of,
+)
+from pema_adapters.scanning.cache.scan_store import Remembered
+from pema_adapters.scanning.data_files import load_data
+from pema_adapters.scanning.scanner import Scan
+from pema_adapters.scanning.text_columns import Encoder
+from pema_adapters.scanning.text_scanner import scan_text
+
+FORMAT = 3  # of what is remembered: a scan that means something else gets another number
+READERS = ("datasets", "tokenizers", "transformers")  # another version may read or tokenize otherwise
+FROM_CACHE = "the figures are those of an earlier scan of the same data, from {}; --no-cache scans again"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data sets by the names that were given, loaded when they are needed."""
+
+    names: tuple[str, ...]
+    trust_remote_code: bool = False
+
+    @cached_property
+    def loaded(self) -> dict[str, Any]:
+        """As `load_data` gives them."""
+        return load_data(list(self.names), self.trust_remote_code)
+
+    def identity(self, store: Store) -> list[Any] | None:
+        """What tells whether it is the same data; None where nothing does."""
+        try:
+            found = [self._identity_of(name, store) for name in dict.fromkeys(self.names)]
+        except OSError:  # loading it says why
+            return None
+        return None if None in found else found
+
+    def _identity_of(self, name: str, store: Store) -> list[Any] | None:
+        if Path(name).exists():
+            return identity_of_path(Path(name), store)
+        splits = {key: split for key, split in self.loaded.items() if key == name or key.startswith(f"{name} ")}
+        found = [[key, identity_of_dataset(split)] for key, split in splits.items()]
+        return None if any(fingerprint is None for _, fingerprint in found) else found
+
+
+def cached_scan(data: Data, encoder: Encoder, vocab_size: int, *, num_proc: int, use_cache: bool) -> tuple[Scan, str]:
+    """A scan, and where it comes from: empty if from the data themselves."""
+    found = store()
+    identity = data.identity(found) if use_cache else None
+    remembered = _remembered(found, identity, encoder, vocab_size)
+    if remembered is not None and (known := remembered.result()) is not None:
+        return known, str(found.folder)
+    scan = scan_text(data.loaded, encoder, vocab_size=vocab_size, num_proc=num_proc, resuming=remembered)
+    if remembered is not None and data.identity(found) == identity:  # nobody changed it meanwhile
+        remembered.done(scan)
+    return scan, ""
+
+
+def note_of(source: str) -> str:
+    """What to say of figures that come from the cache."""
+    return FROM_CACHE.format(source)
+
+
+def store() -> Store:
+    """Where all of it is kept."""
+    from huggingface_hub import constants
+
+    return Store(Path(constants.HF_HOME) / "pema")
+
+
+def _remembered(store: Store, data: list[Any] | None, encoder: Encoder, vocab_size: int) -> Remembered | None:
+    """What is known of a scan; None where nothing tells whether it is the same."""
+    tokenizer = identity_of_tokenizer(encoder.tokenizer) if data is not None else None
+    if data is None or tokenizer is None:
+        return None
+    versions = [version(name) for name in READERS]
+    settings = [encoder.text_columns, encoder.max_length, vocab_size, encoder.batch]
+    return Remembered(store, sum_of([FORMAT, versions, data, tokenizer, settings]))

@@ -1,0 +1,163 @@
+"""Data sets by name: files and folders on this machine, or a data set of the Hub."""
+
+import csv
+import glob
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pema_adapters.errors import FormatError, PemaError
+from pema_adapters.hub.pretrained import NEEDS_CODE
+from pema_adapters.scanning.limits import check_limits
+
+_AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
+BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder of datasets, its options
+    ".txt": ("text", {}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", _AS_IT_IS),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_AS_IT_IS}),  # a quotation mark is a letter there
+    ".parquet": ("parquet", {"batch_size": 1_000}),  # default: a whole row group
+}
+
+_KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
+_SPEAKING = (OSError, ValueError, EOFError, zlib.error)  # whose messages need no name before them
+_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "tokenizer_config.json")
+NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
+
+
+def load_data(names: list[str], trust_remote_code: bool = False) -> dict[str, Any]:
+    """`datasets.Dataset`s and `IterableDataset`s by what errors call them: the name as given, and the split.
+
+    Args:
+        names: a file (a suffix of BUILDERS, .gz behind it or not), a folder that `save_to_disk` wrote, a folder
+            of both at any depth, each read as by itself, or a data set of the Hub, `NAME` or `NAME:CONFIGURATION`.
+            Files are streamed, so that no copy goes into the cache of datasets.
+        trust_remote_code: run the loading script of a data set of the Hub, in versions of datasets that still can.
+
+    Raises:
+        FormatError: nothing there, or not readable as what the name promises.
+    """
+    found: dict[str, Any] = {}
+    for name in [one for given in names for one in _parts_of(given)]:
+        with reading_data(name), _naming_remote_code(name, trust_remote_code):
+            data = _load(name, trust_remote_code)
+        splits = data if isinstance(data, Mapping) else {"": data}
+        found.update({f"{name} {split}".rstrip(): part for split, part in splits.items()})
+    return found
+
+
+@contextmanager
+def reading_data(name: str) -> Iterator[None]:
+    """Turn what goes wrong in `datasets` into a FormatError that names the data.
+
+    Any exception: of damaged data, Arrow and datasets raise what they happen to stumble over, KeyError and TypeError
+    among it. A stream meets damage when it gets there.
+    """
+    try:
+        yield
+    except PemaError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, _SPEAKING) and str(error) else f"{type(error).__name__}: "
+        said = " ".join(str(error).split())
+        raise FormatError(f"{name}: cannot be read as a data set: {kind}{said}") from error
+
+
+@contextmanager
+def _naming_remote_code(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """Refuse a loading script with the option that allows it, in versions of datasets that still run them."""
+    try:
+        yield
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise FormatError(f"{name}: the data set {NEEDS_CODE}") from error
+
+
+def read_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
+    """The items of a stream of `datasets`; what goes wrong in it is a FormatError that names the data."""
+    while True:
+        with reading_data(name):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+
+
+def _parts_of(name: str) -> list[str]:
+    """The data in a folder of such; else the name itself."""
+    folder = Path(name)
+    if not folder.is_dir() or _is_saved(folder):
+        return [name]
+    if (folder / "config.json").is_file() and any(any(folder.glob(one)) for one in _OF_MODELS):
+        raise FormatError(
+            f"{name}: the folder of a model or tokenizer; expected data: {_KNOWN}, or what save_to_disk wrote"
+        )
+    found = [str(path) for path in _data_in(folder)]
+    if not found:
+        raise FormatError(f"{name}: a folder without data; expected {_KNOWN}, or what save_to_disk wrote")
+    return found
+
+
+def _data_in(folder: Path) -> Iterator[Path]:
+    """Data files and saved data sets, sorted by name; not what is hidden, nor behind links to folders."""
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_file() and _suffix(path) in BUILDERS and path.name not in NOT_DATA:
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            yield from [path] if _is_saved(path) else _data_in(path)
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _load(name: str, trust_remote_code: bool) -> Any:
+    import datasets
+
+    path = Path(name)
+    if path.is_file():
+        return _file(path)
+    if path.is_dir():
+        return _saved(name)
+    if path.suffix in {*BUILDERS, ".gz"} or path.is_absolute():
+        raise FormatError(f"{name}: no such file or folder")
+    repository, _, configuration = name.partition(":")
+    return datasets.load_dataset(repository, configuration or None, trust_remote_code=trust_remote_code)
+
+
+def _saved(name: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(name)
+    except IndexError:  # datasets writes no file then, and misses it
+        raise FormatError(f"{name}: a saved data set with a split without rows; save those that have some") from None
+
+
+def _file(path: Path) -> Any:
+    import datasets
+
+    suffix = _suffix(path)
+    if suffix not in BUILDERS:
+        raise FormatError(f"{path}: found {suffix or 'no suffix'}, expected one of {_KNOWN}")
+    if "::" in str(path):
+        raise FormatError(f"{path}: datasets takes '::' in a name for a chain of addresses; rename the file")
+    if not path.stat().st_size:
+        return datasets.Dataset.from_dict({})
+    check_limits(path, suffix)
+    builder, options = BUILDERS[suffix]
+    pattern = glob.escape(str(path))  # datasets would take a name with [1] or * for several files
+    try:
+        return datasets.load_dataset(builder, data_files=[pattern], split="train", streaming=True, **options)
+    except StopIteration:  # what the reader of JSON makes of a file without a line
+        return datasets.Dataset.from_dict({})
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the format, in small letters: that before .gz."""
+    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")

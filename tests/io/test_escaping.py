@@ -1,0 +1,57 @@
+"""Text from files, made safe for a terminal, for Markdown and for Python code."""
+
+import ast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pema_adapters.io.escaping import (
+    escape_markdown,
+    escape_terminal,
+    markdown_code,
+    markdown_code_block,
+    python_literal,
+)
+
+HOSTILE = [
+    "\x1b[2J\x1b[31mred",
+    "a\nverified: every byte",
+    "\r\u202eevil\u2028",
+    '"); import os; os.system("id") #',
+    "\\",
+    "```\n<script>",
+    "<!-- pema: end -->",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("escape", [escape_terminal, escape_markdown, markdown_code, python_literal])
+def test_one_printable_line(escape, text):
+    assert escape(text).isprintable()
+
+
+@given(st.text(st.characters(codec=None)))
+def test_a_literal_is_the_text(text):
+    assert ast.literal_eval(python_literal(text)) == text
+
+
+def test_a_literal_of_a_file_name_that_is_not_utf_8():
+    name = b"\xff".decode(errors="surrogateescape")
+    assert python_literal(name) == r'"\udcff"' and ast.literal_eval(python_literal(name)) == name
+
+
+def test_long_text_keeps_its_ends():
+    assert escape_terminal("a" * 2000 + "b" * 2000, 20) == "aaaaaaaaaa ... bbbbbbbbbb"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("```", "```` ``` ````"), (" a", "`  a `")]
+)
+def test_code_in_a_line(text, code):
+    assert markdown_code(text) == code
+
+
+def test_a_code_block_is_not_ended_by_its_lines():
+    assert markdown_code_block(["a", "```", "b\nc"], "python") == ["````python", "a", "```", r"b\nc", "````"]

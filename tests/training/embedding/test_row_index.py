@@ -1,0 +1,41 @@
+"""Data of another shape behind a Parameter, while graphs of the old shape are alive."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pema_adapters.training.embedding.row_index import replace_data
+
+
+class Dtypes(TorchDispatchMode):
+    """Records the dtype of every tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.found.add(getattr(result, "dtype", None))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_new_graph_works_beside_one_of_the_old_shape(dtype):
+    parameter = nn.Parameter(torch.ones(2, 3, dtype=dtype))
+    older = (2 * parameter).sum()  # holds the node that adds up the gradient of [2, 3]
+    replace_data(parameter, torch.ones(4, 3, dtype=dtype))
+    (3 * parameter).sum().backward()
+    assert parameter.grad.shape == (4, 3) and bool((parameter.grad == 3).all())
+    assert older.grad_fn is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32])
+def test_nothing_is_made_in_double_precision(dtype):
+    """Apple's GPUs cannot hold it."""
+    data = torch.ones(4, 3, dtype=dtype)
+    parameter = nn.Parameter(torch.ones(2, 3, dtype=dtype), requires_grad=dtype.is_floating_point)
+    with Dtypes() as seen:
+        replace_data(parameter, data)
+    assert torch.float64 not in seen.found and parameter.dtype == dtype

@@ -1,0 +1,172 @@
+"""The weight of a tied head, read by who does not call the head: fused losses, DistributedDataParallel, copies."""
+
+import copy
+import subprocess
+import sys
+
+import adapters
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MambaConfig, MobileBertConfig, MobileBertForMaskedLM
+
+from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_embeddings, shrink_embeddings
+from pema_adapters.errors import SurgeryError
+from tests.training.output.test_tied_head import MIXED, MODELS, SEEN, USED, V, close, logits, make, train, with_adapter  # noqa: F401
+
+WAY_OUT = (
+    r"its trained rows lie apart .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
+)
+
+
+def chunked_loss(model, ids, chunk=2):
+    """As fused losses do it: the backbone, then the head's weight, some tokens at a time."""
+    hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1].reshape(-1, 32)
+    head, targets, total = model.get_output_embeddings(), ids[:, 1:].reshape(-1), 0.0
+    hidden = hidden.to(head.weight.device).to(head.weight.dtype)
+    for first in range(0, len(targets), chunk):
+        scores = hidden[first : first + chunk] @ head.weight.T
+        total = total + torch.nn.functional.cross_entropy(scores, targets[first : first + chunk], reduction="sum")
+    return total / len(targets)
+
+
+class Fused(torch.autograd.Function):
+    """A loss with a backward of its own, which gets the weight as an argument."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        return torch.nn.functional.linear(hidden, weight).logsumexp(-1).sum()
+
+
+def adapter(folder, auto_class):
+    return with_adapter(folder, auto_class)
+
+
+def full_fine_tuning(folder, auto_class):
+    return load_model(auto_class, folder, PartialVocabulary(USED, V))
+
+
+def loaded_over_the_full_matrix(folder, auto_class):
+    trained = with_adapter(folder, auto_class)
+    trained.save_adapter(str(folder / "run"), "task")
+    model = auto_class.from_pretrained(folder)
+    adapters.init(model)
+    model.load_adapter(str(folder / "run"), set_active=True)
+    return model
+
+
+@pytest.mark.parametrize("prepare", [adapter, full_fine_tuning, loaded_over_the_full_matrix])
+def test_a_fused_loss_is_refused_with_the_way_out(make, prepare):  # noqa: F811
+    model = prepare(*make("gpt2"))
+    hidden = torch.ones(1, 32, requires_grad=True)
+    for use in (
+        lambda: chunked_loss(model, SEEN),
+        lambda: Fused.apply(hidden, model.lm_head.weight),
+        torch.compile(lambda: hidden @ model.lm_head.weight.T, backend="eager"),
+        lambda: model.lm_head.weight.data_ptr() + 1,
+        lambda: model.lm_head.weight.data.normal_().sum(),
+    ):
+        with pytest.raises(Exception, match=WAY_OUT):
+            use()
+    with pytest.raises(SurgeryError, match=WAY_OUT):
+        chunked_loss(model, SEEN)
+    weight = model.lm_head.weight
+    assert (weight.shape, weight.dtype, str(weight.device), weight.requires_grad) == (
+        (V, 32),
+        torch.float32,
+        "cpu",
+        False,
+    )
+    assert repr(weight) == "ApartFromRows(shape=(211, 32), dtype=torch.float32, device='cpu')"
+
+
+def test_a_fused_loss_is_right_where_no_rows_lie_apart(make):  # noqa: F811
+    folder, auto_class = make("gpt2")
+    untied = with_adapter(folder, auto_class, output_embeddings="full")
+    train(untied)
+    inactive = with_adapter(folder, auto_class)
+    inactive.set_active_adapters(None)
+    restored = load_model(auto_class, folder, PartialVocabulary(USED, V))
+    train(restored)
+    restore_embeddings(restored)
+    for model in (untied, inactive, restored):
+        model.eval()
+        close(chunked_loss(model, SEEN), model(input_ids=SEEN, labels=SEEN).loss)
+
+
+def test_the_matrix_is_no_buffer_of_a_distributed_model(make, tmp_path):  # noqa: F811
+    """What DistributedDataParallel broadcasts at every forward."""
+    model = with_adapter(*make("gpt2"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel(input_ids=SEEN, labels=SEEN).loss.backward()
+        assert not any(buffer.shape == (V, 32) for buffer in parallel.modules_buffers)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.base_model.pema.adapters["task"].weight.grad is not None
+
+
+def test_the_matrix_goes_where_the_model_goes(make):  # noqa: F811
+    model = with_adapter(*make("gpt2"))
+    train(model)
+    before = logits(model)
+    assert model.lm_head.matrix.dtype == torch.float32
+    assert model.double().lm_head.matrix.dtype == model.lm_head.weight.dtype == torch.float64
+    close(logits(model.float()), before)
+    twin = copy.deepcopy(model)
+    assert twin.lm_head.matrix.data_ptr() != model.lm_head.matrix.data_ptr()
+    assert twin.lm_head.embedding is twin.get_input_embeddings()
+    close(logits(twin), before)
+    assert model.to("meta").lm_head.matrix.is_meta
+
+
+COMPILED = """
+from pathlib import Path
+import sys, torch
+from tests.training.output.test_tied_head import MODELS, logits, with_adapter, train
+config, auto_class = MODELS["gpt2"]
+torch.manual_seed(3)
+auto_class.from_config(config()).save_pretrained(sys.argv[1])
+model = with_adapter(sys.argv[1], auto_class)
+train(model)
+torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))
+"""
+
+
+def test_a_compiled_model_computes_the_same(tmp_path):
+    """In a process of its own: what torch.compile keeps would keep matrices alive that other tests look for."""
+    subprocess.run([sys.executable, "-c", COMPILED, tmp_path], check=True)
+
+
+def test_a_model_that_asks_for_the_dtype_of_its_head(tmp_path):
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=V, hidden_size=32, state_size=4, num_hidden_layers=1, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(AutoModelForCausalLM, tmp_path, PartialVocabulary(USED, V))
+    close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def test_a_head_that_computes_with_the_matrix_itself_is_refused(tmp_path):
+    config = MobileBertConfig(
+        vocab_size=V, hidden_size=32, embedding_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        intra_bottleneck_size=16,
+    )  # fmt: skip
+    MobileBertForMaskedLM(config).save_pretrained(tmp_path)
+    model = load_model(MobileBertForMaskedLM, tmp_path, PartialVocabulary(USED, V))
+    with pytest.raises(SurgeryError, match="its trained rows lie apart from this matrix"):
+        model(input_ids=MIXED)
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused(make):  # noqa: F811
+    class Scaled(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    folder, auto_class = make("gpt2")
+    model = auto_class.from_pretrained(folder)
+    model.lm_head.__class__ = Scaled
+    adapters.init(model)
+    with pytest.raises(SurgeryError, match=r"'lm_head' \(Scaled\) shares the matrix of the input embedding"):
+        model.add_adapter("task", config=PEMAConfig())
+        shrink_embeddings(model, "task", PartialVocabulary(USED, V))
