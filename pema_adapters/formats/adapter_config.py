@@ -18,7 +18,7 @@ from pema_adapters.formats.checkpoint import is_plain_name, read_json
 ADAPTER_CONFIG = "adapter_config.json"
 PEMA = "pema"
 UNION = "union"
-LONGEST_NAME = 255
+MAX_NAME_BYTES = 255
 """Bytes of UTF-8."""
 _WEIGHT_SPACE = "lora"
 """The architecture of LoRA, DoRA, (IA)^3 and VeRA alike."""
@@ -28,7 +28,7 @@ _COMPACTER = {**_BOTTLENECK, "phm_layer": True}
 _INVERTIBLE = {**_BOTTLENECK, "inv_adapter": "nice"}
 _LORA = {"architecture": _WEIGHT_SPACE}
 _PREFIX, _REFT = {"architecture": "prefix_tuning"}, {"architecture": "reft"}
-_STRINGS: dict[str, dict[str, Any]] = {
+_METHOD_NAMES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("seq_bn", "pfeiffer", "double_seq_bn", "houlsby", "par_bn", "parallel"), _BOTTLENECK),
     **dict.fromkeys(("scaled_par_bn", "scaled_parallel"), _BOTTLENECK),
     **dict.fromkeys(("seq_bn_inv", "pfeiffer+inv", "double_seq_bn_inv", "houlsby+inv"), _INVERTIBLE),
@@ -42,7 +42,7 @@ _STRINGS: dict[str, dict[str, Any]] = {
     "dvora": {**_LORA, "use_dora": True, "vera_d": 0.1, "vera_b": 0.0},
 }
 """The strings that adapters has for methods, and the settings by which they are told apart; others are their own."""
-_STRING = re.compile(r"\s*(?P<name>[^\[\]|\s]+)\s*(?:\[(?P<options>[^\[\]]*)\])?\s*")
+_METHOD_PATTERN = re.compile(r"\s*(?P<name>[^\[\]|\s]+)\s*(?:\[(?P<options>[^\[\]]*)\])?\s*")
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,15 @@ class AdapterConfig:
         """Check the content of the file at `path`. Raises `FormatError` where it is damaged."""
         name = content.get("name")
         if not isinstance(name, str):
-            raise FormatError(f"{path}: expected the name of the adapter, found {_shown(name)}; save the adapter again")
+            raise FormatError(
+                f"{path}: expected the name of the adapter, found {_abbreviate(name)}; save the adapter again"
+            )
         if not is_folder_name(name):
             raise FormatError(
                 f"{path}: adapter name {name!r} cannot be the name of a folder; load the adapter with "
                 'load_as="task", say, and save it again'
             )
-        return cls(path, name, _methods(content.get("config"), path), content)
+        return cls(path, name, _parse_methods(content.get("config"), path), content)
 
     @property
     def has_pema(self) -> bool:
@@ -146,57 +148,59 @@ class AdapterConfig:
             return self
         if not left:
             return None
-        found: Any = left[0].content if len(left) == 1 else _union(self.content["config"], left)
+        found: Any = left[0].content if len(left) == 1 else _build_union(self.content["config"], left)
         return replace(self, methods=left, content={**self.content, "config": found})
 
 
 def is_folder_name(name: str) -> bool:
     """Whether a folder can have this name, on every usual file system."""
     try:
-        return is_plain_name(name) and len(name.encode()) <= LONGEST_NAME
+        return is_plain_name(name) and len(name.encode()) <= MAX_NAME_BYTES
     except UnicodeEncodeError:  # half a surrogate pair
         return False
 
 
-def _union(before: Any, methods: tuple[Method, ...]) -> Any:
+def _build_union(before: Any, methods: tuple[Method, ...]) -> Any:
     contents = [method.content for method in methods]
     return "|".join(map(str, contents)) if isinstance(before, str) else {**before, "configs": contents}
 
 
-def _methods(found: Any, path: Path) -> tuple[Method, ...]:
+def _parse_methods(found: Any, path: Path) -> tuple[Method, ...]:
     members: Any = [found]
     if isinstance(found, str):
         members = found.split("|")
     elif isinstance(found, dict) and (found.get("architecture") == UNION or "configs" in found):
         members = found.get("configs")
     if not isinstance(members, list) or not members:
-        raise FormatError(f"{path}: a union of methods whose configs are {_shown(members)}; expected a list of methods")
-    return tuple(_method(member, path) for member in members)
+        raise FormatError(
+            f"{path}: a union of methods whose configs are {_abbreviate(members)}; expected a list of methods"
+        )
+    return tuple(_parse_method(member, path) for member in members)
 
 
-def _method(found: Any, path: Path) -> Method:
+def _parse_method(found: Any, path: Path) -> Method:
     if isinstance(found, str):
-        return Method(found, _settings(found, path))
+        return Method(found, _parse_string(found, path))
     architecture = found.get("architecture") if isinstance(found, dict) else 0
     if not isinstance(architecture, (str, type(None))) or architecture == UNION:
-        raise FormatError(f"{path}: config holds {_shown(found)}; expected a method, or a union of methods")
+        raise FormatError(f"{path}: config holds {_abbreviate(found)}; expected a method, or a union of methods")
     return Method(found, found)
 
 
-def _settings(text: str, path: Path) -> dict[str, Any]:
-    """`_settings("lora[r=8]", path) == {"architecture": "lora", "r": 8}`."""
-    found = _STRING.fullmatch(text)
+def _parse_string(text: str, path: Path) -> dict[str, Any]:
+    """`_parse_string("lora[r=8]", path) == {"architecture": "lora", "r": 8}`."""
+    found = _METHOD_PATTERN.fullmatch(text)
     try:
         pairs = re.sub(r"(\w+)\s*=", r"'\1':", (found and found["options"]) or "")
         options: Any = ast.literal_eval("{" + pairs + "}") or {}
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         found = None
     if found is None or not isinstance(options, dict):
-        raise FormatError(f'{path}: config holds {_shown(text)}; expected a method such as "lora" or "lora[r=8]"')
+        raise FormatError(f'{path}: config holds {_abbreviate(text)}; expected a method such as "lora" or "lora[r=8]"')
     name = found["name"]
-    return {**_STRINGS.get(name, {"architecture": name}), **options}
+    return {**_METHOD_NAMES.get(name, {"architecture": name}), **options}
 
 
-def _shown(found: Any) -> str:
+def _abbreviate(found: Any) -> str:
     text = json.dumps(found)
     return text if len(text) <= 80 else f"{text[:77]}..."

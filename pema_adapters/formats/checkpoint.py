@@ -16,16 +16,16 @@ import numpy as np
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES, Header, as_float32, read_header
-from pema_adapters.formats.shared_tensors import tied_names
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.tensor_names import canonical
+from pema_adapters.formats.shared_tensors import find_tied_names
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.tensor_names import canonicalize
 from pema_adapters.formats.torch_pickle import read_pickle
 from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-FORMAT = {"format": "pt"}
+PYTORCH_METADATA = {"format": "pt"}
 """The metadata of a safetensors file that PyTorch wrote, without which Transformers refuses it."""
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -71,7 +71,7 @@ class WeightFiles:
     is_pickled: bool
 
 
-def weight_files(folder: Path) -> WeightFiles:
+def find_weight_files(folder: Path) -> WeightFiles:
     """The weights that Transformers would load: safetensors before pickles, one file before shards.
 
     Reads nothing but the index. Raises `FormatError` where there are none, or where a shard is missing.
@@ -83,11 +83,11 @@ def weight_files(folder: Path) -> WeightFiles:
         if (folder / index_name).exists():
             file = InputFile(folder / index_name)
             index = parse_json(file)
-            return WeightFiles(_shards(file.path, index), file, index, is_pickled)
-    raise FormatError(_nothing_in(folder))
+            return WeightFiles(_list_shards(file.path, index), file, index, is_pickled)
+    raise FormatError(_explain_missing(folder))
 
 
-def output_name(name: str) -> str:
+def safetensors_name(name: str) -> str:
     """The safetensors file that holds what the weights file `name` holds.
 
     `output_name("pytorch_model-00001-of-00003.bin") == "model-00001-of-00003.safetensors"`
@@ -107,7 +107,7 @@ class Checkpoint:
     """
 
     folder: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     files: tuple[Path, ...]
     config: dict[str, Any]
     config_file: InputFile | None = None
@@ -120,15 +120,15 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
         """Read the headers of all weights files; of pickles (which imports torch) the tables. Raises `FormatError`."""
-        return cls.of_files(Path(folder), weight_files(Path(folder)))
+        return cls.from_files(Path(folder), find_weight_files(Path(folder)))
 
     @classmethod
-    def of_files(cls, folder: Path, found: WeightFiles) -> "Checkpoint":
+    def from_files(cls, folder: Path, found: WeightFiles) -> "Checkpoint":
         """The same, of weights files with any names."""
         config_file = InputFile(folder / CONFIG) if (folder / CONFIG).exists() else None
         config = {} if config_file is None else parse_json(config_file)
         contents = _read_pickles(found.files, config) if found.is_pickled else _read_safetensors(found.files)
-        tensors = _collect(contents.tensors)
+        tensors = _merge_tensors(contents.tensors)
         if found.index_file is not None and found.index is not None:
             _check_index(found.index_file.path, found.index["weight_map"], tensors)
         return cls(
@@ -145,20 +145,20 @@ class Checkpoint:
         )
 
     @cached_property
-    def by_file(self) -> Mapping[Path, Sequence[Stored]]:
+    def by_file(self) -> Mapping[Path, Sequence[StoredTensor]]:
         """The tensors of each weights file, in its order."""
-        found: dict[Path, list[Stored]] = defaultdict(list, {path: [] for path in self.files})
+        found: dict[Path, list[StoredTensor]] = defaultdict(list, {path: [] for path in self.files})
         for tensor in self.tensors.values():
             found[tensor.path].append(tensor)
         return MappingProxyType(dict(found))
 
     def metadata(self, path: Path) -> dict[str, str]:
         """What the header of a weights file says beside its tensors, or would say if it were safetensors."""
-        return self.headers[path].metadata if path in self.headers else {**FORMAT}
+        return self.headers[path].metadata if path in self.headers else {**PYTORCH_METADATA}
 
-    def output_name(self, path: Path) -> str:
+    def safetensors_name(self, path: Path) -> str:
         """The name of the safetensors file that what the weights file `path` holds is written to."""
-        return output_name(path.name)
+        return safetensors_name(path.name)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor, by stored name."""
@@ -189,7 +189,7 @@ class Checkpoint:
             raise FormatError(f"{tensor.path}: tensor {name!r}: cannot read values of dtype {tensor.dtype}")
         return as_float32(tensor.raw.reshape(-1, DTYPE_BYTES[tensor.dtype])[positions], tensor.dtype).reshape(-1)
 
-    def tensor(self, name: str) -> Stored:
+    def tensor(self, name: str) -> StoredTensor:
         """Where the tensor lies; `FormatError` where there is none of that name."""
         try:
             return self.tensors[name]
@@ -200,7 +200,7 @@ class Checkpoint:
         return self
 
 
-def _nothing_in(folder: Path) -> str:
+def _explain_missing(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder; expected a checkpoint with {SINGLE} or {INDEX}"
     broken = [folder / name for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX) if (folder / name).is_symlink()]
@@ -210,7 +210,7 @@ def _nothing_in(folder: Path) -> str:
     return f"{folder}: neither {SINGLE} nor {INDEX}, nor {PICKLE} or {PICKLE_INDEX}; not a checkpoint folder"
 
 
-def _shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
+def _list_shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
     """The files of the index `path`, sorted by name; each must be a plain name in its folder, and exist."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -222,7 +222,7 @@ def _shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
     for file in files:
         if not file.is_file():
             raise FormatError(f"{file}: a shard that {path.name} names, but there is no such file; download it again")
-    if len({output_name(file.name) for file in files}) < len(files):
+    if len({safetensors_name(file.name) for file in files}) < len(files):
         raise FormatError(f"{path}: two of its shards would have the same name as safetensors; rename them")
     return files
 
@@ -231,7 +231,7 @@ def _shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
 class _Contents:
     """What the weights files hold: tensors and headers by file, and names that share the tensor of another."""
 
-    tensors: dict[Path, dict[str, Stored]]
+    tensors: dict[Path, dict[str, StoredTensor]]
     headers: dict[Path, Header]
     shared: dict[str, str]
 
@@ -246,25 +246,25 @@ def _read_pickles(files: tuple[Path, ...], config: dict[str, Any]) -> _Contents:
     found = {path: read_pickle(path) for path in files}
     shared: dict[str, str] = {}
     for tensors in found.values():
-        shared |= tied_names(tensors.values(), ties_outputs)
+        shared |= find_tied_names(tensors.values(), ties_outputs)
     return _Contents(found, {}, shared)
 
 
-def _collect(files: dict[Path, dict[str, Stored]]) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
+def _merge_tensors(files: dict[Path, dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
     for path, found in files.items():
         for name in found.keys() & tensors.keys():
             raise FormatError(f"{path}: tensor {name!r} is stored in {tensors[name].path.name} as well")
         tensors.update(found)
     for name, tensor in tensors.items():
-        if (modern := canonical(name, "")) != name and modern in tensors:
+        if (modern := canonicalize(name, "")) != name and modern in tensors:
             raise FormatError(
                 f"{tensor.path}: tensor {name!r} is stored as {modern!r} as well; expected one of the two"
             )
     return tensors
 
 
-def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Stored]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].path.name != file:
             raise FormatError(f"{path}: tensor {name!r} should be in {file}, but that file does not hold it")

@@ -15,11 +15,11 @@ import numpy as np
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, PEMA, AdapterConfig
 from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, read_json
-from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_delta, first_file, is_adapter
+from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_delta, find_first_file, is_adapter
 from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.formats.safetensors_header import FLOATS, NUMPY_DTYPES
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.tensor_names import canonical
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.tensor_names import canonicalize
 from pema_adapters.formats.trainer_checkpoints import pick_checkpoint
 from pema_adapters.formats.weights_file import read_tensors
 
@@ -27,9 +27,9 @@ HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 
-_ROWS = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
+_ROWS_NAME = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
 _QUANTIZED = ("U8", "I8")
-_FULL_ROWS = re.compile(r"(?P<embedding>.+)\.token_ids")
+_FULL_ROWS_NAME = re.compile(r"(?P<embedding>.+)\.token_ids")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Head:
     """
 
     config: dict[str, Any]
-    tensors: dict[str, Stored]
-    settings: dict[str, Any] | None = None
+    tensors: dict[str, StoredTensor]
+    config_changes: dict[str, Any] | None = None
     prefix: str | None = None
     path: Path = Path(HEAD_CONFIG)
-    output: str = ""
+    output_matrix: str = ""
 
     @property
     def is_static(self) -> bool:
@@ -56,11 +56,11 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Rest:
+class RemainingAdapter:
     """The adapter without its PEMA part: its `config`, None where PEMA was all."""
 
     config: AdapterConfig | None
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Delta:
     own_base: bool
     embedding: str
     token_ids: np.ndarray
-    weight: Stored | None
+    weight: StoredTensor | None
     fingerprint: Fingerprint | None
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     head: Head | None = None
-    rest: Rest = field(default_factory=lambda: Rest(None, {}))
+    remaining: RemainingAdapter = field(default_factory=lambda: RemainingAdapter(None, {}))
     config: dict[str, Any] = field(default_factory=dict)
     untied: str = ""
     is_output_in_head: bool = False
@@ -109,7 +109,7 @@ class Delta:
         return self.head if self.head is not None and self.head.is_static else None
 
     @property
-    def ordinary(self) -> dict[str, Stored]:
+    def checkpoint_tensors(self) -> dict[str, StoredTensor]:
         """The tensors that belong into an ordinary checkpoint, beside the rows: backbone weights and static head."""
         return self.static_head.tensors if self.static_head is not None else self.tensors
 
@@ -128,14 +128,14 @@ def read_delta(folder: str | Path, adapter: str | None = None, checkpoint: str |
 
 def _read_adapter(folder: Path) -> Delta:
     config = AdapterConfig.read(folder)
-    path = first_file(folder, ADAPTER_WEIGHTS)
+    path = find_first_file(folder, ADAPTER_WEIGHTS)
     if path is None:
         raise FormatError(f"{folder}: {ADAPTER_CONFIG} without weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
     tensors = read_tensors(path)
-    parts = {name: found for name in tensors if (found := _ROWS.fullmatch(name))}
-    prefix = _owner(path, config, list(parts.values()))
+    parts = {name: found for name in tensors if (found := _ROWS_NAME.fullmatch(name))}
+    prefix = _find_prefix(path, config, list(parts.values()))
     rows = {found["part"]: tensors.pop(name) for name, found in parts.items()}
-    token_ids, weight, fingerprint = _rows(path, rows) if rows else (np.empty(0, np.int64), None, None)
+    token_ids, weight, fingerprint = _read_rows(path, rows) if rows else (np.empty(0, np.int64), None, None)
     if fingerprint and prefix not in ("", fingerprint.prefix):
         raise FormatError(f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; damaged")
     return Delta(
@@ -149,14 +149,14 @@ def _read_adapter(folder: Path) -> Delta:
         weight=weight,
         fingerprint=fingerprint,
         head=_read_head(folder, prefix),
-        rest=_rest(folder, config, tensors),
+        remaining=_read_remaining(folder, config, tensors),
         config=config.content,
         untied=fingerprint.untied if fingerprint else "",
         methods=tuple(method.name for method in config.methods),
     )
 
 
-def _owner(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str:
+def _find_prefix(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str:
     """The prefix of the base model that the PEMA rows are in. They have to be those of this adapter alone."""
     owners = sorted({(part["prefix"] or "", part["name"]) for part in found})
     if len(owners) > 1:
@@ -175,19 +175,19 @@ def _owner(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str
 
 def _read_head(folder: Path, prefix: str) -> Head | None:
     """The head beside an adapter. Whatever of the base model was saved along with it (T5) is not part of it."""
-    path, config = first_file(folder, HEAD_WEIGHTS), folder / HEAD_CONFIG
+    path, config = find_first_file(folder, HEAD_WEIGHTS), folder / HEAD_CONFIG
     if path is None and config.is_file():
         raise FormatError(f"{config}: a head without weights; expected {' or '.join(HEAD_WEIGHTS)} beside it")
     if path is None:
         return None
     if not config.is_file():
         raise FormatError(f"{path}: a head without {HEAD_CONFIG} that says which")
-    found = {name: tensor for name, tensor in read_tensors(path).items() if not _is_of_base(name, prefix)}
+    found = {name: tensor for name, tensor in read_tensors(path).items() if not _belongs_to_base(name, prefix)}
     _check_not_quantized(found)
     return Head(read_json(config), found, path=config)
 
 
-def _check_not_quantized(head: dict[str, Stored]) -> None:
+def _check_not_quantized(head: dict[str, StoredTensor]) -> None:
     """bitsandbytes stores a layer of 4 bits as U8, one of 8 bits as I8, and what it takes to read it beside it."""
     for tensor in head.values():
         if tensor.dtype in _QUANTIZED:
@@ -198,11 +198,11 @@ def _check_not_quantized(head: dict[str, Stored]) -> None:
             )
 
 
-def _is_of_base(name: str, prefix: str) -> bool:
-    return name.startswith(prefix + ".") if prefix else _ROWS.fullmatch(name) is not None
+def _belongs_to_base(name: str, prefix: str) -> bool:
+    return name.startswith(prefix + ".") if prefix else _ROWS_NAME.fullmatch(name) is not None
 
 
-def _rest(folder: Path, config: AdapterConfig, tensors: dict[str, Stored]) -> Rest:
+def _read_remaining(folder: Path, config: AdapterConfig, tensors: dict[str, StoredTensor]) -> RemainingAdapter:
     left = config.without(lambda method: method.is_pema)
     if (left is None) == bool(tensors):
         expected, found = ("no other", "some") if tensors else ("more", "none")
@@ -210,17 +210,17 @@ def _rest(folder: Path, config: AdapterConfig, tensors: dict[str, Stored]) -> Re
             f"{folder}: {ADAPTER_CONFIG} names {expected} method beside PEMA, but the weights hold {found} of it; "
             "save the adapter again"
         )
-    return Rest(left, tensors)
+    return RemainingAdapter(left, tensors)
 
 
 def _read_full(folder: Path) -> Delta:
-    path = first_file(folder, FULL_WEIGHTS)
+    path = find_first_file(folder, FULL_WEIGHTS)
     if path is None or path.suffix == ".bin":
         path = folder / FULL_WEIGHTS[-1]
         tensors = read_tensors(path)
     else:
         tensors = dict(Checkpoint.open(folder).tensors)
-    embeddings = [found["embedding"] for name in tensors if (found := _FULL_ROWS.fullmatch(name))]
+    embeddings = [found["embedding"] for name in tensors if (found := _FULL_ROWS_NAME.fullmatch(name))]
     if not embeddings:
         raise FormatError(
             f"{path}: an ordinary checkpoint, not a delta: no tensor '<embedding>.token_ids' that says which rows "
@@ -231,7 +231,7 @@ def _read_full(folder: Path) -> Delta:
     stored = f"{embeddings[0]}.weight"
     parts = ("token_ids", "weight", "fingerprint")
     rows = {part: tensors.pop(name) for part in parts if (name := f"{embeddings[0]}.{part}") in tensors}
-    token_ids, weight, fingerprint = _rows(path, rows)
+    token_ids, weight, fingerprint = _read_rows(path, rows)
     prefix = fingerprint.prefix if fingerprint else ""
     if fingerprint and stored not in (fingerprint.embedding, f"{prefix}.{fingerprint.embedding}"):
         raise FormatError(f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; damaged")
@@ -241,7 +241,7 @@ def _read_full(folder: Path) -> Delta:
         name="",
         prefix=prefix,
         own_base=not stored.startswith(prefix + "."),
-        embedding=fingerprint.embedding if fingerprint else canonical(stored, prefix),
+        embedding=fingerprint.embedding if fingerprint else canonicalize(stored, prefix),
         token_ids=token_ids,
         weight=weight,
         fingerprint=fingerprint,
@@ -251,7 +251,7 @@ def _read_full(folder: Path) -> Delta:
     )
 
 
-def _rows(path: Path, parts: dict[str, Stored]) -> tuple[np.ndarray, Stored, Fingerprint | None]:
+def _read_rows(path: Path, parts: dict[str, StoredTensor]) -> tuple[np.ndarray, StoredTensor, Fingerprint | None]:
     """token_ids int64 [K], weight [K, d] and the fingerprint, all checked against each other."""
     for part in ("token_ids", "weight"):
         if part not in parts:
@@ -261,8 +261,8 @@ def _rows(path: Path, parts: dict[str, Stored]) -> tuple[np.ndarray, Stored, Fin
         raise FormatError(
             f"{path}: tensor {weight.name!r} is {weight.dtype} {list(weight.shape)}; expected rows [K, d] of floats"
         )
-    fingerprint = _fingerprint(path, parts["fingerprint"]) if "fingerprint" in parts else None
-    token_ids = _token_ids(path, ids, fingerprint)
+    fingerprint = _read_fingerprint(path, parts["fingerprint"]) if "fingerprint" in parts else None
+    token_ids = _read_token_ids(path, ids, fingerprint)
     if weight.shape[0] != len(token_ids):
         raise FormatError(
             f"{path}: tensor {weight.name!r} has {weight.shape[0]} rows for {len(token_ids)} token_ids; "
@@ -271,7 +271,7 @@ def _rows(path: Path, parts: dict[str, Stored]) -> tuple[np.ndarray, Stored, Fin
     return token_ids, weight, fingerprint
 
 
-def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> np.ndarray:
+def _read_token_ids(path: Path, stored: StoredTensor, fingerprint: Fingerprint | None) -> np.ndarray:
     where = f"{path}: tensor {stored.name!r}"
     if stored.dtype not in ("I32", "I64") or len(stored.shape) != 1:
         raise FormatError(f"{where} is {stored.dtype} {list(stored.shape)}; expected I32 [K]")
@@ -290,7 +290,7 @@ def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> n
     return ids
 
 
-def _fingerprint(path: Path, stored: Stored) -> Fingerprint:
+def _read_fingerprint(path: Path, stored: StoredTensor) -> Fingerprint:
     try:
         return Fingerprint.from_array(np.frombuffer(stored.read(), np.uint8))
     except FormatError as error:

@@ -9,9 +9,9 @@ from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX
 from pema_adapters.formats.trainer_checkpoints import suggest_choice
 
 FULL_WEIGHTS = (SINGLE, INDEX, PICKLE_INDEX, PICKLE)
-MARKER = "pema_merge.json"
-LEVELS = 2
-LISTED = 8
+MERGE_MANIFEST = "pema_merge.json"
+MAX_DEPTH = 2
+MAX_LISTED = 8
 
 
 def find_delta(folder: Path, adapter: str | None) -> Path:
@@ -26,17 +26,17 @@ def find_delta(folder: Path, adapter: str | None) -> Path:
         raise FormatError(f"{folder}: {found}; expected the folder that save_adapter, save_delta or a Trainer wrote")
     seen: list[Path] = []
     level = [folder]
-    for _ in range(1 + LEVELS):
+    for _ in range(1 + MAX_DEPTH):
         deltas = [path for path in level if _is_delta(path)]
         seen += deltas
-        chosen = _with_rows(deltas) if adapter is None else [d for d in deltas if _is_called(d, adapter, folder)]
+        chosen = _prefer_pema(deltas) if adapter is None else [d for d in deltas if _matches(d, adapter, folder)]
         if chosen:
-            return _only(folder, adapter, chosen)
-        level = [child for path in level for child in _folders_in(path, folder)]
-    raise FormatError(_none(folder, adapter, seen))
+            return _require_single(folder, adapter, chosen)
+        level = [child for path in level for child in _list_subfolders(path, folder)]
+    raise FormatError(_explain_none(folder, adapter, seen))
 
 
-def _only(folder: Path, adapter: str | None, found: list[Path]) -> Path:
+def _require_single(folder: Path, adapter: str | None, found: list[Path]) -> Path:
     by_place: dict[Path, Path] = {}
     for path in found:
         by_place.setdefault(path.resolve(), path)  # `latest` may be a link to another one
@@ -45,44 +45,44 @@ def _only(folder: Path, adapter: str | None, found: list[Path]) -> Path:
         return different[0]
     called = "" if adapter is None else f" called {adapter!r}"
     raise FormatError(
-        f"{folder}: holds {len(different)} deltas{called} ({_listed(folder, different)}); "
+        f"{folder}: holds {len(different)} deltas{called} ({_format_paths(folder, different)}); "
         f"{suggest_choice(folder, different, adapter)}"
     )
 
 
-def _none(folder: Path, adapter: str | None, seen: list[Path]) -> str:
+def _explain_none(folder: Path, adapter: str | None, seen: list[Path]) -> str:
     if adapter is not None and seen:
-        here = ", ".join(_names(folder)) if seen == [folder] else _listed(folder, seen)
+        here = ", ".join(_list_names(folder)) if seen == [folder] else _format_paths(folder, seen)
         return f"{folder}: no adapter {adapter!r} here; found: {here}"
-    if (folder / MARKER).exists():
-        return f"{folder}: what an earlier merge wrote (it holds {MARKER}), not a delta; give the folder of the adapter"
+    if (folder / MERGE_MANIFEST).exists():
+        return f"{folder}: what an earlier merge wrote (it holds {MERGE_MANIFEST}), not a delta; give the folder of the adapter"
     return (
         f"{folder}: no delta here or one level below, or two; expected {ADAPTER_CONFIG} with weights (save_adapter), "
         f"or {CONFIG} with {SINGLE} (save_delta, Trainer)"
     )
 
 
-def _listed(folder: Path, found: list[Path]) -> str:
-    names = [path.relative_to(folder).as_posix() for path in found[:LISTED]]
-    return ", ".join(names + ["..."] * (len(found) > LISTED))
+def _format_paths(folder: Path, found: list[Path]) -> str:
+    names = [path.relative_to(folder).as_posix() for path in found[:MAX_LISTED]]
+    return ", ".join(names + ["..."] * (len(found) > MAX_LISTED))
 
 
-def _folders_in(parent: Path, top: Path) -> list[Path]:
+def _list_subfolders(parent: Path, top: Path) -> list[Path]:
     """The folders in which deltas may lie, checkpoint-500 before checkpoint-1000; unreadable ones have none.
 
     A link to `top` or to a folder around it would lead in circles, or to what belongs to somebody else.
     """
-    if (parent / MARKER).exists():
+    if (parent / MERGE_MANIFEST).exists():
         return []
     try:
         children = [child for child in parent.iterdir() if not child.name.startswith(".") and child.is_dir()]
         inside = [child for child in children if not top.resolve().is_relative_to(child.resolve())]
     except (OSError, RuntimeError):  # RuntimeError: links that lead in circles, before Python 3.13
         return []
-    return sorted(inside, key=_in_human_order)
+    return sorted(inside, key=_natural_key)
 
 
-def _in_human_order(path: Path) -> list[tuple[int, str]]:
+def _natural_key(path: Path) -> list[tuple[int, str]]:
     """`checkpoint-500` before `checkpoint-1000`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
@@ -93,28 +93,28 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _is_delta(folder: Path) -> bool:
-    if (folder / MARKER).exists():  # what an earlier merge wrote
+    if (folder / MERGE_MANIFEST).exists():  # what an earlier merge wrote
         return False
-    return is_adapter(folder) or ((folder / CONFIG).is_file() and first_file(folder, FULL_WEIGHTS) is not None)
+    return is_adapter(folder) or ((folder / CONFIG).is_file() and find_first_file(folder, FULL_WEIGHTS) is not None)
 
 
-def _is_called(delta: Path, adapter: str, folder: Path) -> bool:
-    return adapter.rstrip("/") == delta.relative_to(folder).as_posix() or adapter in _names(delta)
+def _matches(delta: Path, adapter: str, folder: Path) -> bool:
+    return adapter.rstrip("/") == delta.relative_to(folder).as_posix() or adapter in _list_names(delta)
 
 
-def _names(delta: Path) -> list[str]:
+def _list_names(delta: Path) -> list[str]:
     """The names by which `--adapter` may pick a delta, beside its path; a damaged one has that of its folder only."""
-    config = _config(delta)
+    config = _try_read_config(delta)
     return [delta.name] if config is None else list(dict.fromkeys((config.name, delta.name)))
 
 
-def _with_rows(deltas: list[Path]) -> list[Path]:
+def _prefer_pema(deltas: list[Path]) -> list[Path]:
     """Those that hold PEMA rows by their config, if there are any; a Trainer saves every adapter of a model."""
-    found = [delta for delta in deltas if (config := _config(delta)) is None or config.has_pema]
+    found = [delta for delta in deltas if (config := _try_read_config(delta)) is None or config.has_pema]
     return found or deltas
 
 
-def _config(delta: Path) -> AdapterConfig | None:
+def _try_read_config(delta: Path) -> AdapterConfig | None:
     """adapter_config.json; None for a full delta, and where it cannot be read: whoever picks that one is told."""
     try:
         return AdapterConfig.read(delta) if is_adapter(delta) else None
@@ -122,6 +122,6 @@ def _config(delta: Path) -> AdapterConfig | None:
         return None
 
 
-def first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+def find_first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The first of `names` that is there."""
     return next((folder / name for name in names if (folder / name).is_file()), None)

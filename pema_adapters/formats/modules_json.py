@@ -9,7 +9,7 @@ from pema_adapters.formats.checkpoint import is_plain_name
 MODULES = "modules.json"
 
 
-def module_paths(path: Path) -> list[str]:
+def read_module_paths(path: Path) -> list[str]:
     """The folders that modules.json names, hidden ones (.git, say) left out; [] where it is something else."""
     if not path.is_file():
         return []

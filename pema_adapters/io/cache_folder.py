@@ -15,7 +15,7 @@ DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
-class Store:
+class CacheFolder:
     """A folder of entries, each with a sum of its content before it."""
 
     folder: Path

@@ -10,7 +10,7 @@ from pema_adapters.errors import FormatError, reading
 CHUNK = 1 << 20
 
 
-def sum_of_file(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     """The sha256 of a file. Raises `FormatError` where it cannot be read."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb", buffering=0) as file:

@@ -32,7 +32,7 @@ Bytes: TypeAlias = "bytes | bytearray | memoryview"
 CLOCK_TICK_NS = 10_000_000
 """File systems stamp with the kernel's coarse clock: two writes within one tick may leave the same times."""
 
-_recorded: ContextVar[list[InputFile] | None] = ContextVar("recorded", default=None)
+_recording: ContextVar[list[InputFile] | None] = ContextVar("recorded", default=None)
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class FileIdentity:
     ctime_ns: int
 
     @classmethod
-    def of(cls, descriptor: int) -> FileIdentity:
+    def from_descriptor(cls, descriptor: int) -> FileIdentity:
         """The identity of an open file. Raises OSError as the system does."""
         found = os.fstat(descriptor)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-    def is_of(self, path: Path) -> bool:
+    def is_same_file(self, path: Path) -> bool:
         """Whether `path`, or what it links to, is this file, in whatever state."""
         try:
             found = path.stat()
@@ -59,7 +59,7 @@ class FileIdentity:
             return False
         return (found.st_dev, found.st_ino) == (self.device, self.inode)
 
-    def difference(self, now: FileIdentity, *, contents_only: bool = False) -> str:
+    def describe_change(self, now: FileIdentity, *, contents_only: bool = False) -> str:
         """Say how the file differs `now`, "" if it does not.
 
         contents_only: a change of the inode's metadata alone (a rename, a new link, a mode) is no difference.
@@ -94,9 +94,9 @@ class InputFile:
         self._is_pinned = False
         self._handle: OpenFile | None = _open(path) if descriptor is None else OpenFile(descriptor)
         with reading(path):
-            self.identity = _settled_identity(self._handle.descriptor)
+            self.identity = _read_identity(self._handle.descriptor)
         _open_files.add(self)
-        recorded = _recorded.get()
+        recorded = _recording.get()
         if recorded is not None:
             recorded.append(self)
 
@@ -112,8 +112,8 @@ class InputFile:
         return f"InputFile({str(self.path)!r}, {self.size:,} bytes)"
 
     def check(self, *, contents_only: bool = False) -> None:
-        """Raise `InputChangedError` if the file has changed since it was opened (see `FileIdentity.difference`)."""
-        self._checked(contents_only)
+        """Raise `InputChangedError` if the file has changed since it was opened (see `FileIdentity.describe_change`)."""
+        self._open_checked(contents_only)
 
     def open(self) -> OpenFile:
         """The open file, for copies by the system; it stays open as long as the result is referenced."""
@@ -137,7 +137,7 @@ class InputFile:
         with reading(self.path):
             data = read_range(handle.descriptor, begin, end)
         if len(data) < end - begin:
-            raise self.changed(f"it ends at byte {begin + len(data):,} now")
+            raise self.changed_error(f"it ends at byte {begin + len(data):,} now")
         return data
 
     def view(self, begin: int, end: int, *, contents_only: bool = False) -> RawBytes:
@@ -145,27 +145,27 @@ class InputFile:
 
         Use the view at once and let it go: a file that is cut short later would end the process (SIGBUS).
         """
-        handle = self._checked(contents_only)
+        handle = self._open_checked(contents_only)
         with reading(self.path):
             return handle.map()[begin:end]
 
-    def changed(self, how: str) -> InputChangedError:
+    def changed_error(self, how: str) -> InputChangedError:
         """The error that says how the file has changed."""
         return InputChangedError(
             f"{self.path}: changed while it was in use: {how}; run again when nothing writes to it"
         )
 
-    def _checked(self, contents_only: bool) -> OpenFile:
+    def _open_checked(self, contents_only: bool) -> OpenFile:
         handle = self.open()
         self._compare(handle, contents_only)
         return handle
 
     def _compare(self, handle: OpenFile, contents_only: bool = False) -> None:
         with reading(self.path):
-            now = FileIdentity.of(handle.descriptor)
-        how = self.identity.difference(now, contents_only=contents_only)
+            now = FileIdentity.from_descriptor(handle.descriptor)
+        how = self.identity.describe_change(now, contents_only=contents_only)
         if how:
-            raise self.changed(how)
+            raise self.changed_error(how)
 
     def _reopen(self) -> OpenFile:
         handle = _open(self.path)
@@ -195,11 +195,11 @@ def check_unchanged(files: Iterable[InputFile]) -> None:
 def record_inputs() -> Iterator[list[InputFile]]:
     """Collect every input file that is opened in the block, so that all can be checked before a result counts."""
     files: list[InputFile] = []
-    token = _recorded.set(files)
+    token = _recording.set(files)
     try:
         yield files
     finally:
-        _recorded.reset(token)
+        _recording.reset(token)
 
 
 class OpenFile:
@@ -256,14 +256,14 @@ def _max_open_files() -> int:
     return 256 if soft == resource.RLIM_INFINITY else max(4, min(256, soft // 4))
 
 
-def _settled_identity(descriptor: int) -> FileIdentity:
+def _read_identity(descriptor: int) -> FileIdentity:
     """The identity of a file, taken when a further write would show in its times."""
-    identity = FileIdentity.of(descriptor)
+    identity = FileIdentity.from_descriptor(descriptor)
     age = time.time_ns() - max(identity.mtime_ns, identity.ctime_ns)
     if age >= CLOCK_TICK_NS:
         return identity
     time.sleep(min(CLOCK_TICK_NS, CLOCK_TICK_NS - age) / 1e9)
-    return FileIdentity.of(descriptor)
+    return FileIdentity.from_descriptor(descriptor)
 
 
 def _open(path: Path) -> OpenFile:

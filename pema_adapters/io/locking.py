@@ -51,7 +51,7 @@ def lock_shared(descriptor: int) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, exclusive: bool, message: str) -> Iterator[None]:
+def hold_lock(folder: Path, exclusive: bool, message: str) -> Iterator[None]:
     """Hold a lock on `folder` during the block: exclusive to change it, shared to read it.
 
     Args:

@@ -8,7 +8,7 @@ Advance = Callable[[int], None]
 
 
 @contextmanager
-def bar(label: str, total: int, shown: bool | None) -> Iterator[Advance]:
+def progress_bar(label: str, total: int, shown: bool | None) -> Iterator[Advance]:
     """Give a function to call with the number of bytes done. `shown`: None for where stderr is a terminal."""
     on_terminal = sys.stderr is not None and sys.stderr.isatty()
     if not (on_terminal if shown is None else shown):

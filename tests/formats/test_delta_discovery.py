@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.delta_discovery import MARKER, find_delta
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST, find_delta
 
 
 def adapter(folder, name=None, method="pema"):
@@ -109,7 +109,7 @@ def test_hidden_folders_are_left_out(tmp_path, hidden):
 
 def test_what_earlier_merges_wrote_is_left_out_with_all_below(tmp_path):
     merged = full(tmp_path / "run" / "merged")
-    (merged / MARKER).write_text("{}")
+    (merged / MERGE_MANIFEST).write_text("{}")
     adapter(merged / "task")
     adapter(merged / "adapters" / "task")
     refused(tmp_path / "run", None, "no delta here")

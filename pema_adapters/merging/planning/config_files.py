@@ -29,8 +29,8 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
     made = dict(base.config)
     if delta.kind == "full":
         made = _with_model(made, delta.config)
-    elif delta.static_head is not None and delta.static_head.settings is not None:
-        made = _with_settings(made, delta.static_head.settings)
+    elif delta.static_head is not None and delta.static_head.config_changes is not None:
+        made = _with_settings(made, delta.static_head.config_changes)
     elif delta.static_head is not None:
         made = _with_head(made, delta.static_head)
     if layout.names.embedding and layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:
