@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # One process a core, each with one thread of torch's: the models of the tests are too small for more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all lint demo bench clean
+.PHONY: help test test-all test-minimum lint demo bench build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ $(VENV)/.bench: $(VENV)/.base
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
+$(VENV)/.release: $(VENV)/.base
+	$(INSTALL) -e '.[release]'
+	@touch $@
+
 test: $(VENV)/.dev  ## Run the tests, but for the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
@@ -58,5 +62,10 @@ bench: $(VENV)/.bench  ## Measure scan, loading, training step, artifact, merge 
 	$(BIN)/python tools/bench_merge_memory.py --sizes 0.3 1 3
 	$(BIN)/python tools/bench_push.py
 
+build: $(VENV)/.release  ## Build the distributions, and check what PyPI would show
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:  ## Remove what the commands made
-	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -249,7 +249,9 @@ def test_silent_without_a_terminal(folder, capsys):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("where", ["cli._scan_cache.scan_text", "cli._scan_figures.memory_report", "growth.drawn"])
+@pytest.mark.parametrize(
+    "where", ["scanning.cache.cached_scan.scan_text", "cli._scan_report.memory_report", "analysis.heaps_law.drawn"]
+)
 def test_interrupted(where, folder, capsys, monkeypatch):
     """Ctrl-C amid the scan, the report, or the output: one line, and no files."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

@@ -229,7 +229,7 @@ def _stored_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, s
     drawn = live.drawn(stored)
     if drawn:
         logger.warning(
-            "%s lacks %s, which the model has drawn at random: an adapter trained on it can be merged only into a "
+            "%s lacks %s, which from_pretrained newly initialized: an adapter trained on it can be merged only into a "
             "checkpoint that has them (model.save_pretrained writes one)", checkpoint.folder, ", ".join(drawn),
         )  # fmt: skip
     fingerprint = _take(checkpoint, stored[live.embedding], live.prefix, len(rows), common)

@@ -10,7 +10,7 @@ from tests.merging.in_place.test_execute import content
 STOPPED = """
 import os, signal, sys
 from pema_adapters.cli.merge import main
-from pema_adapters.merging import {module}
+from {package} import {module}
 original = {module}.{name}
 def stop(*args, **kwargs):
     found = original(*args, **kwargs)
@@ -32,7 +32,7 @@ def run(*arguments, **where):
 def test_a_merge_that_is_stopped_leaves_nothing_behind(make_base, make_adapter, tmp_path, number, word):
     base = make_base()
     delta = make_adapter(base).folder
-    where = {"module": "merge", "name": "write_plan", "number": number}
+    where = {"package": "pema_adapters.merging", "module": "api", "name": "write_plan", "number": number}
     done = run("--base", base.folder, "--delta", delta, "--output", tmp_path / "out", **where)
     assert (done.returncode, done.stderr) == (1, f"pema-merge: {word}; nothing was left behind\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
@@ -42,7 +42,7 @@ def test_a_merge_that_is_stopped_leaves_nothing_behind(make_base, make_adapter, 
 def test_a_merge_in_place_that_is_stopped_is_rolled_back(make_base, make_adapter, number):
     base = make_base()
     delta, before = make_adapter(base).folder, content(base.folder)
-    where = {"module": "in_place", "name": "_apply", "number": number}
+    where = {"package": "pema_adapters.merging.in_place", "module": "execute", "name": "_apply", "number": number}
     done = run("--base", base.folder, "--delta", delta, "--in-place", **where)
     assert done.returncode == 1
     assert done.stderr.endswith("base is as it was\n")
