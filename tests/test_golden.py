@@ -72,7 +72,7 @@ def test_a_merge_in_place_is_undone(golden):
 def test_an_output_is_known_as_one(golden):
     with pytest.raises(MergeError, match="exists from an earlier merge; replace it with --overwrite"):
         merge_checkpoint("base", "adapter", "merged")
-    with pytest.raises(FormatError, match="what an earlier merge wrote"):
+    with pytest.raises(FormatError, match="the output of a merge"):
         find_delta(Path("merged"), None)
     merge_checkpoint("base", "adapter", "merged", overwrite=True)
     assert "model.safetensors" in {path.name for path in Path("merged").iterdir()}

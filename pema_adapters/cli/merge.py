@@ -230,7 +230,8 @@ def _describe_copied(options: argparse.Namespace) -> str:
 
 def _format_load_snippet(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
-    from pema_adapters.formats.checkpoint import CONFIG, read_json
+    from pema_adapters.formats.checkpoint import CONFIG
+    from pema_adapters.formats.json_object import read_json
     from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
 
     output = Path(report.output)

@@ -151,7 +151,7 @@ def _compute(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _check_outputs(options: argparse.Namespace) -> str:
     """The format of the figure, if there is to be one; refused where a file could not be written."""
     from pema_adapters.analysis.heaps_law import format_of
-    from pema_adapters.io.files import check_replaceable
+    from pema_adapters.io.atomic_write import check_replaceable
 
     if options.save:
         check_replaceable(Path(options.save))
@@ -160,7 +160,7 @@ def _check_outputs(options: argparse.Namespace) -> str:
 
 def _write(found: Sequence["ScanResult"], figure_format: str, options: argparse.Namespace) -> None:
     from pema_adapters.analysis.heaps_law import drawn
-    from pema_adapters.io.files import replace_file
+    from pema_adapters.io.atomic_write import replace_file
 
     figure = drawn(figure_format, [one.curve for one in found]) if options.plot else b""
     if options.save:

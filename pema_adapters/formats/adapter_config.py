@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import is_plain_name, read_json
+from pema_adapters.formats.json_object import read_json
+from pema_adapters.io.safe_paths import is_folder_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEMA = "pema"
 UNION = "union"
-MAX_NAME_BYTES = 255
-"""Bytes of UTF-8."""
 _WEIGHT_SPACE = "lora"
 """The architecture of LoRA, DoRA, (IA)^3 and VeRA alike."""
 
@@ -150,14 +149,6 @@ class AdapterConfig:
             return None
         found: Any = left[0].content if len(left) == 1 else _build_union(self.content["config"], left)
         return replace(self, methods=left, content={**self.content, "config": found})
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a folder can have this name, on every usual file system."""
-    try:
-        return is_plain_name(name) and len(name.encode()) <= MAX_NAME_BYTES
-    except UnicodeEncodeError:  # half a surrogate pair
-        return False
 
 
 def _build_union(before: Any, methods: tuple[Method, ...]) -> Any:

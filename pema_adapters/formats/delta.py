@@ -14,14 +14,15 @@ import numpy as np
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, PEMA, AdapterConfig
-from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, read_json
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_delta, find_first_file, is_adapter
 from pema_adapters.formats.fingerprint import Fingerprint
+from pema_adapters.formats.json_object import read_json
 from pema_adapters.formats.safetensors_header import FLOATS, NUMPY_DTYPES
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import canonicalize
 from pema_adapters.formats.trainer_checkpoints import pick_checkpoint
-from pema_adapters.formats.weights_file import read_tensors
+from pema_adapters.formats.weights import read_tensors
 
 HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")

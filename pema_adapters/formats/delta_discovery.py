@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig
-from pema_adapters.formats.checkpoint import CONFIG, INDEX, PICKLE, PICKLE_INDEX, SINGLE
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.trainer_checkpoints import suggest_choice
+from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE
 
 FULL_WEIGHTS = (SINGLE, INDEX, PICKLE_INDEX, PICKLE)
 MERGE_MANIFEST = "pema_merge.json"
@@ -55,7 +56,7 @@ def _explain_none(folder: Path, adapter: str | None, seen: list[Path]) -> str:
         here = ", ".join(_list_names(folder)) if seen == [folder] else _format_paths(folder, seen)
         return f"{folder}: no adapter {adapter!r} here; found: {here}"
     if (folder / MERGE_MANIFEST).exists():
-        return f"{folder}: what an earlier merge wrote (it holds {MERGE_MANIFEST}), not a delta; give the folder of the adapter"
+        return f"{folder}: the output of a merge (it holds {MERGE_MANIFEST}), not a delta; give the adapter's folder"
     return (
         f"{folder}: no delta here or one level below, or two; expected {ADAPTER_CONFIG} with weights (save_adapter), "
         f"or {CONFIG} with {SINGLE} (save_delta, Trainer)"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pema_adapters.errors import reading
-from pema_adapters.formats.checkpoint import is_plain_name
+from pema_adapters.io.safe_paths import is_plain_name
 
 MODULES = "modules.json"
 

@@ -86,8 +86,8 @@ def _read_records(path: Path) -> dict[int, int]:
             raise
         except Exception as error:  # whatever zipfile meets in a damaged archive
             raise FormatError(
-                f"{path}: not a file of tensors: its zip directory is damaged or cut short ({_summarize_error(error)}); "
-                "download or save it again"
+                f"{path}: not a file of tensors: its zip directory is damaged or cut short "
+                f"({_summarize_error(error)}); download or save it again"
             ) from None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import read_json
+from pema_adapters.formats.json_object import read_json
 
 LATEST, BEST = "latest", "best"
 TRAINER_STATE = "trainer_state.json"

@@ -13,23 +13,17 @@ from pathlib import Path
 
 from pema_adapters.errors import FormatError, MergeError, PemaError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
-from pema_adapters.formats.checkpoint import (
-    CONFIG,
-    INDEX,
-    PICKLE,
-    PICKLE_INDEX,
-    SINGLE,
-    find_weight_files,
-    is_plain_name,
-    read_json,
-)
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
 from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
+from pema_adapters.formats.json_object import read_json
 from pema_adapters.formats.modules_json import MODULES, read_module_paths
+from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, find_weight_files
 from pema_adapters.hub.errors import explain, is_unreachable
 from pema_adapters.hub.retry import with_retry
 from pema_adapters.hub.token import check_token
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
+from pema_adapters.io.safe_paths import is_plain_name
 
 Fetch = Callable[[str], Path]
 """Gives a file of the repository, downloaded if need be."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
 from pema_adapters.hub.download import HUB_ID
+from pema_adapters.io.digest import sha256_file
 from pema_adapters.io.escaping import escape_markdown, markdown_code
-from pema_adapters.io.files import sha256_file
 
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
 

@@ -17,7 +17,7 @@ _sleep = time.sleep
 
 
 def with_retry(request: Callable[[], T]) -> T:
-    """`request()`, repeated where the Hub had too many requests (after the time that it names) or the answer was cut off.
+    """Send a request, again if the Hub was busy or its answer was cut off.
 
     What it asks for must be the same when it is asked for twice. Raises what the last try raised.
     """

@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
 
 DIGEST = hashlib.sha256().digest_size
 

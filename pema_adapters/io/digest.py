@@ -2,9 +2,22 @@
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
+from pema_adapters.errors import reading
 from pema_adapters.io.input_file import Bytes
+
+CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file. Raises `FormatError` where it cannot be read."""
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb", buffering=0) as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 class BackgroundSha256:

@@ -112,7 +112,7 @@ class InputFile:
         return f"InputFile({str(self.path)!r}, {self.size:,} bytes)"
 
     def check(self, *, contents_only: bool = False) -> None:
-        """Raise `InputChangedError` if the file has changed since it was opened (see `FileIdentity.describe_change`)."""
+        """Raise `InputChangedError` if the file has changed since it was opened."""
         self._open_checked(contents_only)
 
     def open(self) -> OpenFile:

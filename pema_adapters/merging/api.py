@@ -13,7 +13,7 @@ from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
 from pema_adapters.hub.card import README
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
 from pema_adapters.io.locking import check_platform, hold_lock
-from pema_adapters.io.progress import progress_bar
+from pema_adapters.io.progress import ProgressBar
 from pema_adapters.merging.in_place.undo_journal import PATCHING, state_of
 from pema_adapters.merging.output.free_space import check_space
 from pema_adapters.merging.output.manifest import encode_manifest
@@ -209,13 +209,13 @@ def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
     total = plan.size * (1 + options.verify)
     with (
         staged(target, options.overwrite, plan.names) as stage,
-        progress_bar("merging", total, options.progress) as advance,
+        ProgressBar("merging", total, options.progress) as bar,
     ):
         check_space(plan, stage.folder)
-        cloned = write_plan(plan, stage.folder, advance)
+        cloned = write_plan(plan, stage.folder, bar.advance)
         merge.check_inputs()
         if options.verify:
-            verify_plan(plan, stage.folder, advance)
+            verify_plan(plan, stage.folder, bar.advance)
         report = finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
         manifest = PlannedFile(MERGE_MANIFEST, (Literal(encode_manifest(report, stage.folder, plan.names)),))
         write_plan(replace(plan, files=(manifest,)), stage.folder, lambda count: None)
@@ -239,9 +239,9 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     merge = Merge(plan, report, None, (*inputs.files, *files))
     if options.dry_run:
         return measured(merge, start)
-    with progress_bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
+    with ProgressBar("merging in place", plan.size * (1 + options.verify), options.progress) as bar:
         work = InPlace(plan, base, merge.files, merge.report.to_dict())
-        written = merge_in_place(work, options.verify, advance)
+        written = merge_in_place(work, options.verify, bar.advance)
     return replace(finished(merge.report, plan, start), bytes_written=written)
 
 

@@ -14,7 +14,7 @@ from pema_adapters.hub.errors import explain, is_conflict, iterate_causes
 from pema_adapters.hub.retry import with_retry
 from pema_adapters.hub.token import check_token
 from pema_adapters.io.locking import check_platform
-from pema_adapters.io.progress import Advance, progress_bar
+from pema_adapters.io.progress import Advance, ProgressBar
 from pema_adapters.merging.api import (
     Inputs,
     Merge,
@@ -193,12 +193,12 @@ def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "Co
     from huggingface_hub import CommitOperationDelete
 
     with (
-        progress_bar("pushing", 2 * merge.plan.size, options.progress) as advance,
+        ProgressBar("pushing", 2 * merge.plan.size, options.progress) as bar,
         _as_one_line(target.name),
         _one_bar(),
     ):
         deletions = [CommitOperationDelete(name, is_folder=False) for name in _stale(head, merge.plan)]
-        operations = [*_additions(merge, advance), *deletions]
+        operations = [*_additions(merge, bar.advance), *deletions]
         commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
         _upload(target, operations)
         merge.check_inputs()

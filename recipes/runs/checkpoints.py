@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
 
 MARK = "recipe.json"
 

@@ -22,7 +22,7 @@ from _training import Place, Setting, run
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
 from pema_adapters.scanning.worker_pool import end_with_parent
 
 GIVEN = (

@@ -113,7 +113,7 @@ def test_what_earlier_merges_wrote_is_left_out_with_all_below(tmp_path):
     adapter(merged / "task")
     adapter(merged / "adapters" / "task")
     refused(tmp_path / "run", None, "no delta here")
-    refused(merged, None, r"merged: what an earlier merge wrote .*, not a delta; give the folder of the adapter")
+    refused(merged, None, r"merged: the output of a merge .*, not a delta; give the adapter's folder")
     task = adapter(tmp_path / "run" / "checkpoint-1" / "task")
     assert find_delta(tmp_path / "run", None) == task
 

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import InputChangedError, MergeError
-from pema_adapters.io.digest import BackgroundSha256
-from pema_adapters.io.files import sha256_file
+from pema_adapters.io.digest import BackgroundSha256, sha256_file
 from pema_adapters.io.input_file import InputFile, check_unchanged
 from pema_adapters.io.interrupts import defer_interrupts
 from pema_adapters.io.locking import hold_lock

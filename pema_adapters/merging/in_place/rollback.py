@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pema_adapters.errors import MergeError
-from pema_adapters.io.files import sha256_file
+from pema_adapters.io.digest import sha256_file
 from pema_adapters.merging.in_place.undo_data import digest_ranges, pieces, sample_outside, save_copy
 from pema_adapters.merging.in_place.undo_journal import (
     ARMED,

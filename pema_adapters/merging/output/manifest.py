@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import read_json
 from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
+from pema_adapters.formats.json_object import read_json
 from pema_adapters.hub.card import README
 from pema_adapters.merging.report import MergeReport
 

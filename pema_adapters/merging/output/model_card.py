@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pema_adapters.formats.checkpoint import CONFIG, decode_json
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import Delta
+from pema_adapters.formats.json_object import decode_json
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, has_pema_section, parse_metadata, read_card, render_card
 from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, methods_of, render_provenance
 from pema_adapters.io.escaping import escape_markdown, markdown_code, markdown_code_block, python_literal

@@ -4,14 +4,15 @@ from pathlib import Path
 
 from pema_adapters.errors import reading
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
-from pema_adapters.formats.checkpoint import CONFIG, INDEX
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import HEAD_CONFIG, Delta
 from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
 from pema_adapters.formats.modules_json import MODULES, read_module_paths
 from pema_adapters.formats.safetensors_header import encode_header
 from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.weights import INDEX
 from pema_adapters.io.input_file import InputFile
-from pema_adapters.io.links import check_link
+from pema_adapters.io.safe_paths import check_link
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.plan.segments import Copy, Literal, joined, stored_bytes
 from pema_adapters.merging.planning.config_files import json_file

@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from pema_adapters.formats.checkpoint import CONFIG, INDEX, Checkpoint
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.delta import Delta, Head
+from pema_adapters.formats.weights import INDEX
 from pema_adapters.merging.heads.labels import labels
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.plan.segments import Copy, Literal

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.io.cache_folder import CacheFolder
-from pema_adapters.io.files import sha256_file
+from pema_adapters.io.digest import sha256_file
 
 RECENT = 2e9  # nanoseconds: a file may change again within one tick of its clock, and keep its time
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles
+from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import map_canonical_names
+from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, WeightFiles
 from pema_adapters.training.base.mapped_rows import TORCH_DTYPES, BaseRows, blocks
 from pema_adapters.training.upstream import private_names as _upstream
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.delta import Head
 from pema_adapters.formats.stored_tensor import StoredTensor
-from pema_adapters.formats.weights_file import read_tensors
+from pema_adapters.formats.weights import read_tensors
 from pema_adapters.merging.heads.convert import StandardHead, standard_head
 from pema_adapters.merging.heads.labels import label_settings, labels
 from pema_adapters.merging.heads.registry import DEFAULTS, STANDARD

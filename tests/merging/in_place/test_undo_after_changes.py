@@ -8,7 +8,7 @@ import pytest
 
 from pema_adapters import merge_checkpoint, undo_merge
 from pema_adapters.errors import MergeError
-from pema_adapters.io.files import sha256_file
+from pema_adapters.io.digest import sha256_file
 from pema_adapters.merging.in_place import execute, undo_journal
 from tests.merging.conftest import T, noise
 from tests.merging.in_place.test_execute import content

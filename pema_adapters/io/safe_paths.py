@@ -1,9 +1,25 @@
 """Links in a base or a delta, which may come from anybody: they are not followed to files of somebody else."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pema_adapters.errors import FormatError
+
+MAX_NAME_BYTES = 255
+"""Bytes of UTF-8."""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is one of a file or folder right here, on every system."""
+    return PurePath(name).name == name and name not in ("", "..") and not set(name) & set("\\/\0")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a folder can have this name, on every usual file system."""
+    try:
+        return is_plain_name(name) and len(name.encode()) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def check_link(path: Path, folder: Path) -> None:

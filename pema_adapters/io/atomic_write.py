@@ -1,22 +1,10 @@
 """What every part does with whole files: sum them, and replace them in one go, or say before that it cannot be."""
 
-import hashlib
 import os
 import secrets
 from pathlib import Path
 
-from pema_adapters.errors import FormatError, reading
-
-CHUNK = 1 << 20
-
-
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file. Raises `FormatError` where it cannot be read."""
-    digest = hashlib.sha256()
-    with reading(path), path.open("rb", buffering=0) as file:
-        while data := file.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
+from pema_adapters.errors import FormatError
 
 
 def check_replaceable(path: Path) -> None:
