@@ -1,6 +1,5 @@
 """The lines of Python that load a merged checkpoint, and what stays an adapter beside it."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from pema_adapters.formats.delta import HEAD_CONFIG
+from pema_adapters.formats.json_object import decode_json
 from pema_adapters.io.escaping import python_literal
 from pema_adapters.merging.heads.registry import is_language_model
 
@@ -24,8 +24,8 @@ class LeftAdapter:
     @classmethod
     def read(cls, read_file: Callable[[str], bytes | None]) -> "LeftAdapter":
         """Read its files by `read_file`, which gives None for one that is not there."""
-        found = read_file(ADAPTER_CONFIG)
-        config = None if found is None else AdapterConfig.parse(json.loads(found), Path(ADAPTER_CONFIG))
+        path, found = Path(ADAPTER_CONFIG), read_file(ADAPTER_CONFIG)
+        config = None if found is None else AdapterConfig.parse(decode_json(found, path), path)
         return cls(config, read_file(HEAD_CONFIG) is not None)
 
     @property

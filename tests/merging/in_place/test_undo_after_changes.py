@@ -83,7 +83,7 @@ def test_an_interrupted_merge_is_not_rolled_back_over_another_model(pair, monkey
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(execute, "_abandon", lambda *args: None)
+        patch.setattr(execute, "_abandon", lambda *args, **options: None)
         patch.setattr(undo_journal, "finish", stop)
         merge_checkpoint(base, delta, in_place=True)
     fine_tune(base / WEIGHTS)
