@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._common import add_version, run
 from pema_adapters.errors import PemaError
-from pema_adapters.io.escaping import escape_terminal, python_literal
+from pema_adapters.io.escaping import escape_terminal, format_python_literal
 from pema_adapters.io.locking import check_platform
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _format_load_snippet(report: "MergeReport") -> list[str]:
         adapters = {name: LeftAdapter.read(partial(_read_file, folder)) for name, folder in left.items()}
     except (OSError, PemaError) as error:  # the merge is complete all the same
         return [escape_terminal(f"  the lines that load both cannot be given: {error}")]
-    lines = loading_lines(report.output, config, adapters, lambda name: python_literal(str(left[name])))
+    lines = loading_lines(report.output, config, adapters, lambda name: format_python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]
 
 

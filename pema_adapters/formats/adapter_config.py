@@ -1,7 +1,7 @@
-"""adapter_config.json: the name of an adapter, and the methods that it is made of. The one parser of that file.
+"""The one parser of adapter_config.json: an adapter's name, and the methods that it combines.
 
-"config" holds one method, or a union of several. A method is a dictionary of settings, or a string as `add_adapter`
-takes it: `"lora[r=8]"`, `"pema|compacter"`.
+"config" holds one method or a union of several. A method is a dictionary of settings, or a string as `add_adapter`
+accepts it: `"lora[r=8]"`, `"pema|compacter"`.
 """
 
 import ast
@@ -20,7 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 PEMA = "pema"
 UNION = "union"
 _WEIGHT_SPACE = "lora"
-"""The architecture of LoRA, DoRA, (IA)^3 and VeRA alike."""
+"""The "architecture" of LoRA, DoRA, (IA)^3 and VeRA."""
 
 _BOTTLENECK: dict[str, Any] = {"architecture": None}
 _COMPACTER = {**_BOTTLENECK, "phm_layer": True}
@@ -40,7 +40,7 @@ _METHOD_NAMES: dict[str, dict[str, Any]] = {
     "vera": {**_LORA, "vera_d": 0.1, "vera_b": 0.0},
     "dvora": {**_LORA, "use_dora": True, "vera_d": 0.1, "vera_b": 0.0},
 }
-"""The strings that adapters has for methods, and the settings by which they are told apart; others are their own."""
+"""The settings that identify each method that adapters has a string for; any other string is its own architecture."""
 _METHOD_PATTERN = re.compile(r"\s*(?P<name>[^\[\]|\s]+)\s*(?:\[(?P<options>[^\[\]]*)\])?\s*")
 
 
@@ -48,7 +48,9 @@ _METHOD_PATTERN = re.compile(r"\s*(?P<name>[^\[\]|\s]+)\s*(?:\[(?P<options>[^\[\
 class Method:
     """One method of an adapter.
 
-    content: as in the file, a dictionary or a string. settings: the same as a dictionary; of a string, those it says.
+    Attributes:
+        content: The method as in the file, a dictionary or a string.
+        settings: The same as a dictionary; for a string, only the settings that it names.
     """
 
     content: dict[str, Any] | str
@@ -56,12 +58,12 @@ class Method:
 
     @property
     def architecture(self) -> str | None:
-        """The kind of method, None for a bottleneck."""
+        """The "architecture" in adapters' sense, None for a bottleneck."""
         return self.settings.get("architecture")
 
     @property
     def name(self) -> str:
-        """The method as adapters calls it: "compacter", "dora"."""
+        """The name of the method in adapters: "compacter", "dora"."""
         settings = self.settings
         if self.architecture is None:
             return "compacter" if settings.get("phm_layer") else "bottleneck"
@@ -74,12 +76,12 @@ class Method:
 
     @property
     def is_pema(self) -> bool:
-        """Whether it is PEMA."""
+        """Whether this is PEMA."""
         return self.architecture == PEMA
 
     @property
     def trains_rows(self) -> bool:
-        """Whether it is PEMA whose rows train: others are the base's, and not in the artifact."""
+        """Whether this is PEMA with trainable rows; frozen rows are the base's, and not saved."""
         return self.is_pema and self.settings.get("trainable") is not False
 
     @property
@@ -89,12 +91,12 @@ class Method:
 
     @property
     def is_gated(self) -> bool:
-        """Whether a gate scales it, which depends on the input."""
+        """Whether a gate, which depends on the input, scales it."""
         return bool(self.settings.get("use_gating"))
 
     @property
     def is_invertible(self) -> bool:
-        """Whether it changes what the embedding gives, and language-model heads of AutoAdapterModel undo that."""
+        """Whether it transforms the embedding's output, which language-model heads of AutoAdapterModel invert."""
         return bool(self.settings.get("inv_adapter") or self.settings.get("invertible_adapter"))
 
 
@@ -102,7 +104,11 @@ class Method:
 class AdapterConfig:
     """A validated adapter_config.json.
 
-    name: of the adapter, one that a folder can have. content: the file.
+    Attributes:
+        path: The file.
+        name: The adapter's name, which is also a valid folder name.
+        methods: Its methods, at least one.
+        content: The JSON object.
     """
 
     path: Path
@@ -112,12 +118,20 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
-        """Read the configuration of the adapter in `folder`. Raises `FormatError` where it is missing or damaged."""
+        """Read the configuration of the adapter in `folder`.
+
+        Raises:
+            FormatError: The file is missing or damaged.
+        """
         return cls.parse(read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
 
     @classmethod
     def parse(cls, content: dict[str, Any], path: Path) -> "AdapterConfig":
-        """Check the content of the file at `path`. Raises `FormatError` where it is damaged."""
+        """Validate the content of the file at `path`.
+
+        Raises:
+            FormatError: It is damaged.
+        """
         name = content.get("name")
         if not isinstance(name, str):
             raise FormatError(
@@ -132,17 +146,17 @@ class AdapterConfig:
 
     @property
     def has_pema(self) -> bool:
-        """Whether PEMA is among the methods."""
+        """Whether one of the methods is PEMA."""
         return any(method.is_pema for method in self.methods)
 
     @property
     def trains_rows(self) -> bool:
-        """Whether PEMA is, and the artifact holds rows."""
+        """Whether one of the methods is PEMA with trainable rows, so that the artifact holds rows."""
         return any(method.trains_rows for method in self.methods)
 
-    def without(self, is_left_out: Callable[[Method], bool]) -> "AdapterConfig | None":
-        """Leave out some methods. A union of one method becomes that method; None where no method is left."""
-        left = tuple(method for method in self.methods if not is_left_out(method))
+    def without(self, is_dropped: Callable[[Method], bool]) -> "AdapterConfig | None":
+        """Drop some methods; return None if none is left. A union of one method becomes that method."""
+        left = tuple(method for method in self.methods if not is_dropped(method))
         if len(left) == len(self.methods):
             return self
         if not left:
@@ -163,9 +177,7 @@ def _parse_methods(found: Any, path: Path) -> tuple[Method, ...]:
     elif isinstance(found, dict) and (found.get("architecture") == UNION or "configs" in found):
         members = found.get("configs")
     if not isinstance(members, list) or not members:
-        raise FormatError(
-            f"{path}: a union of methods whose configs are {_abbreviate(members)}; expected a list of methods"
-        )
+        raise FormatError(f'{path}: "configs" of the union is {_abbreviate(members)}; expected a list of methods')
     return tuple(_parse_method(member, path) for member in members)
 
 
@@ -179,7 +191,7 @@ def _parse_method(found: Any, path: Path) -> Method:
 
 
 def _parse_string(text: str, path: Path) -> dict[str, Any]:
-    """`_parse_string("lora[r=8]", path) == {"architecture": "lora", "r": 8}`."""
+    """Parse a method given as a string: `_parse_string("lora[r=8]", path) == {"architecture": "lora", "r": 8}`."""
     found = _METHOD_PATTERN.fullmatch(text)
     try:
         pairs = re.sub(r"(\w+)\s*=", r"'\1':", (found and found["options"]) or "")

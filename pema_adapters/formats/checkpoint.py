@@ -1,6 +1,6 @@
-"""An ordinary checkpoint folder: which tensors it stores, where, and its rows read by memory map.
+"""A checkpoint folder: its tensors, where each is stored, and rows and values of them, read by memory map.
 
-Safetensors or, where there are none, pickles (`.bin`); one file, or shards with an index.
+The weights are safetensors or, if there are none, pickles (`.bin`); one file, or shards with an index.
 """
 
 from collections import defaultdict
@@ -25,16 +25,22 @@ from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 CONFIG = "config.json"
 PYTORCH_METADATA = {"format": "pt"}
-"""The metadata of a safetensors file that PyTorch wrote, without which Transformers refuses it."""
+"""The safetensors metadata that Transformers requires."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated checkpoint. `tensors`: of all its files, in file order, then in the order of the file.
+    """A validated checkpoint.
 
-    index: the JSON of `index_file`, None for a single file. config: the JSON of `config_file`, {} without one.
-    headers: of safetensors files. shared: names that a pickle has for a tensor kept under another name, and that
-    Transformers ties again: `{dropped: kept}`; they are not in `tensors`.
+    Attributes:
+        tensors: All tensors by stored name, in the order of `files`, then of each file.
+        files: The weights files.
+        config: The JSON of `config_file`, {} if there is none.
+        index: The JSON of `index_file`, None for a single weights file.
+        headers: The headers of safetensors files.
+        is_pickled: Whether the weights are pickles.
+        shared: `{dropped: kept}` names of one tensor of a pickle that Transformers ties when it loads; the dropped
+            ones are not in `tensors`.
     """
 
     folder: Path
@@ -50,12 +56,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Read the headers of all weights files; of pickles (which imports torch) the tables. Raises `FormatError`."""
+        """Read and validate the headers of all weights files, or unpickle their tensors (which imports torch).
+
+        Raises:
+            FormatError: There are no weights, or a file is damaged.
+        """
         return cls.from_files(Path(folder), find_weight_files(Path(folder)))
 
     @classmethod
     def from_files(cls, folder: Path, found: WeightFiles) -> "Checkpoint":
-        """The same, of weights files with any names."""
+        """Do the same for weights files with any names."""
         config_file = InputFile(folder / CONFIG) if (folder / CONFIG).exists() else None
         config = {} if config_file is None else parse_json(config_file)
         contents = _read_pickles(found.files, config) if found.is_pickled else _read_safetensors(found.files)
@@ -77,55 +87,59 @@ class Checkpoint:
 
     @cached_property
     def by_file(self) -> Mapping[Path, Sequence[StoredTensor]]:
-        """The tensors of each weights file, in its order."""
+        """The tensors of each weights file, in the order of the file."""
         found: dict[Path, list[StoredTensor]] = defaultdict(list, {path: [] for path in self.files})
         for tensor in self.tensors.values():
             found[tensor.path].append(tensor)
         return MappingProxyType(dict(found))
 
     def metadata(self, path: Path) -> dict[str, str]:
-        """What the header of a weights file says beside its tensors, or would say if it were safetensors."""
+        """Return the safetensors metadata of a weights file, or what the safetensors copy of a pickle will have."""
         return self.headers[path].metadata if path in self.headers else {**PYTORCH_METADATA}
 
     def safetensors_name(self, path: Path) -> str:
-        """The name of the safetensors file that what the weights file `path` holds is written to."""
+        """Return the name of the safetensors file that the tensors of `path` are written to."""
         return safetensors_name(path.name)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor, by stored name."""
+        """Return the shape of every tensor by stored name."""
         return MappingProxyType({name: tensor.shape for name, tensor in self.tensors.items()})
 
     def raw(self, name: str) -> RawBytes:
-        """The bytes of a tensor, uint8 [nbytes]: a read-only view of the memory map, to be used at once."""
+        """Return the bytes of a tensor as a read-only view of the memory map, uint8 [nbytes]; see `InputFile.view`."""
         return self.tensor(name).raw
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Bytes:
-        """The bytes of a tensor from `begin` to `end`, in memory of their own; by default all."""
+        """Read the bytes of a tensor from `begin` to `end` into memory; by default all."""
         return self.tensor(name).read(begin, end)
 
     def raw_rows(self, name: str, ids: np.ndarray) -> RawBytes:
-        """The bytes of the rows `ids` (in [0, V)), uint8 [n, row_bytes], gathered into fresh memory."""
+        """Gather the bytes of the rows `ids` (n ids in [0, V)) into new memory, uint8 [n, row_bytes]."""
         shape = self.tensor(name).shape
         rows: RawBytes = self.raw(name).reshape(shape[0], -1)[ids]
         return rows
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """The rows `ids` (in [0, V)) as float32 [n, d]."""
+        """Gather the rows `ids` (n ids in [0, V)) as float32 [n, d]."""
         return as_float32(self.raw_rows(name, ids), self.tensor(name).dtype)
 
     def values(self, name: str, positions: np.ndarray) -> np.ndarray:
-        """The values at flat `positions` as float32 [n]."""
+        """Gather the values at n flat `positions` as float32 [n]."""
         tensor = self.tensor(name)
         if tensor.dtype not in DTYPE_BYTES:
             raise FormatError(f"{tensor.path}: tensor {name!r}: cannot read values of dtype {tensor.dtype}")
         return as_float32(tensor.raw.reshape(-1, DTYPE_BYTES[tensor.dtype])[positions], tensor.dtype).reshape(-1)
 
     def tensor(self, name: str) -> StoredTensor:
-        """Where the tensor lies; `FormatError` where there is none of that name."""
+        """Look up a tensor.
+
+        Raises:
+            FormatError: There is none of that name.
+        """
         try:
             return self.tensors[name]
         except KeyError:
-            raise FormatError(f"{self.folder}: no tensor {name!r} among its {len(self.tensors)}") from None
+            raise FormatError(f"{self.folder}: no tensor {name!r} among its {len(self.tensors)} tensors") from None
 
     def __deepcopy__(self, memo: object) -> "Checkpoint":
         return self
@@ -133,7 +147,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What the weights files hold: tensors and headers by file, and names that share the tensor of another."""
+    """The tensors and headers of the weights files by file, and `shared` as in `Checkpoint`."""
 
     tensors: dict[Path, dict[str, StoredTensor]]
     headers: dict[Path, Header]

@@ -8,23 +8,27 @@ from pema_adapters.errors import FormatError
 from pema_adapters.io.input_file import InputFile
 
 MAX_JSON = 100_000_000
-"""Bytes of a JSON file that is parsed; the index of the largest checkpoints has some 20 MB."""
+"""The largest JSON file that is parsed, in bytes; the index of the largest checkpoints has about 20 MB."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises `FormatError` where it is missing or something else."""
+    """Read the JSON object in `path`.
+
+    Raises:
+        FormatError: The file is missing, larger than MAX_JSON, or not a JSON object.
+    """
     return parse_json(InputFile(path))
 
 
 def parse_json(file: InputFile) -> dict[str, Any]:
-    """The JSON object in `file`; raises `FormatError` where it is something else, or larger than MAX_JSON."""
+    """Read the JSON object in an open file; raises like `read_json`."""
     if file.size > MAX_JSON:
         raise FormatError(f"{file.path}: {file.size:,} bytes, expected JSON of at most {MAX_JSON:,}")
     return decode_json(file.read(0, file.size), file.path)
 
 
 def decode_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `data`, the content of `path`; raises `FormatError` where it is something else."""
+    """Parse `data`, the content of `path`, as a JSON object; raises like `read_json`."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:

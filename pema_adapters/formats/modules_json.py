@@ -1,4 +1,4 @@
-"""modules.json of a Sentence Transformers model, which names the folders of its modules."""
+"""modules.json of a Sentence Transformers model, which lists the folders of its modules."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ MODULES = "modules.json"
 
 
 def read_module_paths(path: Path) -> list[str]:
-    """The folders that modules.json names, hidden ones (.git, say) left out; [] where it is something else."""
+    """Return the folders that modules.json lists, except hidden ones (.git); [] if it is missing or malformed."""
     if not path.is_file():
         return []
     with reading(path):

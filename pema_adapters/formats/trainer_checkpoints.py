@@ -1,4 +1,4 @@
-"""The checkpoints that a Trainer writes on the way, `checkpoint-STEP`: picking one, and saying how to pick one."""
+"""The `checkpoint-STEP` folders of a Trainer: choose one, and suggest how to choose one."""
 
 import re
 import shlex
@@ -14,19 +14,19 @@ _NAME = re.compile(r"checkpoint-(\d{1,18})")
 
 
 def is_checkpoint_choice(text: str) -> bool:
-    """Whether `--checkpoint` takes it: "latest", "best", or the number of a step."""
+    """Return whether `--checkpoint` accepts the text: "latest", "best", or the number of a step."""
     return text in (LATEST, BEST) or _NAME.fullmatch(f"checkpoint-{text}") is not None
 
 
 def pick_checkpoint(run: Path, choice: str | int) -> Path:
-    """The folder of one checkpoint of a training run.
+    """Return the folder of one checkpoint of a training run.
 
     Args:
-        run: the Trainer's output folder.
+        run: The Trainer's output folder.
         choice: "latest" for the highest step, "best" for the one that trainer_state.json names, or a step.
 
     Raises:
-        FormatError: there is none, or `choice` is something else.
+        FormatError: There is no such checkpoint, or `choice` is none of these.
     """
     choice = str(choice)
     if not is_checkpoint_choice(choice):
@@ -35,7 +35,7 @@ def pick_checkpoint(run: Path, choice: str | int) -> Path:
         raise FormatError(f"{run}: no such folder; expected a Trainer's output folder with checkpoint-STEP folders")
     found = _list_checkpoints(run)
     if not found:
-        raise FormatError(f"{run}: no folder checkpoint-STEP here; --checkpoint takes a Trainer's output folder")
+        raise FormatError(f"{run}: no checkpoint-STEP folder here; --checkpoint needs a Trainer's output folder")
     if choice == LATEST:
         return found[max(found)]
     step = _read_best_step(found[max(found)] / TRAINER_STATE) if choice == BEST else int(choice)
@@ -46,7 +46,7 @@ def pick_checkpoint(run: Path, choice: str | int) -> Path:
 
 
 def suggest_choice(folder: Path, found: Sequence[Path], adapter: str | None) -> str:
-    """What to add to a command that found several deltas in `folder`; the newest checkpoint is the example."""
+    """Return the advice for a command that found several deltas in `folder`, with the newest checkpoint as example."""
     steps = {step: path for path in found if (step := _parse_step(folder, path)) is not None}
     if len(steps) < 2 and adapter is None:
         return "pick one with --adapter NAME, or give its folder"
@@ -66,15 +66,15 @@ def _list_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def _parse_step(folder: Path, delta: Path) -> int | None:
-    """The step of the checkpoint of `folder` that a delta is or lies in."""
+    """Return the step of the checkpoint of `folder` that `delta` is or lies in, None if it is in none."""
     match = _NAME.fullmatch(delta.relative_to(folder).parts[0]) if delta != folder else None
     return int(match[1]) if match else None
 
 
 def _read_best_step(state: Path) -> int:
-    """The step of the best checkpoint; its folder may have been moved with the whole run since."""
+    """Read the step of the best checkpoint, whose folder may have been moved along with the run."""
     if not state.is_file():
-        raise FormatError(f"{state}: no such file to name the best checkpoint; choose a step with --checkpoint")
+        raise FormatError(f"{state}: no such file, which names the best checkpoint; choose a step with --checkpoint")
     named = read_json(state).get("best_model_checkpoint")
     name = PurePosixPath(named.replace("\\", "/")).name if isinstance(named, str) else ""
     match = _NAME.fullmatch(name)

@@ -20,7 +20,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weights of a checkpoint folder: `files` by name, and the index that lists them, if there is one."""
+    """The weights files of a checkpoint folder, sorted by name, and the index that lists them, if any."""
 
     files: tuple[Path, ...]
     index_file: InputFile | None
@@ -29,9 +29,12 @@ class WeightFiles:
 
 
 def find_weight_files(folder: Path) -> WeightFiles:
-    """The weights that Transformers would load: safetensors before pickles, one file before shards.
+    """Find the weights that Transformers would load: safetensors before pickles, one file before shards.
 
-    Reads nothing but the index. Raises `FormatError` where there are none, or where a shard is missing.
+    Reads only the index.
+
+    Raises:
+        FormatError: There are no weights, a shard is missing, or the index is damaged.
     """
     for single, index_name in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         is_pickled = single == PICKLE
@@ -45,9 +48,9 @@ def find_weight_files(folder: Path) -> WeightFiles:
 
 
 def safetensors_name(name: str) -> str:
-    """The safetensors file that holds what the weights file `name` holds.
+    """Return the name of the safetensors file that replaces the weights file `name`.
 
-    `output_name("pytorch_model-00001-of-00003.bin") == "model-00001-of-00003.safetensors"`
+    `safetensors_name("pytorch_model-00001-of-00003.bin") == "model-00001-of-00003.safetensors"`
     """
     if name.endswith(".safetensors"):
         return name
@@ -55,7 +58,7 @@ def safetensors_name(name: str) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a `.safetensors` file, or of a pickled `.bin` file (which imports torch), in file order."""
+    """Read all tensors of a `.safetensors` file, or of a pickled `.bin` file (which imports torch), in file order."""
     return read_header(path).tensors if path.suffix == ".safetensors" else read_pickle(path)
 
 
@@ -70,17 +73,17 @@ def _explain_missing(folder: Path) -> str:
 
 
 def _list_shards(path: Path, index: dict[str, Any]) -> tuple[Path, ...]:
-    """The files of the index `path`, sorted by name; each must be a plain name in its folder, and exist."""
+    """Return the shards that the index `path` lists, sorted by name, after checking that each exists in its folder."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path}: no weight_map that names the shards")
+        raise FormatError(f"{path}: no weight_map that lists the shards; fetch it again")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_plain_name(name):
             raise FormatError(f"{path}: tensor {tensor!r}: shard {name!r} is not a file name in this folder")
     files = tuple(path.parent / name for name in sorted(set(weight_map.values())))
     for file in files:
         if not file.is_file():
-            raise FormatError(f"{file}: a shard that {path.name} names, but there is no such file; download it again")
+            raise FormatError(f"{file}: no such file, but {path.name} lists it as a shard; download it again")
     if len({safetensors_name(file.name) for file in files}) < len(files):
         raise FormatError(f"{path}: two of its shards would have the same name as safetensors; rename them")
     return files

@@ -6,7 +6,7 @@ from pathlib import Path
 from pema_adapters.formats.delta import Delta, read_delta
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, README, decode_card, render_card
 from pema_adapters.hub.provenance import find_hub_id, hub_link, methods_of, render_provenance
-from pema_adapters.io.escaping import escape_markdown, markdown_code_block, python_literal
+from pema_adapters.io.escaping import escape_markdown, format_code_block, format_python_literal
 
 _REPLACEMENTS = (
     ("pip install -U adapters\n", "pip install -U adapters pema-adapters\n"),
@@ -38,7 +38,7 @@ def _render_section(delta: Delta, base: str | None, repo_id: str) -> str:
     vocab_size = delta.fingerprint.vocab_size if delta.fingerprint else None
     of = f" of {vocab_size:,}" if vocab_size else ""
     of_base = f" of {hub_link(base)}" if base else ""
-    loading = ["import pema_adapters", f"model.load_adapter({python_literal(repo_id)}, set_active=True)"]
+    loading = ["import pema_adapters", f"model.load_adapter({format_python_literal(repo_id)}, set_active=True)"]
     merging = shlex.join(["pema-merge", "--base", base or "BASE", "--delta", repo_id, "--output", "merged"])
     lines = [
         "## A partial embedding matrix",
@@ -48,11 +48,11 @@ def _render_section(delta: Delta, base: str | None, repo_id: str) -> str:
         "",
         "Load it:",
         "",
-        *markdown_code_block(loading, "python"),
+        *format_code_block(loading, "python"),
         "",
         "Or make a complete checkpoint of it:",
         "",
-        *markdown_code_block([merging]),
+        *format_code_block([merging]),
         "",
     ]
     return "\n".join([*lines, *render_provenance(delta)])

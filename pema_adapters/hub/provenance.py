@@ -7,7 +7,7 @@ from pathlib import Path
 from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
 from pema_adapters.hub.download import HUB_ID
 from pema_adapters.io.digest import sha256_file
-from pema_adapters.io.escaping import escape_markdown, markdown_code
+from pema_adapters.io.escaping import escape_markdown, format_code_span
 
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
 
@@ -44,7 +44,7 @@ def _format_version(name: str) -> str:
 
 def render_provenance(delta: Delta) -> list[str]:
     """The lines that tell versions and sums."""
-    sums = [f"- {markdown_code(name)}: `{digest}`" for name, digest in hash_weights(delta)]
+    sums = [f"- {format_code_span(name)}: `{digest}`" for name, digest in hash_weights(delta)]
     return [format_versions(), "", "sha256 of the trained weights:", "", *sums]
 
 

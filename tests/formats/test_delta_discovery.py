@@ -42,7 +42,7 @@ def test_up_to_two_levels_down(tmp_path, where, make):
 
 def test_not_three_levels_down(tmp_path):
     adapter(tmp_path / "run" / "a" / "b" / "task")
-    refused(tmp_path / "run", None, r"run: no delta here or one level below, or two; expected adapter_config.json with")
+    refused(tmp_path / "run", None, r"run: no delta here or up to two levels below; expected adapter_config.json with")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,11 @@ def test_what_cannot_be_read_does_not_stand_in_the_way(tmp_path):
 
 def test_no_folder(tmp_path):
     refused(
-        tmp_path / "nowhere", None, "nowhere: no such folder; expected the folder that save_adapter, save_delta or a"
+        tmp_path / "nowhere",
+        None,
+        "nowhere: no such folder; expected a folder written by save_adapter, save_delta or a",
     )
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", None, "file: is a file; expected the folder that save_adapter, save_delta or a Trainer")
+    refused(
+        tmp_path / "file", None, "file: is a file; expected a folder written by save_adapter, save_delta or a Trainer"
+    )

@@ -28,7 +28,7 @@ def test_writing_again_changes_nothing():
 @pytest.mark.parametrize("space", ["\n", " ", ""])
 def test_a_section_of_a_newer_version_is_refused(space):
     newer = UNVERSIONED.replace("begin -->", f"begin -->{space}<!-- pema: version {VERSION + 1} -->")
-    with pytest.raises(FormatError, match=r"me/task: README.md: written by a newer version .* upgrade it"):
+    with pytest.raises(FormatError, match=r"me/task: README.md: written by a newer version .* upgrade pema-adapters"):
         render_card(newer, "me/task", "New words.", {}, {})
 
 

@@ -247,7 +247,7 @@ def make_full(tmp_path):
 def oracle(base, delta):
     """What the output must hold, in memory: `{name: T}`."""
     prefixed = base.embedding.startswith("bert.")
-    heads = {n for n in delta.checkpoint_tensors if not n.startswith("bert.") and "classifier" in n}
+    heads = {n for n in delta.ordinary if not n.startswith("bert.") and "classifier" in n}
     add = "bert." if heads and not prefixed else ""
     merged = {add + name: tensor for name, tensor in base.tensors.items()}
     names = {canonicalize(name, "bert"): name for name in merged}
@@ -259,7 +259,7 @@ def oracle(base, delta):
         data[i * size : (i + 1) * size] = rows[k * size : (k + 1) * size]
     for name in copies:
         merged[add + name] = T(matrix.dtype, matrix.shape, bytes(data))
-    for name, tensor in delta.checkpoint_tensors.items():
+    for name, tensor in delta.ordinary.items():
         key = canonicalize(name, "bert")
         if key in names:
             merged[names[key]] = tensor.to(merged[names[key]].dtype)

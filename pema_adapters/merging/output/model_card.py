@@ -11,7 +11,7 @@ from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.json_object import decode_json
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, has_pema_section, parse_metadata, read_card, render_card
 from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, methods_of, render_provenance
-from pema_adapters.io.escaping import escape_markdown, markdown_code, markdown_code_block, python_literal
+from pema_adapters.io.escaping import escape_markdown, format_code_block, format_code_span, format_python_literal
 from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.planning.auxiliary_files import ADAPTERS
@@ -25,9 +25,9 @@ def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", opti
     """README.md of a merged checkpoint on the Hub. `existing`: the one in the repository, "" for none."""
     start = ["import transformers"]
     if merge.report.adapters_left:
-        snapshot = f"folder = huggingface_hub.snapshot_download({python_literal(repo_id)})"
+        snapshot = f"folder = huggingface_hub.snapshot_download({format_python_literal(repo_id)})"
         start = ["import adapters, huggingface_hub, transformers", snapshot]
-    lines = _loading(repo_id, merge, lambda name: f"folder + {python_literal(f'/{ADAPTERS}/{name}')}")
+    lines = _loading(repo_id, merge, lambda name: f"folder + {format_python_literal(f'/{ADAPTERS}/{name}')}")
     section = _section(inputs, merge.report, options, [*start, *lines], render_provenance(inputs.delta))
     return _card(existing, repo_id, section, inputs, merge.report)
 
@@ -42,7 +42,7 @@ def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "Option
     if not has_pema_section(existing):
         existing = f"# {escape_markdown(_base_name(inputs))}, fine-tuned"
     start = "import adapters, transformers" if merge.report.adapters_left else "import transformers"
-    lines = _loading(".", merge, lambda name: python_literal(f"./{ADAPTERS}/{name}"))
+    lines = _loading(".", merge, lambda name: format_python_literal(f"./{ADAPTERS}/{name}"))
     section = _section(inputs, merge.report, options, [f"{start}  # in this folder", *lines], [format_versions()])
     return _card(existing, str(folder), section, inputs, merge.report)
 
@@ -78,11 +78,11 @@ def _section(
         "",
         "Load it:",
         "",
-        *markdown_code_block(loading, "python"),
+        *format_code_block(loading, "python"),
         "",
         "Made with:",
         "",
-        *markdown_code_block([_command(inputs, options)]),
+        *format_code_block([_command(inputs, options)]),
         "",
         *provenance,
     ]
@@ -93,7 +93,7 @@ def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
     base = find_hub_id(inputs.base_name, delta)
     methods = escape_markdown(", ".join(methods_of(delta)))
-    what = "full fine-tuning" if delta.kind == "full" else f"the adapter {markdown_code(delta.name)} ({methods})"
+    what = "full fine-tuning" if delta.kind == "full" else f"the adapter {format_code_span(delta.name)} ({methods})"
     of = f" of {hub_link(base)}" if base else ""
     facts = [f"A complete checkpoint{of}, fine-tuned: {what}.", ""]
     if report.rows_merged:
@@ -102,7 +102,7 @@ def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
         facts.append(f"- The adapter's updates of {report.tensors_folded:,} weights were folded in.")
     how = "byte for byte" if dtype == "auto" else f"in {dtype}"
     facts.append(f"- {report.tensors_changed:,} tensors changed; {report.tensors_copied:,} are the base's, {how}.")
-    left = (markdown_code(f"{ADAPTERS}/{name}") for name in report.adapters_left)
+    left = (format_code_span(f"{ADAPTERS}/{name}") for name in report.adapters_left)
     return facts + [f"- {folder} stays an adapter: load it as well." for folder in left]
 
 
