@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import InputChangedError, MergeError, PemaError
-from pema_adapters.io.digest import BackgroundSha256
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.io.digest import BackgroundSha256, sha256_file
 from pema_adapters.io.input_file import InputFile, check_unchanged
 from pema_adapters.io.interrupts import defer_interrupts
-from pema_adapters.io.locking import locked
+from pema_adapters.io.locking import hold_lock
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.in_place import undo_journal
 from pema_adapters.merging.in_place.change_set import INSTEAD, Todo, changing, todo_of
@@ -168,7 +167,7 @@ def undo(base: Path) -> dict[str, Any]:
     """
     if not base.is_dir():
         raise MergeError(f"{base}: no such folder; expected a base that was merged in place")
-    with locked(base, True, "another merge is changing or reading it; wait for that to end"):
+    with hold_lock(base, True, "another merge is changing or reading it; wait for that to end"):
         if not (base / ARMED).is_dir():
             undo_journal.discard(base)  # of an undo that was cut off at its very end
             raise MergeError(f"{base}: nothing to undo (it holds no {ARMED}); it was not merged in place, or is undone")
@@ -234,7 +233,7 @@ def _verify(plan: Plan, base: Path, expected: dict[str, str], advance: Advance) 
             with path.open("rb") as written:
                 if hasattr(os, "posix_fadvise"):  # from the disk rather than from the page cache
                     os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if sum_of_file(path) != expected[file.name]:
+            if sha256_file(path) != expected[file.name]:
                 raise MergeError(f"{path}: is not what base and delta make; the disk lost a write, and it was put back")
         advance(file.size)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pema_adapters.errors import MergeError
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.io.digest import sha256_file
 from pema_adapters.merging.in_place.undo_data import digest_ranges, pieces, sample_outside, save_copy
 from pema_adapters.merging.in_place.undo_journal import (
     ARMED,
@@ -73,7 +73,7 @@ def roll_back(base: Path, rollback: Rollback) -> None:
 def _check_journal(base: Path, journal: Journal) -> None:
     for name, (size, expected) in journal.sums.items():
         path = base / ARMED / name
-        if not path.is_file() or path.stat().st_size != size or sum_of_file(path) != expected:
+        if not path.is_file() or path.stat().st_size != size or sha256_file(path) != expected:
             raise damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
 
 
@@ -118,7 +118,7 @@ def _check_made(base: Path, journal: Journal, name: str) -> None:
 
 
 def _is_content(path: Path, digest: list[int | str]) -> bool:
-    return [path.stat().st_size, sum_of_file(path)] == digest
+    return [path.stat().st_size, sha256_file(path)] == digest
 
 
 def _where(base: Path, journal: Journal, name: str) -> Path:
