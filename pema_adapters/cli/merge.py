@@ -232,7 +232,7 @@ def _format_load_snippet(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
     from pema_adapters.formats.checkpoint import CONFIG
     from pema_adapters.formats.json_object import read_json
-    from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
+    from pema_adapters.merging.load_snippet import RemainingAdapterFiles, load_snippet
 
     output = Path(report.output)
     left = {name: output / "adapters" / name for name in report.adapters_left}
@@ -240,10 +240,10 @@ def _format_load_snippet(report: "MergeReport") -> list[str]:
         return []
     try:
         config = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
-        adapters = {name: LeftAdapter.read(partial(_read_file, folder)) for name, folder in left.items()}
+        adapters = {name: RemainingAdapterFiles.read(partial(_read_file, folder)) for name, folder in left.items()}
     except (OSError, PemaError) as error:  # the merge is complete all the same
         return [escape_terminal(f"  the lines that load both cannot be given: {error}")]
-    lines = loading_lines(report.output, config, adapters, lambda name: format_python_literal(str(left[name])))
+    lines = load_snippet(report.output, config, adapters, lambda name: format_python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]
 
 
