@@ -314,8 +314,11 @@ def with_code(folder, monkeypatch):
 
 
 NEEDS_CODE = {
-    "tokenizer": (["--tokenizer", "large"], "large: the tokenizer needs code of its repository, which is not run"),
-    "model": (["--tokenizer", "small", "--model", "own"], "own: the model config needs code of its repository, which"),
+    "tokenizer": (["--tokenizer", "large"], "large: the tokenizer needs code from its repository, which is not run"),
+    "model": (
+        ["--tokenizer", "small", "--model", "own"],
+        "own: the model config needs code from its repository, which",
+    ),
 }
 
 

@@ -40,7 +40,7 @@ BROKEN = {
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, TWO[:12], "'b' overlaps the tensor before it"),
     "late start": ({"a": entry(offsets=(1, 9))}, b"123456789", "'a' leaves a hole before it"),
     "beyond the end": ({"a": entry()}, b"1234567", "'a' ends at byte .*, but the file has .*; it is cut short"),
-    "left over": ({"a": entry()}, b"123456789", "1 bytes after the last tensor that no tensor owns"),
+    "left over": ({"a": entry()}, b"123456789", "1 bytes after the last tensor belong to no tensor"),
     "wrong size": ({"a": entry(shape=(3,))}, b"12345678", r"F32 \[3\] takes 12 bytes, but its data_offsets hold 8"),
     "backwards": ({"a": entry(offsets=(8, 0))}, b"12345678", r"data_offsets \[8, 0\] are not \[begin, end\]"),
     "one offset": ({"a": entry(offsets=(8,))}, b"12345678", r"data_offsets \[8\] are not \[begin, end\]"),

@@ -166,7 +166,7 @@ def test_of_a_delta_only_the_delta_is_downloaded(hub, publish, names, expected):
 def test_a_repository_without_delta(hub, publish, names):
     publish(*names)
     with pytest.raises(
-        MergeError, match=r"^delta someone/tiny: the Hub repository holds no delta, neither itself nor one"
+        MergeError, match=r"^delta someone/tiny: the Hub repository holds no delta, neither at the top nor one"
     ):
         download_delta(TINY)
     assert hub.downloaded(TINY) == []

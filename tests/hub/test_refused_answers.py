@@ -69,7 +69,7 @@ def test_an_unfit_token_of_the_environment(hub, pair, capsys, monkeypatch, more)
 @pytest.mark.parametrize(
     ("content", "found"),
     [(f"{SECRET}-日本".encode(), "character 15 of 16 is not printable ASCII"),
-     (SECRET.encode() + b"\xff", "no token can be read (UnicodeDecodeError)")],
+     (SECRET.encode() + b"\xff", "the token cannot be read (UnicodeDecodeError)")],
 )  # fmt: skip
 def test_an_unfit_token_of_hf_auth_login(hub, pair, capsys, monkeypatch, tmp_path, content, found):
     (tmp_path / "token").write_bytes(content)
@@ -88,12 +88,12 @@ def test_a_token_that_the_server_sends_back(hub, pair, capsys, match):
 
 def a_commit_that_is_a_path(hub):
     hub.fail("GET /api/models/someone/base$", json={"id": BASE, "sha": "../../x"}, times=9)
-    return "the Hub says that it is at '../../x', expected a commit's id"
+    return "the Hub says that it is at '../../x', expected a commit id"
 
 
 def no_commit(hub):
     hub.fail("GET /api/models/someone/base$", json={"id": BASE}, times=9)
-    return "the Hub says that it is at 'None', expected a commit's id"
+    return "the Hub says that it is at 'None', expected a commit id"
 
 
 def a_file_of_a_commit_that_is_a_path(hub):
@@ -109,12 +109,12 @@ def a_file_of_another_commit(hub):
 
 def a_name_above_the_repository(hub):
     hub.fail("/tree/", json=[{"type": "file", "oid": "1", "size": 1, "path": "../model.safetensors"}], times=9)
-    return "the Hub lists '../model.safetensors', expected names of files in the repository"
+    return "the Hub lists '../model.safetensors', expected paths in the repository"
 
 
 def a_number_for_a_name(hub):
     hub.fail("/tree/", json=[{"type": "file", "oid": "1", "size": 1, "path": 5}], times=9)
-    return "the Hub lists 5, expected names of files in the repository"
+    return "the Hub lists 5, expected paths in the repository"
 
 
 def a_number_for_a_list(hub):
