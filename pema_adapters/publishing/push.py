@@ -185,7 +185,7 @@ def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
 
     for file in merge.plan.files:
         written = None if merge.target is None or file.name == README else merge.target / file.name
-        yield CommitOperationAdd(file.name, opened(file, advance) if written is None else written)
+        yield CommitOperationAdd(file.name, opened(file, advance, merge.check_inputs) if written is None else written)
 
 
 def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "CommitInfo | None":

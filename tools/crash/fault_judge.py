@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
-from _faults_modes import MARKER, Mode, Place, State, run_change
-from _faults_process import Fault, Run
+from crash.fault_modes import MARKER, Mode, Place, State, run_change
+from crash.fault_process import Fault, Run
 
 UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|replaced)")
 RESTORED = re.compile(r"is as it was|is restored(?! (?:in part|completely))")
