@@ -143,17 +143,23 @@ def test_in_place_and_back(pair, capsys):
         ),
         (
             ["--base", "b", "--delta", "d", "--in-place", "--overwrite"],
-            "--in-place changes the base itself: it goes without",
+            "--in-place modifies the base itself: it cannot be combined with",
         ),
         (
             ["--base", "b", "--delta", "d", "--in-place", "--push-to-hub", "r"],
-            "--in-place changes the base itself: it goes",
+            "--in-place modifies the base itself: it cannot",
         ),
-        (["--delta", "d", "--in-place"], "--in-place changes the base: name its folder with --base"),
-        (["--undo"], "--undo changes the base: name its folder with --base"),
-        (["--base", "b", "--undo", "--dry-run"], "--undo takes --base and --quiet alone, found --dry-run"),
-        (["--base", "b", "--undo", "--delta", "d"], "--undo takes --base and --quiet alone, found --delta"),
-        (["--delta", "d", "--private"], "--private, --create-pr, --commit-message and --token go with --push-to-hub"),
+        (["--delta", "d", "--in-place"], "--in-place modifies the base: give its folder with --base"),
+        (["--undo"], "--undo modifies the base: give its folder with --base"),
+        (
+            ["--base", "b", "--undo", "--dry-run"],
+            "--undo can only be combined with --base and --quiet, found --dry-run",
+        ),
+        (
+            ["--base", "b", "--undo", "--delta", "d"],
+            "--undo can only be combined with --base and --quiet, found --delta",
+        ),
+        (["--delta", "d", "--private"], "--private, --create-pr, --commit-message and --token need --push-to-hub"),
     ],
 )
 def test_options_that_do_not_go_together(given, line, capsys):
