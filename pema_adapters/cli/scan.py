@@ -45,7 +45,14 @@ def _build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_version(parser)
-    add = parser.add_argument
+    _add_inputs(parser.add_argument_group("inputs"))
+    _add_scanning(parser.add_argument_group("scanning"))
+    _add_outputs(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_inputs(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
     add(
         "--tokenizer",
         required=True,
@@ -67,17 +74,21 @@ def _build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="C",
-        help="column to tokenize, or A,B to tokenize two columns as a pair, as in training; repeat to tokenize several "
-        "separately (default: all columns of strings)",
+        help="column to tokenize, or A,B to tokenize two columns as a pair, as in training; repeat to tokenize more "
+        "columns, each by itself (default: all columns of strings)",
     )
     add(
         "--model",
         action="append",
         default=[],
         metavar="BASE",
-        help="model: a folder or Hub id, for its V and the memory saved; no weights are read "
+        help="model: a folder or Hub id; gives V and the memory saved; no weights are read "
         "(with several tokenizers, repeat it for each, in the same order)",
     )
+
+
+def _add_scanning(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
     add(
         "--max-length",
         type=_parse_positive,
@@ -104,6 +115,10 @@ def _build_parser() -> argparse.ArgumentParser:
         help="run Python code from the repositories or folders of --tokenizer, --model and --data, with your "
         "permissions; read that code first (default: refuse, without a prompt)",
     )
+
+
+def _add_outputs(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
     add("--save", metavar="FILE", help="write the vocabulary to FILE, for PartialVocabulary.load")
     add(
         "--unused",
@@ -115,7 +130,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add("--plot", metavar="FILE.png", help="plot vocabulary size against tokens read (needs matplotlib)")
     add("--json", action="store_true", help="print the results as JSON (with several tokenizers, a list)")
-    return parser
 
 
 def _parse_positive(text: str) -> int:
