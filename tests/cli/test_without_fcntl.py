@@ -29,7 +29,7 @@ def run(program, *arguments):
 
 @pytest.mark.parametrize("command", ["merge", "scan"])
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version(command, option):
+def test_help_and_version_work(command, option):
     done = run(f"from pema_adapters.cli.{command} import main; main()", option)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"pema-{command}" in done.stdout

@@ -14,7 +14,7 @@ def described(found):
     return {name: (t.dtype, t.shape, t.nbytes, t.raw.tobytes()) for name, t in found.items()}
 
 
-def test_both_formats_hold_the_same(tmp_path):
+def test_both_formats_read_the_same(tmp_path):
     save_file(TENSORS, tmp_path / "x.safetensors")
     torch.save(TENSORS, tmp_path / "x.bin")
     safe, pickled = read_tensors(tmp_path / "x.safetensors"), read_tensors(tmp_path / "x.bin")
@@ -25,7 +25,7 @@ def test_both_formats_hold_the_same(tmp_path):
         assert stored.path.read_bytes()[stored.start :][:48] == WHOLE.numpy().tobytes()
 
 
-def test_all_tensors_of_a_checkpoint(tmp_path):
+def test_all_tensors_of_a_checkpoint_are_read(tmp_path):
     torch.save(TENSORS | {"t": WHOLE.T}, tmp_path / "pytorch_model.bin")
     found = Checkpoint.open(tmp_path).tensors
     assert described(found) == described(read_tensors(tmp_path / "pytorch_model.bin"))
