@@ -1,4 +1,4 @@
-"""pema-scan remembers: the second scan is none, an interrupted one goes on, and damage to the cache is no harm."""
+"""The scan cache: a second scan reads it, an interrupted scan resumes from it, and damage to it does no harm."""
 
 import json
 import os
@@ -247,55 +247,3 @@ def test_the_cache_is_in_hf_home(folder, capsys):
     assert str(folder / "hf") == constants.HF_HOME
     scanned(capsys)
     assert len(entries(folder, "scan")) == 1
-
-
-class TestAnswers:
-    """The same question again is answered from one entry; files that have just been written are not trusted."""
-
-    def ask(self, capsys, *arguments):
-        code = main(["--tokenizer", "tok", "--data", "x.txt", *arguments])
-        return code, *capsys.readouterr()
-
-    @pytest.fixture
-    def old(self, folder):
-        for path in folder.rglob("*"):
-            os.utime(path, (1e9, 1e9))
-        return folder
-
-    def test_nothing_is_loaded(self, old, capsys):
-        assert self.ask(capsys, "--json")[0] == 0
-        call = "from pema_adapters.cli.scan import main; import sys; code = main(sys.argv[1:]); "
-        check = "assert not {'transformers', 'datasets', 'torch'} & set(sys.modules); sys.exit(code)"
-        command = [sys.executable, "-c", call + check, "--tokenizer", "tok", "--data", "x.txt"]
-        again = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (again.returncode, again.stderr) == (0, "")
-        assert "tokens seen                3\n" in again.stdout
-        assert "\n\nnote: the figures are those of an earlier scan" in again.stdout
-
-    def test_requested_files_are_still_written(self, old, capsys):
-        self.ask(capsys)
-        code, shown, _ = self.ask(capsys, "--save", "x.vocabulary")
-        assert (code, Path("x.vocabulary").exists()) == (0, True)
-        assert "earlier scan" in shown
-
-    @pytest.mark.parametrize("arguments, key", [(["--unused"], "unused"), (["--max-length", "1"], "tokens")])
-    def test_other_options_miss_the_cache(self, old, capsys, arguments, key):
-        first = json.loads(self.ask(capsys, "--json")[1])
-        assert json.loads(self.ask(capsys, "--json", *arguments)[1])[key] != first.get(key)
-
-    def test_no_cache_scans_again(self, old, capsys):
-        self.ask(capsys)
-        assert not json.loads(self.ask(capsys, "--json", "--no-cache")[1])["from_cache"]
-
-    def test_another_tokenizer_of_the_same_name_misses_the_cache(self, old, capsys):
-        first = json.loads(self.ask(capsys, "--json")[1])
-        WORDS.append("more")
-        try:
-            save_tokenizer("tok")
-        finally:
-            WORDS.pop()
-        assert json.loads(self.ask(capsys, "--json")[1])["vocab_size"] == first["vocab_size"] + 1
-
-    def test_a_recently_changed_tokenizer_is_not_cached(self, folder, capsys):
-        self.ask(capsys)
-        assert not entries(folder, "answer")

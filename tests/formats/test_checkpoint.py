@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.tensor_names import canonicalize, map_canonical_names
 
 INDEX = "model.safetensors.index.json"
 MATRIX = torch.arange(40.0).reshape(10, 4)
@@ -211,23 +210,6 @@ def test_formats_are_preferred_as_in_transformers(tmp_path):
         (tmp_path / file).unlink()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("pytorch_model.bin", "model.safetensors"),
-        ("pytorch_model-00001-of-00003.bin", "model-00001-of-00003.safetensors"),
-        ("pytorch_model.fp16.bin", "model.fp16.safetensors"),
-        ("model.safetensors", "model.safetensors"),
-        ("pytorch_model.safetensors", "pytorch_model.safetensors"),
-        ("weights.pt", "weights.safetensors"),
-        ("pytorch.bin", "pytorch.safetensors"),
-        ("odd", "odd.safetensors"),
-    ],
-)
-def test_safetensors_names_of_weights_files(single, name, expected):
-    assert Checkpoint.open(single).safetensors_name(single / name) == expected
-
-
 E, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 
 
@@ -270,26 +252,6 @@ def test_an_index_may_list_dropped_names(tmp_path):
     assert checkpoint.shared == {HEAD: E}
     assert list(checkpoint.index["weight_map"]) == [E, HEAD]
     assert list(checkpoint.tensors) == [E]
-
-
-@pytest.mark.parametrize(
-    ("name", "prefix", "expected"),
-    [
-        ("bert.embeddings.LayerNorm.gamma", "bert", "embeddings.LayerNorm.weight"),
-        ("embeddings.LayerNorm.beta", "bert", "embeddings.LayerNorm.bias"),
-        ("bertha.x", "bert", "bertha.x"),
-        ("bert.x", "", "bert.x"),
-        ("bert.bert.x", "bert", "bert.x"),
-        ("gamma", "bert", "gamma"),
-    ],
-)
-def test_canonical_names(name, prefix, expected):
-    assert canonicalize(name, prefix) == expected
-
-
-def test_the_prefixed_name_is_preferred():
-    assert map_canonical_names(["x", "bert.x", "y"], "bert") == {"x": "bert.x", "y": "y"}
-    assert map_canonical_names(["bert.x", "x"], "bert") == {"x": "bert.x"}
 
 
 def test_a_tensor_in_two_spellings_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES, FLOATS
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import OUTPUT_BIASES, OUTPUT_MATRICES
+from pema_adapters.formats.weights import safetensors_name
 from pema_adapters.merging.folding.adapter_layers import Adapted
 from pema_adapters.merging.folding.folded_weight import FoldCache, Folded, folded_bias
 from pema_adapters.merging.plan.dtype_cast import Rounding
@@ -69,7 +70,7 @@ class Layout:
 
     def output_name(self, path: Path) -> str:
         """What the output calls a file of `entries`."""
-        return self._files.names.get(path) or self.base.safetensors_name(path)
+        return self._files.names.get(path) or safetensors_name(path.name)
 
     def _sorted(self, entries: dict[Path, list[Entry]], new: list[Entry], is_apart: bool) -> Files:
         if not new:
