@@ -121,12 +121,12 @@ def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 def _parse_length(path: Path, size: int, first: bytes) -> int:
     if len(first) < LENGTH_BYTES:
-        raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; the file is empty or cut short")
+        raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; the file is empty or truncated")
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER:
         raise FormatError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER}; not a safetensors file?")
     if LENGTH_BYTES + length > size:
-        raise FormatError(f"{path}: header of {length} bytes in a file of {size}; the file is cut short")
+        raise FormatError(f"{path}: header of {length} bytes in a file of {size}; the file is truncated")
     return length
 
 
@@ -206,6 +206,6 @@ def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size
             kind = "overlaps the tensor before it" if start < expected else "leaves a hole before it"
             raise FormatError(f"{path}: tensor {name!r} {kind}: it begins at byte {start}, expected {expected}")
         if end > size:
-            raise FormatError(f"{path}: tensor {name!r} ends at byte {end}, but the file has {size}; it is cut short")
+            raise FormatError(f"{path}: tensor {name!r} ends at byte {end}, but the file has {size}; it is truncated")
     if marks[-1][2] != size:
         raise FormatError(f"{path}: {size - marks[-1][2]} bytes after the last tensor belong to no tensor")

@@ -93,7 +93,7 @@ def _read_records(path: Path) -> dict[int, int]:
             raise
         except Exception as error:  # zipfile raises anything on a damaged archive
             raise FormatError(
-                f"{path}: not a file of tensors: its zip directory is damaged or cut short "
+                f"{path}: not a file of tensors: its zip directory is damaged or truncated "
                 f"({_summarize_error(error)}); download or save it again"
             ) from None
 

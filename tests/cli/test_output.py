@@ -1,4 +1,4 @@
-"""Standard output that is ASCII, full or closed; --version; python -m pema_adapters."""
+"""The commands with an ASCII, full or closed standard output; --version; python -m pema_adapters."""
 
 import json
 import os

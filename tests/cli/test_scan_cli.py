@@ -1,4 +1,4 @@
-"""pema-scan on files of every kind, against counting by hand. What else it prints and writes: test_scan_outputs.py."""
+"""pema-scan on every kind of file, compared with counting by hand."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What pema-scan prints and writes about a trained tokenizer, its model, and several of them."""
+"""What pema-scan prints and writes, with memory, several tokenizers, unused tokens, plots and interrupts."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A system without fcntl and resource, such as Windows: all works but merging, which refuses in one line."""
+"""Without fcntl and resource, as on Windows, everything works but merging, which refuses in one line."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""adapter_config.json: every spelling of methods, and everything that is none."""
+"""adapter_config.json: every spelling of methods is parsed, everything else is refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which folder holds the delta."""
+"""Find the folder of the delta."""
 
 import json
 

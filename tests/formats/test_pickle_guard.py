@@ -1,4 +1,4 @@
-"""Small pickles that describe endless things are told from those that torch writes."""
+"""Small pickles that expand without bound are detected; those that torch writes pass."""
 
 import io
 import pickle

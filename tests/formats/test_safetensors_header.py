@@ -39,7 +39,7 @@ BROKEN = {
     "hole": ({"a": entry(), "b": entry(offsets=(9, 17))}, TWO + b"1", "'b' leaves a hole before it"),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, TWO[:12], "'b' overlaps the tensor before it"),
     "late start": ({"a": entry(offsets=(1, 9))}, b"123456789", "'a' leaves a hole before it"),
-    "beyond the end": ({"a": entry()}, b"1234567", "'a' ends at byte .*, but the file has .*; it is cut short"),
+    "beyond the end": ({"a": entry()}, b"1234567", "'a' ends at byte .*, but the file has .*; it is truncated"),
     "left over": ({"a": entry()}, b"123456789", "1 bytes after the last tensor belong to no tensor"),
     "wrong size": ({"a": entry(shape=(3,))}, b"12345678", r"F32 \[3\] takes 12 bytes, but its data_offsets hold 8"),
     "backwards": ({"a": entry(offsets=(8, 0))}, b"12345678", r"data_offsets \[8, 0\] are not \[begin, end\]"),
@@ -81,7 +81,7 @@ def test_damaged_lengths_are_refused(tmp_path):
     cases = {
         b"": "0 bytes are too few",
         b"1234567": "7 bytes are too few",
-        (9).to_bytes(8, "little") + b"{}": "header of 9 bytes in a file of 10; the file is cut short",
+        (9).to_bytes(8, "little") + b"{}": "header of 9 bytes in a file of 10; the file is truncated",
         (2**63).to_bytes(8, "little"): "expected at most 100000000; not a safetensors file",
     }
     for data, text in cases.items():

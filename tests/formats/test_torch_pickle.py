@@ -1,4 +1,4 @@
-"""Pickles are read where they lie, and what they claim is checked first."""
+"""Pickles are memory-mapped, after their claims have been checked."""
 
 import os
 import pickle

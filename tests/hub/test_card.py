@@ -1,4 +1,4 @@
-"""Our section of a model card: written once, replaced later, and never over one of a newer version."""
+"""Our section of a model card is added once, replaced later, and never replaces one of a newer version."""
 
 import pytest
 

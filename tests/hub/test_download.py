@@ -1,4 +1,4 @@
-"""A base or a delta by its Hub id: from the cache, or downloaded by the real client from the server in tests/hub."""
+"""Bases and deltas are downloaded from the local Hub by the real client, or found in its cache."""
 
 import json
 from pathlib import Path

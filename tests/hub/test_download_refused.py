@@ -1,4 +1,4 @@
-"""What is said where a base or a delta cannot be downloaded from the Hub, and what the environment settles, by the command."""
+"""A base or a delta that cannot be downloaded is explained in one line, by the library and by the command."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the real client does where something is refused or breaks off: its exceptions, and what it tries again."""
+"""How the real client reacts to refusals and broken connections: its exceptions and its retries."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The server as the real client sees it, where all goes well."""
+"""The server as the real client sees it, without faults."""
 
 import io
 import os

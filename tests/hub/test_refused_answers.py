@@ -1,4 +1,4 @@
-"""Tokens that cannot be sent, and answers that no Hub gives: one line each, without the token."""
+"""Invalid tokens and malformed answers are explained in one line each, without the token."""
 
 import subprocess
 import sys

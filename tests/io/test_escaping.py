@@ -1,4 +1,4 @@
-"""Text from files, made safe for a terminal, for Markdown and for Python code."""
+"""Text from files is made safe for a terminal, for Markdown and for Python code."""
 
 import ast
 

@@ -1,4 +1,4 @@
-"""Input files that are held open: changes underneath are seen, descriptors stay few."""
+"""Input files held open: changes are detected, and few descriptors are needed."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Locks on folders, between processes and without fcntl."""
+"""Locks on folders: between processes, within one, and on systems without fcntl."""
 
 import errno
 import os
