@@ -155,7 +155,9 @@ def _read_adapter(folder: Path) -> Delta:
     rows = read_rows(path, stored) if stored else None
     fingerprint = rows.fingerprint if rows else None
     if fingerprint and prefix not in ("", fingerprint.prefix):
-        raise FormatError(f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; damaged")
+        raise FormatError(
+            f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; the file is damaged"
+        )
     return Delta(
         folder=folder,
         kind="adapter",
@@ -242,7 +244,9 @@ def _read_full(folder: Path) -> Delta:
     fingerprint = rows.fingerprint
     prefix = fingerprint.prefix if fingerprint else ""
     if fingerprint and stored not in (fingerprint.embedding, f"{prefix}.{fingerprint.embedding}"):
-        raise FormatError(f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; damaged")
+        raise FormatError(
+            f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; the file is damaged"
+        )
     return Delta(
         folder=folder,
         kind="full",

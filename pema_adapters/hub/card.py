@@ -81,19 +81,27 @@ def render_card(
         raise FormatError(f"{where}its metadata cannot be read ({error}); fix the YAML front matter") from None
     if found := _SECTION.search(text):
         check_version(int(found["version"] or UNVERSIONED), VERSION, where)
-    made = {key: value for key, value in inherited.items() if key in INHERITED and _is_text(value)} | old
-    for key, value in ours.items():
-        if value is not None:
-            made[key] = _merge_lists(made.get(key), value) if key in LISTS else value
-    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_escape_comments(section.strip())}\n{_END}"
-    body = text.strip() or f"# {repo_id.rpartition('/')[2]}"
-    body = _SECTION.sub(lambda _: block, body, count=1) if found else f"{body}\n\n{block}"
-    return f"---\n{_to_yaml(made)}---\n\n{body}\n"
+    body = _replace_section(text.strip() or f"# {repo_id.rpartition('/')[2]}", section)
+    return f"---\n{_to_yaml(_merge_metadata(old, ours, inherited))}---\n\n{body}\n"
 
 
 def has_pema_section(text: str) -> bool:
     """Return whether a card has a section of ours."""
     return _SECTION.search(text) is not None
+
+
+def _merge_metadata(old: dict[str, Any], ours: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: value for key, value in inherited.items() if key in INHERITED and _is_text(value)} | old
+    for key, value in ours.items():
+        if value is not None:
+            merged[key] = _merge_lists(merged.get(key), value) if key in LISTS else value
+    return merged
+
+
+def _replace_section(text: str, section: str) -> str:
+    """Replace our section in the text, or append it."""
+    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_escape_comments(section.strip())}\n{_END}"
+    return _SECTION.sub(lambda _: block, text, count=1) if has_pema_section(text) else f"{text}\n\n{block}"
 
 
 def _escape_comments(section: str) -> str:
