@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pema_adapters.cli._common import add_version, run
 
 if TYPE_CHECKING:
-    from pema_adapters.cli._scan_report import ScanResult
+    from pema_adapters.cli._scan_metrics import ScanResult
 
 EPILOG = """\
 examples:
@@ -152,7 +152,7 @@ def _scan(options: argparse.Namespace) -> str:
 
 def _compute(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compute the metrics of all tokenizers, and write the requested files."""
-    from pema_adapters.cli._scan_report import compute_metrics, load_targets, scan_target
+    from pema_adapters.cli._scan_metrics import compute_metrics, load_targets, scan_target
 
     _silence_libraries()
     plot_format = _check_outputs(options)

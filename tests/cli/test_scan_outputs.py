@@ -250,7 +250,7 @@ def test_nothing_but_the_result_without_a_terminal(folder, capsys):
 
 @needs_matplotlib
 @pytest.mark.parametrize(
-    "where", ["scanning.cache.cached_scan.scan_text", "cli._scan_report.memory_report", "analysis.heaps_law.drawn"]
+    "where", ["scanning.cache.cached_scan.scan_text", "cli._scan_metrics.memory_report", "analysis.heaps_law.drawn"]
 )
 def test_an_interrupted_scan_is_one_line(where, folder, capsys, monkeypatch):
     """Ctrl-C amid the scan, the report, or the output: one line, and no files."""
