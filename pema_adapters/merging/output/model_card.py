@@ -10,7 +10,7 @@ from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.json_object import decode_json
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, has_pema_section, parse_metadata, read_card, render_card
-from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, methods_of, render_provenance
+from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, render_provenance
 from pema_adapters.io.escaping import escape_markdown, format_code_block, format_code_span, format_python_literal
 from pema_adapters.merging.load_snippet import RemainingAdapterFiles, load_snippet
 from pema_adapters.merging.plan.plan import PlannedFile
@@ -65,7 +65,7 @@ def _card(existing: str, name: str, section: str, inputs: "Inputs", report: Merg
 
 
 def _tags(delta: Delta, report: MergeReport) -> list[str]:
-    return [*methods_of(delta), *([ADAPTERS_LIBRARY] if report.adapters_left else [])]
+    return [*delta.methods, *([ADAPTERS_LIBRARY] if report.adapters_left else [])]
 
 
 def _section(
@@ -92,7 +92,7 @@ def _section(
 def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
     base = find_hub_id(inputs.base_name, delta)
-    methods = escape_markdown(", ".join(methods_of(delta)))
+    methods = escape_markdown(", ".join(delta.methods))
     what = "full fine-tuning" if delta.kind == "full" else f"the adapter {format_code_span(delta.name)} ({methods})"
     of = f" of {hub_link(base)}" if base else ""
     facts = [f"A complete checkpoint{of}, fine-tuned: {what}.", ""]

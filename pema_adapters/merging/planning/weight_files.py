@@ -136,7 +136,7 @@ class _Planner:
         tensors = by_file.tensors[path]
         header = plan_header(self.base, path, tensors, by_file.starts.get(path))
         parts = [part for tensor in tensors for part in tensor.segments]
-        name = by_file.names.get(path) or self.base.safetensors_name(path)
+        name = by_file.names.get(path) or safetensors_name(path.name)
         return PlannedFile(name, merge_segments([header, *parts]))
 
     def _tensors_of_file(self, path: Path, changed: dict[str, OutputTensor]) -> list[OutputTensor]:
