@@ -16,7 +16,7 @@ from _compat_table import BEGIN, END, auto_markdown, markdown, write_readme
 from compatibility import Worker, cells
 
 from pema_adapters.merging.planning import planner
-from pema_adapters.training.base.mapped_rows import BaseRows
+from pema_adapters.training.base.mapped_rows import MappedRows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning"
@@ -110,8 +110,10 @@ def test_a_matrix_that_is_alive_is_our_failure(benches):
 
 
 def test_rows_that_a_base_gives_wrongly_are_our_failure(benches, monkeypatch):
-    rows, wrong = BaseRows.rows, torch.randn(128)
-    monkeypatch.setattr(BaseRows, "rows", lambda base, ids: rows(base, ids) + (ids == UNUSED[0])[:, None] * wrong)
+    read_rows, wrong = MappedRows.read_rows, torch.randn(128)
+    monkeypatch.setattr(
+        MappedRows, "read_rows", lambda base, ids: read_rows(base, ids) + (ids == UNUSED[0])[:, None] * wrong
+    )
     result = run(Cell("bert", "lora", "classification"), benches)
     assert result.status == OURS and result.reason.endswith("(tokens outside the vocabulary)")
 

@@ -90,7 +90,7 @@ def test_every_kind_of_checkpoint(case, tmp_path, matrices, stored):
     (full.half() if stored == "half precision" else full).save_pretrained(tmp_path / "base", **STORED[stored])
     matrices.clear()
     model = assert_like_from_pretrained(matrices, case.auto_class, tmp_path / "base", dtype="float32")
-    assert model.get_input_embeddings().base.matrix.lies_in(tmp_path / "base")
+    assert model.get_input_embeddings().base.matrix.find_in(tmp_path / "base")
 
 
 OPTIONS = {
@@ -151,7 +151,7 @@ def test_a_subfolder(case, tmp_path, matrices):
     shutil.copytree(case.folder, tmp_path / "base" / "sub")
     matrices.clear()
     model = assert_like_from_pretrained(matrices, case.auto_class, tmp_path / "base", subfolder="sub")
-    assert model.get_input_embeddings().base.matrix.lies_in(tmp_path / "base" / "sub")
+    assert model.get_input_embeddings().base.matrix.find_in(tmp_path / "base" / "sub")
 
 
 def test_a_revision_and_a_cache(hub, case, tmp_path, matrices, monkeypatch):

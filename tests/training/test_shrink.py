@@ -158,7 +158,7 @@ def test_restore_refuses_to_change_what_lies_under_another_adapter(case):
     model.add_adapter("other", config="pema")
     shrink_embeddings(model, "other", PartialVocabulary([7], V))
     with pytest.raises(
-        SurgeryError, match="rows of 'task' into the matrix would change what lies under the rows of other"
+        SurgeryError, match="rows of 'task' into the matrix would change the base under the rows of other"
     ):
         restore_embeddings(model)
 

@@ -13,7 +13,7 @@ import torch
 from pema_adapters import PartialVocabulary, load_model, restore_embeddings, save_delta, shrink_embeddings
 from pema_adapters.errors import InputChangedError
 from pema_adapters.io import input_file
-from pema_adapters.training.base.mapped_rows import BaseRows
+from pema_adapters.training.base.mapped_rows import MappedRows
 from tests.models import MIXED, USED, V, assert_same, matrix_of, outputs
 from tests.training.test_shrink import perturb, shrunk
 
@@ -171,8 +171,8 @@ def test_a_change_while_blocks_are_read_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("pema_adapters.training.base.mapped_rows.BLOCK_BYTES", 100)
     path = tmp_path / "rows"
     path.write_bytes(torch.arange(1000.0).numpy().tobytes())
-    rows = BaseRows(input_file.InputFile(path), 0, (100, 10), torch.float32)
-    found = rows.blocks()
+    rows = MappedRows(input_file.InputFile(path), 0, (100, 10), torch.float32)
+    found = rows.iterate_blocks()
     assert next(found).flatten().tolist() == list(range(20))
     os.truncate(path, 200)
     with pytest.raises(InputChangedError, match=r"went from 4,000 to 200 bytes|ends at byte 200 now"):

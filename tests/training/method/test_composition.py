@@ -99,7 +99,7 @@ def outputs_of(model, tasks):
 ], ids=str)  # fmt: skip
 def test_rows_in_a_branch_are_refused(model, setup):
     with pytest.raises(
-        SurgeryError, match=r"adapter 'rows' has embedding rows, which one would get as well.*in a Stack"
+        SurgeryError, match=r"adapter 'rows' has embedding rows, which one would use as well.*in a Stack"
     ):
         model.set_active_adapters(setup)
     model.set_active_adapters("rows")

@@ -13,9 +13,7 @@ from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_emb
 from pema_adapters.errors import SurgeryError
 from tests.training.output.test_tied_head import MIXED, MODELS, SEEN, USED, V, close, logits, make, train, with_adapter  # noqa: F401
 
-WAY_OUT = (
-    r"its trained rows lie apart .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
-)
+WAY_OUT = r"its trained rows are separate .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
 
 
 def chunked_loss(model, ids, chunk=2):
@@ -77,7 +75,7 @@ def test_a_fused_loss_is_refused_with_the_way_out(make, prepare):  # noqa: F811
         "cpu",
         False,
     )
-    assert repr(weight) == "ApartFromRows(shape=(211, 32), dtype=torch.float32, device='cpu')"
+    assert repr(weight) == "MetadataOnlyWeight(shape=(211, 32), dtype=torch.float32, device='cpu')"
 
 
 def test_a_fused_loss_is_right_where_no_rows_lie_apart(make):  # noqa: F811
@@ -154,7 +152,7 @@ def test_a_head_that_computes_with_the_matrix_itself_is_refused(tmp_path):
     )  # fmt: skip
     MobileBertForMaskedLM(config).save_pretrained(tmp_path)
     model = load_model(MobileBertForMaskedLM, tmp_path, PartialVocabulary(USED, V))
-    with pytest.raises(SurgeryError, match="its trained rows lie apart from this matrix"):
+    with pytest.raises(SurgeryError, match="its trained rows are separate from this matrix"):
         model(input_ids=MIXED)
 
 

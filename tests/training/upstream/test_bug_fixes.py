@@ -19,7 +19,7 @@ from transformers import (
 )  # fmt: skip
 
 from pema_adapters import PartialVocabulary, PEMAConfig, restore_embeddings, shrink_embeddings
-from pema_adapters.training.upstream.bug_fixes import without_shared_memory
+from pema_adapters.training.upstream.bug_fixes import drop_shared_tensors
 from tests.models import CONFIGS, MIXED, USED, V, assert_same, bert_like, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning")  # T5 with adapters
@@ -133,7 +133,7 @@ def test_tensors_that_share_memory_are_told_apart():
         "e": empty,
         "f": empty,
     }
-    found = without_shared_memory(given)
+    found = drop_shared_tensors(given)
     assert list(found) == ["whole", "part", "other", "e", "f"]
     assert found["whole"] is whole
     assert torch.equal(found["part"], whole[1:]) and found["part"].data_ptr() != whole[1:].data_ptr()
