@@ -4,14 +4,14 @@
     python recipes/glue.py --base FacebookAI/xlm-roberta-base --tasks RTE,MRPC --methods LoRA,Compacter
     python recipes/glue.py --base BASE --data-dir glue --tasks CoLA --pema off,on,frozen --seeds 0,1,2,3,4
 
-Scores are those of the validation split; the vocabulary is that of all splits, the paper's convention. What is done is
-kept in --output, and the same command goes on from there.
+Scores are those of the validation split; the vocabulary is that of all splits, the paper's convention. Results are
+kept in --output, and the same command resumes there.
 """
 
 import sys
 
-from _experiments import main
-from _tasks import Benchmark, Task
+from runs.experiments import main
+from runs.tasks import Benchmark, Task
 
 HUB = "nyu-mll/glue"
 TASKS = [

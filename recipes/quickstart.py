@@ -23,7 +23,6 @@ from typing import Any
 
 import adapters
 import numpy as np
-import stdlib_docstrings
 import torch
 from adapters import AdapterTrainer, CompacterConfig, ConfigUnion
 from datasets import DatasetDict, disable_progress_bars, load_dataset
@@ -40,6 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import pema_adapters
+import stdlib_docstrings
 from pema_adapters import PEMAConfig
 
 TASK = "task"

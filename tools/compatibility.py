@@ -1,38 +1,39 @@
-"""PEMA beside every method of adapters, on every model type of it: what works, shown by doing it.
+"""Try PEMA beside every method of adapters, on every model type of it.
 
     python tools/compatibility.py [--models bert,t5] [--methods lora,compacter] [--heads classification,masked]
-                                  [--json FILE] [--readme | --auto]
+                                  [--auto] [--json FILE] [--save]
 
-Every cell is a tiny random model that trains, saves, loads and merges (see _compat_cell.py). A cell that fails is tried
-without PEMA, too: "adapters" means that adapters cannot do it by itself. `--readme` rewrites the table in README.md.
-`--auto` tries AutoAdapterModel instead: flexible heads, what becomes of the output, and the lines that `pema-merge`
-prints (see _compat_auto.py).
+Every cell is a tiny random model that trains, saves, loads and merges (see compat/cell.py). A cell that fails is tried
+without PEMA, too: "adapters" means that adapters cannot do it by itself. `--auto` tries AutoAdapterModel instead:
+flexible heads, what becomes of the output, and the lines that `pema-merge` prints (see compat/auto_cell.py).
 """
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import queue
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from _compat_auto import HEADS as AUTO_HEADS
-from _compat_auto import METHODS as AUTO_METHODS
-from _compat_auto import MODELS as AUTO_MODELS
-from _compat_auto import AutoBenches, AutoCell, auto_cells, run_auto
-from _compat_cell import OURS, Benches, Cell, Result, run
-from _compat_models import ALONE, FAMILIES, LM_HEADS, METHODS, WITHOUT_TEXT
-from _compat_table import auto_markdown, markdown, write_readme
+from compat.auto_cell import HEADS as AUTO_HEADS
+from compat.auto_cell import METHODS as AUTO_METHODS
+from compat.auto_cell import MODELS as AUTO_MODELS
+from compat.auto_cell import AutoBenches, AutoCell, auto_cells, run_auto
+from compat.cell import OURS, Benches, Cell, Result, run
+from compat.matrix import auto_markdown, markdown
+from compat.models import ALONE, FAMILIES, LM_HEADS, METHODS, WITHOUT_TEXT
+from compat.progress import show_progress
+from harness.command_line import make_parser, some_of
+from harness.results import write_results
 
 PROCESSES, SECONDS_A_CELL = 2, 180
 HEAD_KINDS = ("classification", *LM_HEADS)
-README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def cells(models: Sequence[str], methods: Sequence[str], heads: Sequence[str]) -> list[list[Cell]]:
@@ -45,7 +46,7 @@ def cells(models: Sequence[str], methods: Sequence[str], heads: Sequence[str]) -
 
 
 def run_all(groups: Sequence[Sequence[Cell]], processes: int = PROCESSES) -> Iterator[Result]:
-    """Results as they come. A process that dies or hangs is one failed cell; another takes its place."""
+    """Yield results as they come. A process that dies or hangs is one failed cell; another takes its place."""
     todo: queue.SimpleQueue[Sequence[Cell]] = queue.SimpleQueue()
     done: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
     for group in groups:
@@ -118,7 +119,7 @@ def _work(pipe: Connection) -> None:
 
 
 def _quiet() -> None:
-    """One thread each, and no words but ours."""
+    """Use one thread, and silence everything."""
     import logging
     import warnings
 
@@ -130,26 +131,30 @@ def _quiet() -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - for the life of the process
 
 
+def render(figures: dict[str, Any]) -> str:
+    return markdown([_read_result(Cell, saved) for saved in figures["cells"]])
+
+
+def render_auto(figures: dict[str, Any]) -> str:
+    return auto_markdown([_read_result(AutoCell, saved) for saved in figures["cells"]])
+
+
 def main() -> int:
     options = _parser().parse_args()
-    groups = (
-        _auto_groups(options)
-        if options.auto
-        else cells(
-            options.models or (*FAMILIES, *WITHOUT_TEXT), options.methods or METHODS, options.heads or HEAD_KINDS
-        )
-    )
+    groups = _auto_groups(options) if options.auto else _groups(options)
     total, results = sum(map(len, groups)), []
-    with contextlib.suppress(KeyboardInterrupt):  # what there is by then is shown
+    with contextlib.suppress(KeyboardInterrupt):  # the results so far are shown
         for result in run_all(groups, options.processes):
             results.append(result)
-            _show_progress(result, len(results), total)
-    print(auto_markdown(results) if options.auto else markdown(results))
-    if options.json:
-        options.json.write_text(json.dumps([_as_json(each) for each in results], indent=1) + "\n")
-    if options.readme:
-        write_readme(README, results)
+            show_progress(result, len(results), total, is_wrong=result.status == OURS)
+    figures = {"cells": [_save_result(each) for each in results]}
+    print(render_auto(figures) if options.auto else render(figures))
+    write_results(options, figures, "compatibility-auto" if options.auto else None)
     return 1 if any(each.status == OURS for each in results) else 0
+
+
+def _groups(options: argparse.Namespace) -> list[list[Cell]]:
+    return cells(options.models or (*FAMILIES, *WITHOUT_TEXT), options.methods or METHODS, options.heads or HEAD_KINDS)
 
 
 def _auto_groups(options: argparse.Namespace) -> list[list[AutoCell]]:
@@ -158,41 +163,27 @@ def _auto_groups(options: argparse.Namespace) -> list[list[AutoCell]]:
     )
 
 
-def _show_progress(result: Result, count: int, total: int) -> None:
-    cell = result.cell
-    end = "\r" if sys.stderr.isatty() and result.status != OURS else "\n"
-    line = f"{count}/{total} {', '.join(vars(cell).values())}: {result.status} {result.reason}"
-    print(line[:160].ljust(100), end=end, file=sys.stderr, flush=True)
+def _save_result(result: Result) -> dict[str, Any]:
+    return vars(result.cell) | {name: value for name, value in vars(result).items() if name != "cell"}
 
 
-def _as_json(result: Result) -> dict[str, Any]:
-    return {**vars(result.cell), "status": result.status, "reason": result.reason, "seconds": round(result.seconds, 2)}
+def _read_result(kind: type[Cell], saved: dict[str, Any]) -> Result:
+    names = {field.name for field in fields(kind)}
+    cell = kind(**{name: value for name, value in saved.items() if name in names})
+    return Result(cell, **{name: value for name, value in saved.items() if name not in names})
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for name, known in (
         ("models", (*FAMILIES, *WITHOUT_TEXT)),
         ("methods", METHODS),
         ("heads", (*HEAD_KINDS, *AUTO_HEADS)),
     ):
-        parser.add_argument(f"--{name}", type=_some_of(known), metavar="A,B", help="all, if not given")
+        parser.add_argument(f"--{name}", type=some_of(known), metavar="A,B", help="all, if not given")
     parser.add_argument("--processes", type=int, default=PROCESSES)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--readme", action="store_true")
-    instead.add_argument("--auto", action="store_true", help="flexible heads of AutoAdapterModel")
+    parser.add_argument("--auto", action="store_true", help="flexible heads of AutoAdapterModel")
     return parser
-
-
-def _some_of(known: Sequence[str]) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        wrong = [name for name in text.split(",") if name not in known]
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: expected some of {', '.join(known)}")
-        return tuple(text.split(","))
-
-    return parse
 
 
 if __name__ == "__main__":

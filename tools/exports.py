@@ -1,7 +1,7 @@
-"""Every way out of training, checked: is the exported model the trained one?
+"""Compare every exported model with the trained one.
 
     python tools/exports.py [--models bert,gpt2] [--methods lora,ia3] [--exports pema-merge,save_pretrained]
-                            [--json FILE]
+                            [--json FILE] [--save]
 
 Rows are exports and kinds of model, columns are methods. A cell is "equal" (the exported and reloaded model computes
 what the trained one does, for tokens in the vocabulary and outside), "refused" or "warned" (in one line, below the
@@ -9,17 +9,21 @@ table), "adapters" (wrong or impossible without PEMA, too) or "WRONG", of which 
 """
 
 import argparse
-import json
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import torch
-from _compat_models import ALONE
-from _exports_cell import EQUAL, EXPORTS, FULL, WRONG, BiasedBenches, Cell, Result, run
+
+from compat.export_cell import EQUAL, EXPORTS, FULL, WRONG, BiasedBenches, Cell, Result, run
+from compat.models import ALONE
+from compat.progress import show_progress
+from harness.command_line import make_parser, some_of
+from harness.results import write_results
+from harness.tables import format_table
 
 MODELS = {
     "bert": ("classification", "masked"),
@@ -31,7 +35,7 @@ METHODS = (ALONE, "lora", "compacter", "ia3", "dora")
 
 
 def cells(models: Sequence[str], methods: Sequence[str], exports: Sequence[str]) -> list[Cell]:
-    """The cells to try; full fine-tuning has no method."""
+    """Return the cells to try; full fine-tuning has no method."""
     return [
         Cell(export, form, model, head, method)
         for model in models
@@ -43,7 +47,7 @@ def cells(models: Sequence[str], methods: Sequence[str], exports: Sequence[str])
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table for each model and head, the reasons as footnotes, and the count."""
+    """Format a table for each model and head, the reasons as footnotes, and the count."""
     notes: dict[str, int] = {}
     tables = [_table(", ".join(subject), some, notes) for subject, some in _by_subject(results).items()]
     footnotes = "\n".join(f"[{number}] {reason}  " for reason, number in notes.items())
@@ -53,7 +57,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _by_subject(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Results by model and head."""
+    """Group the results by model and head."""
     found: dict[tuple[str, str], list[Result]] = {}
     for each in results:
         found.setdefault((each.cell.model, each.cell.head), []).append(each)
@@ -69,15 +73,20 @@ def _table(title: str, results: Sequence[Result], notes: dict[str, int]) -> str:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for each in results:
         rows.setdefault((each.cell.export, each.cell.form), {})[each.cell.method] = _mark(each, notes)
-    lines = [[title, "kind of model", *methods], ["---"] * (len(methods) + 2)]
-    lines += [[*row, *(marks.get(method, "") for method in methods)] for row, marks in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [[*row, *(marks.get(method, "") for method in methods)] for row, marks in rows.items()]
+    return format_table([title, "kind of model", *methods], lines)
 
 
 def _mark(result: Result, notes: dict[str, int]) -> str:
     if result.status == EQUAL:
         return EQUAL
     return f"{result.status} [{notes.setdefault(result.reason, len(notes) + 1)}]"
+
+
+def render(figures: dict[str, Any]) -> str:
+    names = [field.name for field in fields(Cell)]
+    saved = figures["cells"]
+    return markdown([Result(Cell(*(one[n] for n in names)), one["status"], one["reason"]) for one in saved])
 
 
 def main() -> int:
@@ -88,17 +97,17 @@ def main() -> int:
     try:
         for cell in todo:
             results.append(run(cell, benches))
-            _show_progress(results[-1], len(results), len(todo))
+            show_progress(results[-1], len(results), len(todo), is_wrong=results[-1].status == WRONG)
     finally:
         benches.close()
-    print(markdown(results))
-    if options.json:
-        options.json.write_text(json.dumps([_as_json(each) for each in results], indent=1) + "\n")
+    figures = {"cells": [vars(one.cell) | {"status": one.status, "reason": one.reason} for one in results]}
+    print(render(figures))
+    write_results(options, figures)
     return 1 if any(each.status == WRONG for each in results) else 0
 
 
 def _quiet() -> None:
-    """One thread, and no words but ours."""
+    """Use one thread, and silence libraries."""
     torch.set_num_threads(1)
     for name in ("transformers", "adapters"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -106,32 +115,11 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _show_progress(result: Result, count: int, total: int) -> None:
-    end = "\n" if result.status == WRONG or not sys.stderr.isatty() else "\r"
-    line = f"{count}/{total} {', '.join(vars(result.cell).values())}: {result.status} {result.reason}"
-    print(line[:200].ljust(120), end=end, file=sys.stderr, flush=True)
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    return {**vars(result.cell), "status": result.status, "reason": result.reason}
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for name, known in (("models", tuple(MODELS)), ("methods", METHODS), ("exports", tuple(EXPORTS))):
-        parser.add_argument(f"--{name}", type=_some_of(known), default=known, metavar="A,B", help="all, if not given")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+        parser.add_argument(f"--{name}", type=some_of(known), default=known, metavar="A,B", help="all, if not given")
     return parser
-
-
-def _some_of(known: Sequence[str]) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        unknown = [name for name in text.split(",") if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: expected some of {', '.join(known)}")
-        return tuple(text.split(","))
-
-    return parse
 
 
 if __name__ == "__main__":

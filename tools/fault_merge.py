@@ -1,10 +1,10 @@
-"""Merges in which one system call fails, comes back short, or finds the files changed underneath.
+"""Merge while one system call fails, comes back short, or finds the files changed underneath.
 
     python tools/fault_merge.py [--faults 3000] [--seed 0] [--modes NAME ...] [--kinds NAME ...] [--jobs 2]
-                                [--only MODE:KIND:N:ACTION ...] [--dir FOLDER] [--json FILE]
+                                [--only MODE:KIND:N:ACTION ...] [--dir FOLDER] [--json FILE] [--save]
 
-A preload library (`_faults_preload.c`, compiled at the start) counts the system calls of `pema-merge` that concern its
-files, and disturbs the n-th of a kind: an error (`EIO`; with `+` for all later ones, too), half of the bytes (`short`),
+A preload library (`crash/faults_preload.c`, compiled at the start) counts the system calls of `pema-merge` that concern
+its files, and disturbs the n-th of a kind: an error (`EIO`; with `+` for all later ones), half of the bytes (`short`),
 a signal, or a change by somebody else (base or delta rewritten, replaced, cut short, removed; the output appears; the
 card on the Hub is edited). The faults of all modes, kinds and calls are sampled down to `--faults`.
 
@@ -28,11 +28,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
 
-from _bench import table, write_json
-from _faults_inputs import write_inputs
-from _faults_judge import Case, Expected, expect, expect_change, judge
-from _faults_modes import MODES, REPOSITORY, Mode, Place
-from _faults_process import KINDS, ROOT, Fault, MergeServer, Run, build
+from crash.fault_inputs import write_inputs
+from crash.fault_judge import Case, Expected, expect, expect_change, judge
+from crash.fault_modes import MODES, REPOSITORY, Mode, Place
+from crash.fault_process import KINDS, ROOT, Fault, MergeServer, Run, build
+from harness.command_line import add_dir, make_parser
+from harness.results import write_results
+from harness.tables import format_table
 
 sys.path.insert(0, str(ROOT))  # for tests.hub
 
@@ -53,7 +55,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "truncate": ("EIO", "ENOSPC"),
     "flock": ("EWOULDBLOCK", "ENOLCK", "EINTR"),
     "mmap": ("ENOMEM", "ENODEV"),
-    "stat": ("EIO", "EACCES"),  # ENOENT of a file that is there would be a lie that no system tells
+    "stat": ("EIO", "EACCES"),  # no system answers ENOENT for a file that exists
     "list": ("EIO", "EACCES"),
     "mode": ("EPERM", "EIO"),
     "advise": ("EINVAL",),
@@ -70,7 +72,7 @@ Chosen: TypeAlias = tuple[str, str, int, str]
 
 
 class Session:
-    """A server of its own with all that the runs of one process need. For `with`."""
+    """The server and the inputs for the runs of one process. A context manager."""
 
     def __init__(self, library: Path, parent: Path | None, names: set[str]) -> None:
         with ExitStack() as stack:
@@ -110,7 +112,7 @@ class Session:
         self._stack.close()
 
     def expected(self, mode: Mode, action: str = "") -> Expected:
-        """What may be there after a run of the mode in which the change `action` happens; "": undisturbed."""
+        """Return the states that may follow a run of the mode with the change `action`; "": undisturbed."""
         if (mode.name, action) not in self._expected:
             plain = expect(mode, self.place) if not action else self.expected(mode)
             command = mode.changes(self.place).get(action)
@@ -118,7 +120,7 @@ class Session:
         return self._expected[mode.name, action]
 
     def disturb(self, name: str, kind: str, at: int, action: str) -> dict[str, Any]:
-        """One fault: what became of the run, and all that is wrong."""
+        """Run one fault. Returns the outcome, and everything that is wrong."""
         mode = MODES[name]
         command = mode.changes(self.place).get(action, "")
         plain, expected = self.expected(mode), self.expected(mode, action if command else "")
@@ -138,7 +140,7 @@ def describe_outcome(run: Run) -> str:
 
 
 def all_faults(session: Session, names: list[str], kinds: list[str]) -> dict[str, list[Call]]:
-    """`{mode: (kind, at, action)}`, every one there is."""
+    """Return every possible fault, `{mode: (kind, at, action)}`."""
     found = {}
     for name in names:
         mode, counts = MODES[name], session.expected(MODES[name]).counts
@@ -152,7 +154,7 @@ def all_faults(session: Session, names: list[str], kinds: list[str]) -> dict[str
 
 
 def sample(faults: dict[str, list[Call]], count: int, seed: int) -> list[Chosen]:
-    """`count` faults: the same share of each mode, and in it of each kind and action while it has some left."""
+    """Choose `count` faults: the same share of each mode, and in it of each kind and action while it has some left."""
     chosen = []
     for number, (name, found) in enumerate(faults.items()):
         random = Random(f"{seed}:{name}")
@@ -173,7 +175,7 @@ def _take_in_turn(groups: list[list[Call]], count: int) -> Iterator[Call]:
 
 
 def disturb_all(place: tuple[Path, Path | None, set[str]], faults: list[Chosen], results: Any) -> None:
-    """In a process of its own: all faults, one after another. `place`: the arguments of `Session`."""
+    """In a process of its own: run all faults, one after another. `place`: the arguments of `Session`."""
     with Session(*place) as session:
         for fault in faults:
             results.put(session.disturb(*fault))
@@ -202,14 +204,16 @@ def run_all(library: Path, options: argparse.Namespace, faults: list[Chosen]) ->
     return found
 
 
-def show(found: list[dict[str, Any]]) -> None:
-    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for one in found:
-        name, kind, *_ = one["fault"].split(":")
-        counts[name, kind].update([one["outcome"], *(["WRONG"] if one["wrong"] else [])])
+def render(figures: dict[str, Any]) -> str:
+    """Count the outcomes by mode."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in figures["faults"]:
+        counts[one["fault"].split(":")[0]].update([one["outcome"], *(["WRONG"] if one["wrong"] else [])])
     columns = ("refused", "completed", "ended", "not met", "WRONG")
-    rows = [[*key, *(value[column] for column in columns)] for key, value in sorted(counts.items())]
-    print(table(["mode", "kind", *columns], rows))
+    rows = [[name, *(value[column] for column in columns)] for name, value in sorted(counts.items())]
+    wrong = sum(value["WRONG"] for value in counts.values())
+    total = f"{len(figures['faults'])} faults (seed {figures['seed']}) in {figures['seconds']:.0f} s, {wrong} wrong"
+    return f"{format_table(['mode', *columns], rows)}\n\n{total}"
 
 
 def main() -> int:
@@ -223,15 +227,14 @@ def main() -> int:
         found = run_all(library, options, choose(library, options))
     if options.only:
         print(*(f"{one['fault']}: {one['outcome']}, at {one['where']}: {one['said']}" for one in found), sep="\n")
-    show(found)
-    wrong = sum(bool(one["wrong"]) for one in found)
-    print(f"{len(found)} faults in {time.perf_counter() - start:.0f} s, {wrong} wrong")
-    write_json(options.json, {"seed": options.seed, "faults": found})
-    return 1 if wrong else 0
+    figures = {"seed": options.seed, "seconds": time.perf_counter() - start, "faults": found}
+    print(render(figures))
+    write_results(options, figures)
+    return 1 if any(one["wrong"] for one in found) else 0
 
 
 def choose(library: Path, options: argparse.Namespace) -> list[Chosen]:
-    """The faults that were asked for, or a sample of all."""
+    """Return the faults of `--only`, or a sample of all."""
     if options.only:
         return [(name, kind, int(at), action) for name, kind, at, action in (one.split(":") for one in options.only)]
     with Session(library, options.dir, set(options.modes)) as session:
@@ -239,7 +242,7 @@ def choose(library: Path, options: argparse.Namespace) -> list[Chosen]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--faults", type=int, default=3000, help="over all modes (default 3000)")
     add("--seed", type=int, default=0)
@@ -247,8 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of calls; default: all")
     add("--jobs", type=int, default=2, help="processes (default 2)")
     add("--only", nargs="+", metavar="MODE:KIND:N:ACTION", help="just these faults")
-    add("--dir", type=Path, help="work in a fresh folder below this one (default: the system's)")
-    add("--json", type=Path, metavar="FILE", help="also write all results to FILE")
+    add_dir(parser)
     return parser
 
 

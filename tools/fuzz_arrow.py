@@ -27,7 +27,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from _bench import table, write_json
+from fuzz.tally import format_counts
+from harness.command_line import make_parser
+from harness.results import write_results
 
 V = 300
 ROWS = 60
@@ -289,6 +291,13 @@ class Worker:
         return family, name, ("escaped", text)
 
 
+def render(figures: dict[str, Any]) -> str:
+    counts = figures["counts"]
+    count = sum(sum(found.values()) for found in counts.values())
+    total = f"{count:,} cases (seed {figures['seed']}), {len(figures['escapes'])} escaped"
+    return f"{format_counts(counts, KINDS)}\n\n{total}"
+
+
 def main() -> int:
     options = _parser().parse_args()
     counts: dict[str, Counter[str]] = {}
@@ -304,22 +313,18 @@ def main() -> int:
             escapes += [{"name": name, "what": text}] if kind == "escaped" else []
         worker.pipe.send(None)
         worker.process.join()
-    print(
-        table(["family", *KINDS], [[name, *(found[kind] for kind in KINDS)] for name, found in sorted(counts.items())])
-    )
-    write_json(
-        options.json, {"seed": options.seed, "counts": {k: dict(v) for k, v in counts.items()}, "escapes": escapes}
-    )
+    figures = {"seed": options.seed, "counts": counts, "escapes": escapes}
+    print(render(figures))
+    write_results(options, figures)
     return 1 if escapes else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--mutations", type=int, default=1_000, help="how many cases (default 1,000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="only these cases, with their outcome")
     parser.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="for one case (default 60)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""Thousands of mutated bases and deltas: each is refused in one line without a trace, or merged provably right.
+"""Merge thousands of mutated bases and deltas: each is refused in one line without a trace, or merged provably right.
 
     python tools/fuzz_merge.py [--mutations 10000] [--seed 0] [--time SECONDS] [--family NAME] [--only NUMBER ...]
-                               [--keep FOLDER] [--json FILE]
+                               [--keep FOLDER] [--json FILE] [--save]
 
 Small valid pairs of base and delta, one file of which is mutated: cut, flipped, lied about, replaced by a pipe or a
 hostile pickle. The same seed gives the same mutations. Merges run in a process of their own, under a limit of time and
@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _bench import table, write_json
-from _fuzz_worker import UNTOUCHED, Outcome, work
+from fuzz.tally import KINDS, format_counts
+from fuzz.worker import UNTOUCHED, Outcome, work
+from harness.command_line import add_dir, make_parser
+from harness.results import write_results
 
-KINDS = ("refused", "merged", "escaped")
 KEEP = Path(tempfile.gettempdir(), "pema-fuzz-escapes")
 
 
@@ -49,7 +50,7 @@ class Worker:
         self.mutations = said[1]
 
     def judge(self, number: int) -> tuple[str, str, Outcome]:
-        """The family of case `number`, its name, its outcome."""
+        """Return the family of case `number`, its name and its outcome."""
         family = name = "?"
         try:
             self.pipe.send(number)
@@ -87,9 +88,6 @@ class Tally:
             self.escapes.append({"number": number, "name": name, "what": outcome.text})
             print(f"ESCAPE {name}\n    {outcome.text.strip()}", flush=True)
 
-    def total(self, kind: str) -> int:
-        return sum(counts[kind] for counts in self.counts.values())
-
 
 def keep(folder: Path, source: Path, number: int, name: str, text: str) -> None:
     """Save the inputs of an escape; pipes are left out."""
@@ -103,7 +101,7 @@ def keep(folder: Path, source: Path, number: int, name: str, text: str) -> None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> tuple[Tally, float, int]:
-    """Judge the cases; returns the tally, the seconds, and how many mutations there are to choose from."""
+    """Judge the cases. Returns the tally, the seconds, and the number of mutations to choose from."""
     worker, tally = Worker(folder, options.seed, options.family, options.limit), Tally()
     for name, outcome in worker.untouched:
         tally.add(UNTOUCHED, name, None, outcome)
@@ -124,14 +122,13 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[Tally, float, int]:
     return tally, time.perf_counter() - start, worker.mutations
 
 
-def show(tally: Tally, seconds: float) -> None:
-    rows = [[family, *(counts[kind] for kind in KINDS)] for family, counts in sorted(tally.counts.items())]
-    rows.append(["all", *(tally.total(kind) for kind in KINDS)])
-    print(table(["family", *KINDS], rows))
-    count = sum(tally.total(kind) for kind in KINDS)
-    print(f"{count:,} cases in {seconds:.0f} s, {count / seconds:.0f} a second; {len(tally.escapes)} escaped")
-    for remark, number in tally.remarks.items():
-        print(f"note: {remark}: {number} cases")
+def render(figures: dict[str, Any]) -> str:
+    counts = figures["counts"]
+    count = sum(sum(found.values()) for found in counts.values())
+    seconds, escapes = figures["seconds"], figures["escapes"]
+    total = f"{count:,} cases (seed {figures['seed']}) in {seconds:.0f} s, {len(escapes)} escaped"
+    remarks = [f"note: {remark}: {number} cases" for remark, number in figures["remarks"].items()]
+    return "\n\n".join([format_counts(counts, KINDS), total, *remarks])
 
 
 def main() -> int:
@@ -139,16 +136,14 @@ def main() -> int:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=options.dir or (memory if memory.is_dir() else None)) as name:
         tally, seconds, mutations = run(options, Path(name).resolve())
-    show(tally, seconds)
-    counts = {family: dict(found) for family, found in tally.counts.items()}
-    write_json(options.json, {"seed": options.seed, "mutations": mutations, "seconds": seconds, "counts": counts,
-                              "remarks": dict(tally.remarks), "escapes": tally.escapes})  # fmt: skip
+    figures = {"seed": options.seed, "mutations": mutations, "seconds": seconds} | vars(tally)
+    print(render(figures))
+    write_results(options, figures)
     return 1 if tally.escapes else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--mutations", type=int, default=10_000, help="how many cases (default 10,000)")
     add("--seed", type=int, default=0)
@@ -157,8 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", type=int, nargs="+", metavar="NUMBER", help="only these cases, with their outcome in full")
     add("--limit", type=float, default=20, metavar="SECONDS", help="for one case, after which it hangs (default 20)")
     add("--keep", type=Path, default=KEEP, metavar="FOLDER", help="where inputs of escapes are saved")
-    add("--dir", type=Path, help="work in a fresh folder below this one (default: in memory, where that is possible)")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    add_dir(parser)
     return parser
 
 

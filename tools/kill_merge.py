@@ -1,6 +1,7 @@
-"""Merges that are killed on the way: at any moment, and right before every single step that changes the disk.
+"""Kill merges: at random moments, and right before every single step that changes the disk.
 
-    python tools/kill_merge.py [--kills 200] [--seed 0] [--size-mb 64] [--modes NAME ...] [--dir FOLDER] [--json FILE]
+    python tools/kill_merge.py [--kills 200] [--seed 0] [--size-mb 64] [--modes NAME ...] [--dir FOLDER]
+                               [--json FILE] [--save]
 
 `pema-merge` runs as a process of its own on a generated base and is ended with SIGKILL: half of `--kills` anywhere in
 its time, half after it began to write. Then it is killed once before each of its steps (open, write, fsync, rename,
@@ -23,18 +24,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from _bench import table, write_json
-from _fuzz_pairs import put
-from _kill_disks import full_disks
-from _kill_modes import COMMAND, MODES, Mode, Place, Reference, contents, inputs, run
+from crash.full_disk import full_disks
+from crash.kill_modes import COMMAND, MODES, Mode, Place, Reference, contents, inputs, run
+from fuzz.pairs import put
+from harness.command_line import add_dir, make_parser
+from harness.results import write_results
+from harness.tables import format_table
 
-CHILD = [sys.executable, str(Path(__file__).with_name("_kill_child.py"))]
+CHILD = [sys.executable, str(Path(__file__).with_name("crash/kill_child.py"))]
 
 
 @dataclass
 class Tally:
-    """Of one mode: how often it was killed, what lay there, what went wrong."""
+    """Of one mode: the number of kills, the states found after them, and everything wrong."""
 
     kills: int = 0
     finished: int = 0
@@ -42,7 +46,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
 
 
-def refer(mode: Mode, place: Place) -> Reference:
+def make_reference(mode: Mode, place: Place) -> Reference:
     """Run the mode three times undisturbed."""
     times = []
     for _ in range(3):
@@ -63,7 +67,7 @@ def refer(mode: Mode, place: Place) -> Reference:
 
 
 def check(mode: Mode, place: Place, reference: Reference, tally: Tally, moment: str) -> None:
-    """After a kill: look, run again, look again."""
+    """After a kill: check the state, run again, check again."""
     state = mode.state(place, reference.target)
     tally.states[state] += 1
     wrong = [f"changed: {', '.join(touched)}"] if (touched := place.touched()) else []
@@ -76,7 +80,7 @@ def check(mode: Mode, place: Place, reference: Reference, tally: Tally, moment: 
 
 
 def _after_rerun(mode: Mode, place: Place, reference: Reference, command: list[str] | None) -> list[str]:
-    """Give the command again, and say what is wrong then."""
+    """Run the command again. Returns everything that is wrong then."""
     again = run(command) if command is not None else None
     if again is not None and again.returncode:
         return [f"the next run failed: {again.stderr.strip()}"]
@@ -88,7 +92,7 @@ def _after_rerun(mode: Mode, place: Place, reference: Reference, command: list[s
 
 
 def kill_at(mode: Mode, place: Place, reference: Reference, random: Random, is_aimed: bool) -> str | None:
-    """One run, killed at a random moment; returns which, None where the run was over before."""
+    """Kill one run at a random moment. Returns the moment, None where the run was over before."""
     mode.prepare(place)
     process = subprocess.Popen([*COMMAND, *mode.arguments(place)], stderr=subprocess.DEVNULL)
     delay = random.uniform(0, (reference.writing if is_aimed else reference.seconds) * 1.05)
@@ -102,7 +106,7 @@ def kill_at(mode: Mode, place: Place, reference: Reference, random: Random, is_a
     return None if is_over else f"{delay * 1000:.0f} ms {'after it began to write' if is_aimed else 'after its start'}"
 
 
-def at_random(mode: Mode, place: Place, reference: Reference, count: int, seed: int) -> Tally:
+def kill_at_random(mode: Mode, place: Place, reference: Reference, count: int, seed: int) -> Tally:
     random, tally = Random(f"{seed}:{mode.name}"), Tally()
     for number in range(count):
         moment = kill_at(mode, place, reference, random, is_aimed=bool(number % 2))
@@ -112,8 +116,8 @@ def at_random(mode: Mode, place: Place, reference: Reference, count: int, seed: 
     return tally
 
 
-def at_every_step(mode: Mode, place: Place, reference: Reference) -> Tally:
-    """Killed once right before each step that changes the disk."""
+def kill_at_every_step(mode: Mode, place: Place, reference: Reference) -> Tally:
+    """Kill one run right before each step that changes the disk."""
     tally, counts = Tally(), place.root / "steps"
     steps, last = 0, 0
     while last <= steps:
@@ -143,38 +147,45 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         put(Path(folder), inputs(options.size_mb))
         place = Place(Path(folder).resolve())
-        references = {name: refer(MODES[name], place) for name in names}
+        references = {name: make_reference(MODES[name], place) for name in names}
         for name, reference in references.items():
             count = -(-options.kills // len(names))
-            tallies[f"{name}, at random"] = at_random(MODES[name], place, reference, count, options.seed)
-            tallies[f"{name}, at every step"] = at_every_step(MODES[name], place, reference)
-        disks = full_disks(place, refer(MODES["fresh"], place), options.size_mb)
-    show(tallies, disks, references, time.perf_counter() - start)
-    write_json(options.json, {"kills": {name: vars(tally) for name, tally in tallies.items()}, "disks": disks})
+            tallies[f"{name}, at random"] = kill_at_random(MODES[name], place, reference, count, options.seed)
+            tallies[f"{name}, at every step"] = kill_at_every_step(MODES[name], place, reference)
+        disks = full_disks(place, make_reference(MODES["fresh"], place), options.size_mb)
+    figures = {
+        "seed": options.seed,
+        "seconds": time.perf_counter() - start,
+        "kills": {name: vars(tally) for name, tally in tallies.items()},
+        "disks": disks,
+        "undisturbed_seconds": {name: [one.seconds, one.writing] for name, one in references.items()},
+    }
+    print(render(figures))
+    write_results(options, figures)
     full = [text for text in disks.values() if text and "not run" not in text]
     return 1 if full or any(tally.wrong for tally in tallies.values()) else 0
 
 
-def show(tallies: dict[str, Tally], disks: dict[str, str], references: dict[str, Reference], seconds: float) -> None:
-    for name, reference in references.items():
-        print(f"{name}: {reference.seconds:.2f} s, of which it writes for {reference.writing:.2f} s")
+def render(figures: dict[str, Any]) -> str:
     header = ["mode", "kills", "over before", "found after the kill", "wrong"]
-    states = {name: ", ".join(f"{state}: {n}" for state, n in sorted(t.states.items())) for name, t in tallies.items()}
-    rows = [[name, t.kills, t.finished, states[name], len(t.wrong)] for name, t in tallies.items()]
-    print(table(header, rows))
-    print(table(["disk", "wrong"], [[name, text or "-"] for name, text in disks.items()]))
-    print(f"{sum(tally.kills for tally in tallies.values())} kills in {seconds:.0f} s")
+    rows = []
+    for name, tally in figures["kills"].items():
+        states = ", ".join(f"{state}: {count}" for state, count in sorted(tally["states"].items()))
+        rows.append([name, tally["kills"], tally["finished"], states, len(tally["wrong"])])
+    disks = [[name, text or "-"] for name, text in figures["disks"].items()]
+    kills = sum(tally["kills"] for tally in figures["kills"].values())
+    total = f"{kills} kills (seed {figures['seed']}) in {figures['seconds']:.0f} s"
+    return "\n\n".join([format_table(header, rows), format_table(["full disk", "wrong"], disks), total])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--kills", type=int, default=200, help="at random moments, over all modes (default 200)")
     add("--seed", type=int, default=0)
     add("--size-mb", type=int, default=64, help="of the base (default 64)")
     add("--modes", nargs="+", choices=MODES, help="default: all that the command has")
-    add("--dir", type=Path, help="work in a fresh folder below this one (default: the system's)")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    add_dir(parser)
     return parser
 
 

@@ -1,6 +1,7 @@
-"""What `memory_report` predicts of full fine-tuning, beside what a real run holds.
+"""Memory of full fine-tuning as `memory_report` predicts it, beside a real run.
 
-    python tools/memory_prediction.py [--models minilm xlm-r-base] [--optimizers adamw_fp32 ...] [--json FILE]
+    python tools/memory_prediction.py [--models minilm xlm-r-base] [--optimizers adamw_fp32 ...]
+                                      [--json FILE] [--save]
 
 Each run is a fresh process that loads a checkpoint, with from_pretrained or with `load_model`, copies all weights into
 memory of its own (on the CPU they are pages of the file otherwise), and makes two steps on 1 x 8 tokens, so that
@@ -16,6 +17,7 @@ XLM-R-base is its shape, noise; all-MiniLM-L6-v2 is the model itself, from the p
 import argparse
 import ctypes
 import gc
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -24,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from _bench import anonymous_bytes, in_child, table, write_json
-from _merge_shapes import Shape, write_base
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -36,6 +36,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from harness.checkpoints import Shape, write_base
+from harness.child import anonymous_bytes, run_in_child
+from harness.command_line import make_parser
+from harness.results import write_results
+from harness.tables import format_table
 from pema_adapters import PartialVocabulary, load_model, memory_report
 
 MEGA, LENGTH, STEPS = 1e6, 8, 2
@@ -63,7 +68,7 @@ class Run:
         return PartialVocabulary(np.arange(size)[-self.rows :], size)
 
     def load(self) -> Any:
-        """The model, every weight in memory of the process."""
+        """Load the model, with every weight in memory of the process."""
         plain = {"dtype": OPTIMIZERS[self.optimizer][0]}
         if self.partial:
             model = load_model(AutoModelForSequenceClassification, self.folder, self.vocabulary(), **plain)
@@ -78,7 +83,7 @@ class Run:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([1])}
 
 
-def optimizer_of(model: Any, name: str) -> Any:
+def make_optimizer(model: Any, name: str) -> Any:
     if name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -86,26 +91,26 @@ def optimizer_of(model: Any, name: str) -> Any:
     return torch.optim.AdamW(model.parameters(), lr=1e-5)
 
 
-def give_back() -> None:
-    """Have malloc hand freed memory back to the system."""
+def trim_memory() -> None:
+    """Have malloc return freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def held() -> int:
-    give_back()
+def measure_held() -> int:
+    trim_memory()
     return anonymous_bytes()
 
 
-def steps(run: Run) -> int:
-    """Bytes held after the last of some steps."""
+def take_steps(run: Run) -> int:
+    """Return the bytes held after the last of some steps."""
     model, batch = run.load(), run.batch()
-    optimizer = optimizer_of(model, run.optimizer)
+    optimizer = make_optimizer(model, run.optimizer)
     for _ in range(STEPS):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    return held()
+    return measure_held()
 
 
 class _AfterStep(TrainerCallback):  # type: ignore[misc]
@@ -114,10 +119,10 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
     found = 0
 
     def on_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
-        self.found = held()
+        self.found = measure_held()
 
 
-def trainer_steps(run: Run) -> int:
+def take_trainer_steps(run: Run) -> int:
     rows = [{name: values[0] for name, values in run.batch().items()}] * STEPS
     look = _AfterStep()
     with tempfile.TemporaryDirectory() as folder:
@@ -132,27 +137,27 @@ def trainer_steps(run: Run) -> int:
 
 
 def train(run: Run) -> Generator[None, None, int]:
-    way: Callable[[Run], int] = trainer_steps if run.optimizer == TRAINER else steps
+    way: Callable[[Run], int] = take_trainer_steps if run.optimizer == TRAINER else take_steps
     transformers_logging.set_verbosity_error()
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_FROM)
     way(run)
-    give_back()
+    trim_memory()
     yield
     return way(run)
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Bytes predicted, held and at the peak."""
+    """Return the bytes predicted, held and at the peak."""
     report = memory_report(
         run.folder, run.vocabulary(), OPTIMIZERS[run.optimizer][1], model_class=AutoModelForSequenceClassification
     )
-    child = in_child(train, run)
+    child = run_in_child(train, run)
     predicted = (report.after if run.partial else report.before).total
     return {"predicted": predicted, "measured": child.result - child.before, "peak": child.grown}
 
 
 def compare(name: str, pair: list[dict[str, Any]]) -> list[list[str]]:
-    """Lines of the table: without PEMA, with it, and what it saves."""
+    """Return the lines of the table: without PEMA, with it, and saved."""
     saved = {key: pair[0][key] - pair[1][key] for key in pair[0]}
     lines = []
     for what, found in zip(("without", "with PEMA", "saved"), (*pair, saved), strict=True):
@@ -177,29 +182,36 @@ MODELS: dict[str, tuple[Callable[[Path], Path], int]] = {"minilm": (minilm, 3_00
 """Where its checkpoint is, and K."""
 
 
-def main() -> None:
-    options = parse()
-    rows, found = [], {}
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    found = {}
     with tempfile.TemporaryDirectory() as name:
         for model in options.models:
-            folder = MODELS[model][0](Path(name))
+            folder, rows = MODELS[model][0](Path(name)), options.rows or MODELS[model][1]
             for optimizer in options.optimizers:
-                runs = [Run(folder, options.rows or MODELS[model][1], optimizer, partial) for partial in (False, True)]
-                pair = [measure(run) for run in runs]
+                pair = [measure(Run(folder, rows, optimizer, partial)) for partial in (False, True)]
                 found[f"{model}, {optimizer}"] = pair
-                rows += compare(f"{model}, {optimizer}", pair)
-                print(*rows[-1], sep=" | ", flush=True)
-    print("\n" + table(["run", "", "predicted MB", "measured MB", "error", "peak MB"], rows))
-    write_json(options.json, {"bytes": found})
+                print(*compare(f"{model}, {optimizer}", pair)[-1], sep=" | ", file=sys.stderr, flush=True)
+    return {"bytes": found}
+
+
+def render(figures: dict[str, Any]) -> str:
+    rows = [line for name, pair in figures["bytes"].items() for line in compare(name, pair)]
+    return format_table(["run", "", "predicted MB", "measured MB", "error", "peak MB"], rows)
+
+
+def main() -> None:
+    options = parse()
+    figures = measure_all(options)
+    print(render(figures))
+    write_results(options, figures)
 
 
 def parse() -> argparse.Namespace:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    options.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
-    options.add_argument("--rows", type=int, metavar="K", help="default: 3,000 of MiniLM's, 20,000 of XLM-R's")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    return options.parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
+    parser.add_argument("--rows", type=int, metavar="K", help="default: 3,000 of MiniLM's, 20,000 of XLM-R's")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The PEMA paper's Tables 2, 3, 5 and 6 (and 4, with XNLI) computed anew, beside the paper's figures.
+"""Reproduce the PEMA paper's Tables 2, 3, 5 and 6 (and 4, with XNLI), beside the paper's figures.
 
-    python tools/paper_tables.py --tokenizers DIR --glue DIR [--xnli DIR] [--tables 2 3 5 6] [--json FILE]
+    python tools/paper_tables.py --tokenizers DIR --glue DIR [--xnli DIR] [--tables 2 3 5 6]
+                                 [--json FILE] [--save]
 
     DIR of --tokenizers: a folder for each, bert-base-uncased, roberta-base, deberta-v3-base,
         bert-base-multilingual-cased, xlm-roberta-base, xlm-v-base: whichever there are
@@ -17,17 +18,19 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from _bench import table, write_json
-from _paper_data import Usage
-from _paper_figures import EMBEDDING, MEAN, MILLIONS, MODEL, SUBSETS, TABLE_7, TABLES
-from _paper_models import Size, model_of
 from transformers.utils import logging as transformers_logging
 
+from harness.command_line import make_parser
+from harness.results import write_results
+from harness.tables import format_table
+from paper.data import Usage
+from paper.figures import EMBEDDING, MEAN, MILLIONS, MODEL, SUBSETS, TABLE_7, TABLES
+from paper.models import Size, model_of
 from pema_adapters import PartialVocabulary
 from pema_adapters.errors import PemaError
 
@@ -51,7 +54,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of the paper, and what was computed; None: the data are not there."""
+    """A figure of the paper, and the computed one (None: the data are not there)."""
 
     table: int
     section: str
@@ -80,38 +83,38 @@ class Cell:
         return f"{self.paper:.1f} {self.ours:.2f} {difference:+.2f}{'' if self.close else ' !'}"
 
 
-def removed(size: Size, vocabulary: PartialVocabulary) -> int:
-    """Parameters that need not be in memory."""
+def count_removed(size: Size, vocabulary: PartialVocabulary) -> int:
+    """Count the parameters that need not be in memory."""
     return (vocabulary.vocab_size - len(vocabulary)) * size.width
 
 
 REDUCTIONS: dict[str, Callable[[Size, PartialVocabulary], float]] = {
     EMBEDDING: lambda _, vocabulary: 100 * vocabulary.reduction,
-    MODEL: lambda size, vocabulary: 100 * removed(size, vocabulary) / size.total,
-    MILLIONS: lambda size, vocabulary: removed(size, vocabulary) / 1e6,
+    MODEL: lambda size, vocabulary: 100 * count_removed(size, vocabulary) / size.total,
+    MILLIONS: lambda size, vocabulary: count_removed(size, vocabulary) / 1e6,
 }
-"""What the sections of Tables 2, 3 and 4 show."""
+"""The sections of Tables 2, 3 and 4."""
 SHARES: dict[str, Callable[[Size], float]] = {
     "N_emb": lambda size: size.embedding / 1e6,
     "N": lambda size: size.total / 1e6,
     "N_emb/N": lambda size: 100 * size.embedding / size.total,
 }
-"""What the columns of Tables 5 and 6 show."""
+"""The columns of Tables 5 and 6."""
 
 
 def cells(number: int, usage: Usage) -> Iterator[Cell]:
-    """All cells of a table, those that cannot be computed too."""
+    """Yield all cells of a table, also those that cannot be computed."""
     for section, rows in TABLES[number].sections.items():
         for row, paper in rows.items():
             columns = TABLES[number].columns
-            ours = [computed(number, section, row, column, usage) for column in columns if column != MEAN]
+            ours = [compute(number, section, row, column, usage) for column in columns if column != MEAN]
             if MEAN in columns:
                 ours.append(None if None in ours else fmean(ours))
             for column, figure, found in zip(columns, paper, ours, strict=True):
                 yield Cell(number, section, row, column, figure, found)
 
 
-def computed(number: int, section: str, row: str, column: str, usage: Usage) -> float | None:
+def compute(number: int, section: str, row: str, column: str, usage: Usage) -> float | None:
     model = model_of(number, row)
     if column in SHARES:
         return SHARES[column](model.size)
@@ -120,12 +123,12 @@ def computed(number: int, section: str, row: str, column: str, usage: Usage) -> 
 
 
 def data_of(number: int, column: str) -> tuple[str, tuple[str, ...]]:
-    """Benchmark and tasks that a column stands for."""
+    """Return benchmark and tasks of a column."""
     return (XNLI, SUBSETS[column]) if number == 4 else (GLUE, (column,))
 
 
 def markdown(number: int, found: Iterable[Cell]) -> str:
-    """The table, a section below the other, each with what its cells are."""
+    """Format a table of the paper, one section below the other."""
     shown, parts = TABLES[number], [f"## Table {number}: {TABLES[number].title}"]
     lines: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for cell in found:
@@ -133,12 +136,12 @@ def markdown(number: int, found: Iterable[Cell]) -> str:
     for section, rows in lines.items():
         header = ["Model", *shown.given, *shown.columns]
         body = [[row, *(f"{value:,}" for value in (shown.settings or {}).get(row, ())), *rows[row]] for row in rows]
-        parts += [f"{section}; in a cell: paper, computed, difference", table(header, body)]
+        parts += [f"{section}; in a cell: paper, computed, difference", format_table(header, body)]
     return "\n\n".join([*parts, *([NOTES[number]] if number in NOTES else [])])
 
 
 def causes(found: Iterable[Cell], usage: Usage) -> str:
-    """Why cells are further off, where that is known: a line a cause."""
+    """Explain the cells that are further off: a line a cause."""
     off: dict[str, list[str]] = defaultdict(list)
     for cell in found:
         if cell.ours is not None and not cell.close:
@@ -164,18 +167,23 @@ def counts(found: list[Cell]) -> dict[str, int]:
     }
 
 
-def summary(found: list[Cell], usage: Usage) -> str:
-    """How much of each table is reproduced, and of all; and what was not there."""
+def render(figures: dict[str, Any]) -> str:
+    """Count the reproduced cells of each table and of all, and list missing data."""
+    found = [read_cell(cell) for cell in figures["cells"]]
     groups = {f"Table {number}": [cell for cell in found if cell.table == number] for number in TABLES}
     groups = {name: group for name, group in groups.items() if group} | {"All": found}
     header = ["", "within 0.1", "same digits", "computed", "in the paper"]
-    shown = table(header, [[name, *counts(group).values()] for name, group in groups.items()])
-    missing = f"Not there: {', '.join(usage.missing)}." if usage.missing else ""
-    return "\n\n".join(filter(None, ["## Cells", shown, missing]))
+    shown = format_table(header, [[name, *counts(group).values()] for name, group in groups.items()])
+    missing = f"Missing data: {', '.join(figures['missing'])}." if figures["missing"] else ""
+    return "\n\n".join(filter(None, [shown, missing]))
 
 
-def figures(found: list[Cell], usage: Usage) -> dict[str, Any]:
-    """For `--json`."""
+def read_cell(saved: dict[str, Any]) -> Cell:
+    return Cell(**{field.name: saved[field.name] for field in fields(Cell)})
+
+
+def collect_figures(found: list[Cell], usage: Usage) -> dict[str, Any]:
+    """Return the figures of the result file."""
     scans = [
         {"tokenizer": tokenizer, "benchmark": benchmark, "task": task, "rows": usage.rows[benchmark, task]}
         | {"used": len(vocabulary), "vocab_size": vocabulary.vocab_size}
@@ -185,25 +193,23 @@ def figures(found: list[Cell], usage: Usage) -> dict[str, Any]:
     return {"counts": counts(found), "missing": list(usage.missing), "scans": scans, "cells": listed}
 
 
-def arguments() -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+def parse() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     for name in ("tokenizers", "glue", "xnli"):
-        options.add_argument(f"--{name}", type=Path, metavar="DIR")
-    options.add_argument("--tables", type=int, nargs="+", choices=sorted(TABLES), help="default: 2 3 5 6; 4 with XNLI")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    chosen = options.parse_args()
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR")
+    parser.add_argument("--tables", type=int, nargs="+", choices=sorted(TABLES), help="default: 2 3 5 6; 4 with XNLI")
+    chosen = parser.parse_args()
     chosen.tables = chosen.tables or ([2, 3, 4, 5, 6] if chosen.xnli else [2, 3, 5, 6])
     for folder in (chosen.tokenizers, chosen.glue, chosen.xnli):
         if folder and not folder.is_dir():
-            options.error(f"{folder}: no such folder")
+            parser.error(f"{folder}: no such folder")
     if {2, 3} & set(chosen.tables) and not (chosen.tokenizers and chosen.glue):
-        options.error("Tables 2 and 3 want --tokenizers DIR and --glue DIR; --tables 5 6 wants neither")
+        parser.error("Tables 2 and 3 want --tokenizers DIR and --glue DIR; --tables 5 6 wants neither")
     return chosen
 
 
 def main() -> None:
-    chosen = arguments()
+    chosen = parse()
     transformers_logging.set_verbosity_error()
     usage = Usage(chosen.tokenizers, {GLUE: chosen.glue, XNLI: chosen.xnli})
     found: list[Cell] = []
@@ -214,8 +220,9 @@ def main() -> None:
             found += of_table
     except PemaError as error:
         sys.exit(f"{error}")
-    print(summary(found, usage))
-    write_json(chosen.json, figures(found, usage))
+    figures = collect_figures(found, usage)
+    print(f"## Cells\n\n{render(figures)}")
+    write_results(chosen, figures)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Checkpoints from which a run goes on, however it was ended, to the result that it would have had.
+"""Checkpoints from which an interrupted run resumes to the very result of an uninterrupted one.
 
     checkpoint-40/...             what Trainer writes, file by file
-    checkpoint-40/recipe.json     the setting of the run, and what Trainer forgets; written last, in one go
+    checkpoint-40/recipe.json     the setting of the run, and the sum of the losses; written last, atomically
 
-A checkpoint without the last one is not whole, and does not count.
+A checkpoint without recipe.json is incomplete and ignored.
 """
 
 import json
@@ -17,15 +17,15 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pema_adapters.io.files import replace_file
+from harness.results import replace_file
 
 MARK = "recipe.json"
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that knows the losses of all steps, of those before its checkpoint, too.
+    """A Trainer whose mean loss includes the steps before its checkpoint.
 
-    Trainer itself adds up the steps since the checkpoint, and divides by all.
+    Trainer itself sums the steps since the checkpoint, and divides by all.
 
     Attributes:
         losses: their sum, of single precision and in the order of the steps, as Trainer's: the last digit is the same.
@@ -36,10 +36,10 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.setting = setting
         self.losses = torch.tensor(0.0, device=self.args.device)
-        self.add_callback(_Complete(self))
+        self.add_callback(_MarkComplete(self))
 
-    def go_on(self, checkpoint: "Checkpoint | None") -> float:
-        """Train from a whole checkpoint, or from the start. Returns the mean loss of all steps."""
+    def resume(self, checkpoint: "Checkpoint | None") -> float:
+        """Train from a complete checkpoint, or from the start. Returns the mean loss of all steps."""
         if checkpoint is not None:
             self.losses.fill_(checkpoint.losses)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
@@ -54,7 +54,7 @@ class ResumableTrainer(Trainer):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: the setting of its run, and the sum of the losses so far."""
+    """A complete checkpoint: the setting of its run, and the sum of the losses so far."""
 
     folder: Path
     setting: dict[str, Any]
@@ -62,21 +62,21 @@ class Checkpoint:
 
 
 def last_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run; None: there is none."""
+    """Return the newest complete checkpoint of a run, None if there is none."""
     whole = [mark.parent for mark in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}")]
     last = max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
     return None if last is None else Checkpoint(last, **json.loads((last / MARK).read_text()))
 
 
-class _Complete(TrainerCallback):
-    """Ends a checkpoint, after Trainer has written all of it. The others go only then: one is whole at any time."""
+class _MarkComplete(TrainerCallback):
+    """Marks a checkpoint as complete after Trainer wrote it, and only then removes the older ones."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        sync(checkpoint)
+        sync_files(checkpoint)
         mark = {"setting": self.trainer.setting, "losses": self.trainer.losses.item()}
         replace_file(checkpoint / MARK, json.dumps(mark).encode())
         for other in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -84,8 +84,8 @@ class _Complete(TrainerCallback):
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def sync(folder: Path) -> None:
-    """What vouches for the files of a folder must not outlive them."""
+def sync_files(folder: Path) -> None:
+    """Flush the files of a folder to the disk, before the mark that vouches for them is written."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

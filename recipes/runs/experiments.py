@@ -1,7 +1,7 @@
-"""Many training runs, one process each: what there is to do, what is done already, and the table of it.
+"""Many training runs, one process each: planned, resumed, and reported as a table.
 
-Every finished run is a file in OUTPUT/runs, so that what was interrupted goes on where it was, and several commands
-with other seeds or tasks may share a folder. OUTPUT/results.json has what the last command was about.
+Every finished run is a file in OUTPUT/runs, so that an interrupted command resumes, and several commands with other
+seeds or tasks may share a folder. OUTPUT/results.json has the results of the last command.
 """
 
 import argparse
@@ -15,22 +15,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from _options import FULL, combinations, parse
-from _table import report
-from _tasks import Benchmark, Task, TaskError, plain
-from _training import Place, Setting, run
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from pema_adapters.io.files import replace_file
-from pema_adapters.scanning.worker_pool import end_with_parent
+from harness.child import end_with_parent
+from harness.results import replace_file, write_results
+from runs.options import FULL, combinations, parse
+from runs.table import report
+from runs.tasks import Benchmark, Task, TaskError, plain
+from runs.training import Place, Setting, run
 
 GIVEN = (
     "base", "batch_size", "max_length", "warmup_ratio", "weight_decay", "max_grad_norm", "bf16", "group_by_length",
 )  # fmt: skip
-"""Of a setting: what the command line says, as it is."""
+"""Fields of a setting that the command line gives."""
 NEEDED = {"task", "setting", "scores", "trained_parameters", "peak_bytes", "seconds_per_step"}
-"""Of a result: what tables and figures are made of."""
+"""Keys of a result that tables and figures need."""
 RESUMED = "what is done is kept, and the same command goes on from there"
 
 Result = dict[str, Any]
@@ -38,7 +38,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run, and where its result is kept."""
+    """One run, and the folder of its result."""
 
     task: Task
     setting: Setting
@@ -54,10 +54,10 @@ class Run:
         return self.output / "runs" / f"{self.name}.json"
 
     def done(self) -> Result | None:
-        """The result, if there is one.
+        """Return the result, None if there is none.
 
         Raises:
-            TaskError: of another setting, or a damaged file.
+            TaskError: the result is of another setting, or the file is damaged.
         """
         if not self.file.exists():
             return None
@@ -65,7 +65,7 @@ class Run:
         self.setting.refuse_other(result["setting"], self.file)
         return result
 
-    def keep(self, found: Result) -> None:
+    def save(self, found: Result) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         result = {"task": self.task.name, "setting": asdict(self.setting), **found}
         write(self.file, result)
@@ -86,18 +86,19 @@ def main(benchmark: Benchmark, doc: str) -> int:
 
 
 def experiment(benchmark: Benchmark, options: argparse.Namespace) -> None:
-    runs = planned(benchmark, options)
-    results = finished(runs, options)
+    runs = plan_runs(benchmark, options)
+    results = finish_runs(runs, options)
     write(options.output / "results.json", results)
-    print(report(results, list({run.task.name: run.task for run in runs}.values())))
+    print(report(results))
+    write_results(options, {"runs": results}, benchmark.name.lower())
     if options.plot:
-        from _figure import draw
+        from runs.figure import draw
 
         draw(results, options.plot)
 
 
-def planned(benchmark: Benchmark, options: argparse.Namespace) -> list[Run]:
-    """All runs, the seeds outermost: what is interrupted has whole tables of fewer seeds."""
+def plan_runs(benchmark: Benchmark, options: argparse.Namespace) -> list[Run]:
+    """Return all runs, seeds outermost: an interrupted command has complete tables of fewer seeds."""
     learning_rates = {method: learning_rate(options, method) for method in options.methods}
     shared = shared_setting(benchmark, options)
     limits = options.train_rows * (len(options.tasks) if len(options.train_rows) == 1 else 1)
@@ -110,13 +111,13 @@ def planned(benchmark: Benchmark, options: argparse.Namespace) -> list[Run]:
 
 
 def shared_setting(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
-    """What all runs have in common."""
+    """Return the fields of a setting that all runs share."""
     epochs = benchmark.epochs if options.epochs is None else options.epochs
     return {"epochs": epochs, **{name: getattr(options, name) for name in GIVEN}}
 
 
 def learning_rate(options: argparse.Namespace, method: str) -> float:
-    """As given; else Table 8's: 2e-5, and 7.5e-6 for XLM models."""
+    """Return the given rate, else that of Table 8: 2e-5, and 7.5e-6 for XLM models."""
     if method != FULL:
         return options.peft_learning_rate
     if options.learning_rate is not None:
@@ -124,8 +125,8 @@ def learning_rate(options: argparse.Namespace, method: str) -> float:
     return 7.5e-6 if AutoConfig.from_pretrained(options.base).model_type == "xlm-roberta" else 2e-5
 
 
-def finished(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
-    """The results of all runs: of those that are done already, and of those that this does now."""
+def finish_runs(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
+    """Do the runs that are not done already. Returns the results of all."""
     todo = [run for run in runs if run.done() is None]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already", file=sys.stderr)
@@ -136,15 +137,15 @@ def finished(runs: Sequence[Run], options: argparse.Namespace) -> list[Result]:
         checkpoints = options.output / "checkpoints" / one.name
         bar = sys.stderr.isatty()
         place = Place(options.data_dir, checkpoints, options.save_steps, options.threads, bar)
-        one.keep(in_a_process(one, place))
+        one.save(run_in_process(one, place))
         shutil.rmtree(checkpoints, ignore_errors=True)
     return [result for run in runs if (result := run.done()) is not None]
 
 
-def in_a_process(one: Run, place: Place) -> Result:
-    """A run in a fresh process, so that memory is its own, and what kills it kills nothing else.
+def run_in_process(one: Run, place: Place) -> Result:
+    """Run in a fresh process, so that its memory is measured alone, and a crash ends no other run.
 
-    It is forked from a server that has imported all modules, and done nothing with them.
+    It is forked from a server that has imported all modules and done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["adapters", "datasets", "sklearn.metrics", "transformers"])
@@ -168,7 +169,7 @@ def in_a_process(one: Run, place: Place) -> Result:
 
 
 def child(pipe: Connection, task: Task, setting: Setting, place: Place) -> None:
-    end_with_parent()  # it would train on in the folder where the next command works
+    end_with_parent()  # else it would go on training in the folder of the next command
     try:
         pipe.send((None, run(task, setting, place)))
     except KeyboardInterrupt:
@@ -178,7 +179,7 @@ def child(pipe: Connection, task: Task, setting: Setting, place: Place) -> None:
 
 
 def read(path: Path) -> Result:
-    """A result.
+    """Read a result.
 
     Raises:
         TaskError: the file is damaged.
@@ -186,14 +187,14 @@ def read(path: Path) -> Result:
     try:
         result = json.loads(path.read_bytes())
     except ValueError as error:  # no JSON, or no text
-        raise TaskError(damaged(path, str(error))) from error
+        raise TaskError(describe_damage(path, str(error))) from error
     missing = NEEDED - result.keys() if isinstance(result, dict) else NEEDED
     if missing:
-        raise TaskError(damaged(path, f"found no {', '.join(sorted(missing))}"))
+        raise TaskError(describe_damage(path, f"found no {', '.join(sorted(missing))}"))
     return result
 
 
-def damaged(path: Path, evidence: str) -> str:
+def describe_damage(path: Path, evidence: str) -> str:
     return f"{path}: damaged, no result of a run ({evidence}): delete the file, and the run is done again"
 
 

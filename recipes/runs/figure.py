@@ -7,12 +7,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from runs.table import headline
+
 FILLED = {"off": "none", "on": "full", "frozen": "left"}
-"""How a marker is filled, by what `--pema` says."""
+"""Fill of a marker, by `--pema`."""
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """A point for each method with and without PEMA: peak memory, and the mean score over the tasks.
+    """Plot a point for each method with and without PEMA: peak memory, and the mean score over the tasks.
 
     Bars are the standard deviation over the seeds; an arrow leads from training without PEMA to training with it.
     """
@@ -29,7 +31,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def point(results: Sequence[dict[str, Any]], method: str, pema: str) -> tuple[float, float, float] | None:
-    """MB, the mean score in points, and its standard deviation over the seeds; None: there are no such results."""
+    """Return MB, the mean score in points, and its standard deviation over the seeds; None without such results."""
     mine = [one for one in results if (one["setting"]["method"], one["setting"]["pema"]) == (method, pema)]
     if not mine:
         return None
@@ -37,11 +39,6 @@ def point(results: Sequence[dict[str, Any]], method: str, pema: str) -> tuple[fl
     means = [statistics.fmean(100 * headline(one) for one in mine if one["setting"]["seed"] == seed) for seed in seeds]
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     return statistics.fmean(one["peak_bytes"] / 1e6 for one in mine), statistics.fmean(means), spread
-
-
-def headline(result: dict[str, Any]) -> float:
-    """The first metric of the first scored split."""
-    return next(iter(next(iter(result["scores"].values())).values()))
 
 
 def _draw_method(axes: Any, method: str, points: dict[str, tuple[float, float, float]], color: str) -> None:

@@ -1,32 +1,33 @@
-"""What training takes in memory, on an accelerator or on the CPU."""
+"""Memory of training, on an accelerator or on the CPU."""
 
 import ctypes
 import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from harness.child import anonymous_bytes
 
-def hold(model: torch.nn.Module) -> None:
-    """Copy into memory what from_pretrained only mapped, so that a matrix that nobody trains counts, too."""
+
+def copy_weights(model: torch.nn.Module) -> None:
+    """Copy mapped weights into memory of the process, so that a frozen matrix counts, too."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
-    settle()
+    trim_memory()
 
 
-def settle() -> None:
-    """Give back what the heap holds free: it is not of what comes next, nor there for it to use unseen."""
+def trim_memory() -> None:
+    """Return freed memory to the system: it must not hide what is allocated next."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def peak_memory() -> Iterator[Any]:
-    """The highest memory during the block, in bytes: the device's, or this process's anonymous memory."""
+    """Watch memory during the block; the yielded function returns the peak in bytes, of the device or RssAnon."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield torch.cuda.max_memory_allocated
@@ -44,11 +45,3 @@ def peak_memory() -> Iterator[Any]:
     finally:
         done.set()
         watcher.join()
-
-
-def anonymous_bytes() -> int:
-    """RssAnon of this process: pages of mapped files do not count."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")

@@ -4,26 +4,24 @@ import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from _tasks import Benchmark, plain
-from _training import PEMA
 from compacter_baselines import METHODS
-
-from pema_adapters.analysis.heaps_law import known_format
-from pema_adapters.errors import PemaError
+from harness.command_line import make_parser
+from runs.tasks import Benchmark, plain
+from runs.training import PEMA
 
 FULL = "Full fine-tuning"
 PEFT_LEARNING_RATE = 1e-3
-"""For what trains few weights. Table 8 is about full fine-tuning; nothing was tuned here."""
+"""For methods that train few weights. Table 8 is about full fine-tuning; nothing was tuned here."""
 
 
 def parse(benchmark: Benchmark, doc: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(doc)
     add = parser.add_argument
     add("--base", required=True, help="folder or Hub id of the model")
-    of = listed_of(benchmark.tasks)
+    of = known_names(benchmark.tasks)
     add("--tasks", type=of, default=list(benchmark.tasks), help=f"of {', '.join(benchmark.tasks)} (default: all)")
-    add("--methods", type=listed_of(METHODS), default=[FULL], help=f'of {", ".join(METHODS)} (default: "{FULL}")')
-    add("--pema", type=listed_of(PEMA), default=["off", "on"], help=f"of {', '.join(PEMA)} (default: off,on); "
+    add("--methods", type=known_names(METHODS), default=[FULL], help=f'of {", ".join(METHODS)} (default: "{FULL}")')
+    add("--pema", type=known_names(PEMA), default=["off", "on"], help=f"of {', '.join(PEMA)} (default: off,on); "
         "frozen: K rows, which do not train")  # fmt: skip
     add("--seeds", type=numbers, default=[0, 1, 2], help="default: 0,1,2")
     add("--data-dir", type=Path, metavar="DIR", help="a folder for each task, with tsv files (default: the Hub)")
@@ -51,7 +49,7 @@ def parse(benchmark: Benchmark, doc: str) -> argparse.Namespace:
 
 
 def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End in one line what options that are right by themselves cannot do together, before anything is loaded."""
+    """Refuse combinations of options in one line, before anything is loaded."""
     found, tasks = len(options.train_rows), len(options.tasks)
     if found not in {1, tasks}:
         parser.error(f"--train-rows: found {found} numbers, expected 1, or {tasks}, one for each of --tasks")
@@ -65,7 +63,7 @@ def refuse(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def combinations(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The methods, each with what `--pema` says."""
+    """Return the methods, each with each value of `--pema` that it has."""
     return [
         (method, pema)
         for method in options.methods
@@ -75,13 +73,13 @@ def combinations(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def is_folder(path: Path, output: Path) -> bool:
-    """Whether this is one, or will be once there are results: --output is made with all folders above it."""
+    """Whether the folder exists, or will once there are results: --output is made with all folders above it."""
     made = output.resolve()
     return path.is_dir() or path.resolve() in {made, *made.parents}
 
 
-def listed_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Reads a comma-separated list of known names, whatever their case and punctuation."""
+def known_names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a parser of comma-separated known names, whatever their case and punctuation."""
     by_name = {plain(name): name for name in known}
 
     def names(text: str) -> list[str]:
@@ -95,17 +93,21 @@ def listed_of(known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def figure(text: str) -> Path:
-    """Reads the path of a figure. Its folder is for `refuse`: it may be --output, which does not exist yet."""
+    """Parse the path of a figure. `refuse` checks its folder: it may be --output, which does not exist yet."""
     path = Path(text)
     try:
-        known_format(text)
-    except PemaError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise argparse.ArgumentTypeError("figures need matplotlib: pip install matplotlib") from None
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        expected = ", ".join(f".{name}" for name in formats)
+        raise argparse.ArgumentTypeError(f"{text}: found {path.suffix or 'no suffix'}, expected one of {expected}")
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: is a folder, expected a file")
     return path
 
 
 def numbers(text: str) -> list[int]:
-    """Reads a comma-separated list."""
+    """Parse a comma-separated list of numbers."""
     return [int(part) for part in text.split(",")]

@@ -1,4 +1,4 @@
-"""One training run of one method on one task, in a process of its own: see `run`."""
+"""One training run of one method on one task: see `run`."""
 
 import logging
 import os
@@ -9,11 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import compacter_baselines as baselines
 import torch
-from _checkpoints import ResumableTrainer, last_checkpoint
-from _memory import anonymous_bytes, hold, peak_memory, settle
-from _tasks import Task, TaskError
 from datasets import Dataset, disable_progress_bars
 from transformers import (
     AutoConfig,
@@ -27,17 +23,22 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import compacter_baselines as baselines
+from harness.child import anonymous_bytes
 from pema_adapters import PartialVocabulary
+from runs.checkpoints import ResumableTrainer, last_checkpoint
+from runs.memory import copy_weights, peak_memory, trim_memory
+from runs.tasks import Task, TaskError
 
 PEMA = {"off": baselines.PAPER, "on": baselines.TRAINED, "frozen": baselines.FROZEN}
-"""What `--pema` says, in the words of recipes/compacter_baselines.py."""
+"""Values of `--pema`, and the columns of recipes/compacter_baselines.py."""
 UNTIMED = 3
-"""First steps, in which memory is still being fetched."""
+"""First steps, which allocate memory."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All that decides the result of a run. A limit of 0 train rows is none; sequence length in tokens."""
+    """Everything that decides the result of a run. `train_rows` 0: all; `max_length` in tokens."""
 
     method: str
     pema: str
@@ -55,7 +56,7 @@ class Setting:
     group_by_length: bool
 
     def refuse_other(self, kept: Mapping[str, Any], where: Path) -> None:
-        """Raise TaskError where what is kept there was made with another setting."""
+        """Raise TaskError where a saved setting is another one."""
         for name, value in asdict(self).items():
             if kept.get(name) != value:
                 raise TaskError(
@@ -66,7 +67,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run works: its data, its checkpoints (each so many steps; 0: none), and on how many threads (0: all)."""
+    """Where a run works: data, checkpoints (every `save_steps` steps; 0: none), threads (0: all), progress bar."""
 
     data_dir: Path | None
     checkpoints: Path
@@ -79,27 +80,27 @@ def run(task: Task, setting: Setting, place: Place) -> dict[str, Any]:
     """Train and score. Returns scores by split, K and V, trained parameters, bytes at the peak, seconds a step.
 
     Memory is what training takes: the device's peak, or else the peak of anonymous memory beyond what the process held
-    before there was a model. From the last whole checkpoint of this run, if there is one, training goes on.
+    before there was a model. Training resumes at the last complete checkpoint of this run, if there is one.
     """
     quiet(place)
-    splits, vocabulary = prepared_data(task, setting, place)
+    splits, vocabulary = prepare_data(task, setting, place)
     checkpoint = last_checkpoint(place.checkpoints) if place.save_steps else None
     if checkpoint is not None:
         setting.refuse_other(checkpoint.setting, checkpoint.folder)
-    settle()
+    trim_memory()
     before = anonymous_bytes()
     set_seed(setting.seed)
     model = AutoModelForSequenceClassification.from_pretrained(setting.base, num_labels=task.labels)
     used = baselines.prepare(model, setting.method, PEMA[setting.pema], vocabulary)
-    hold(model)
-    trainer = trainer_of(model, task, splits, setting, place)
+    copy_weights(model)
+    trainer = make_trainer(model, task, splits, setting, place)
     steps = Steps()
     trainer.add_callback(steps)
     with peak_memory() as peak:
-        training_loss = trainer.go_on(checkpoint)
+        training_loss = trainer.resume(checkpoint)
     body, head = baselines.trained_parameters(model)
     return {
-        "scores": {name: scored(trainer, task, split) for name, split in splits.items() if is_scored(task, name)},
+        "scores": {name: score(trainer, task, split) for name, split in splits.items() if is_scored(task, name)},
         "rows": len(used),
         "vocab_size": vocabulary.vocab_size,
         "trained_parameters": body,
@@ -112,8 +113,8 @@ def run(task: Task, setting: Setting, place: Place) -> dict[str, Any]:
     }
 
 
-def prepared_data(task: Task, setting: Setting, place: Place) -> tuple[dict[str, Dataset], PartialVocabulary]:
-    """Tokenized splits, and the ids that all of them use, the paper's convention."""
+def prepare_data(task: Task, setting: Setting, place: Place) -> tuple[dict[str, Dataset], PartialVocabulary]:
+    """Tokenize the splits. Returns them, and the vocabulary of all of them, the paper's convention."""
     tokenizer = AutoTokenizer.from_pretrained(setting.base)
     splits = dict(task.load(place.data_dir))
     if setting.train_rows:
@@ -134,7 +135,9 @@ def prepared_data(task: Task, setting: Setting, place: Place) -> tuple[dict[str,
     return tokenized, PartialVocabulary.from_dataset(list(tokenized.values()), vocab_size=vocab_size, progress=False)
 
 
-def trainer_of(model: Any, task: Task, splits: dict[str, Dataset], setting: Setting, place: Place) -> ResumableTrainer:
+def make_trainer(
+    model: Any, task: Task, splits: dict[str, Dataset], setting: Setting, place: Place
+) -> ResumableTrainer:
     arguments = TrainingArguments(
         output_dir=str(place.checkpoints), seed=setting.seed, report_to=[], disable_tqdm=not place.bar,
         per_device_train_batch_size=setting.batch_size, per_device_eval_batch_size=2 * setting.batch_size,
@@ -159,7 +162,7 @@ def is_scored(task: Task, split: str) -> bool:
     return split.startswith(task.scored)
 
 
-def scored(trainer: ResumableTrainer, task: Task, split: Dataset) -> dict[str, float]:
+def score(trainer: ResumableTrainer, task: Task, split: Dataset) -> dict[str, float]:
     found = trainer.evaluate(split)
     return {name: found[f"eval_{name}"] for name in task.metrics}
 

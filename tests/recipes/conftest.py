@@ -9,10 +9,9 @@ from tests.paths import RECIPES
 
 sys.path.insert(0, str(RECIPES))
 
-from _experiments import main
-from _training import Place
 from glue import GLUE
-
+from runs.experiments import main
+from runs.training import Place
 from tests.recipes.tiny import SPECIAL, WORDS, V, lines, write
 
 

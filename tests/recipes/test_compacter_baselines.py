@@ -5,13 +5,13 @@ paper's section 4 say, and what is saved is all of it.
 import logging
 
 import adapters
-import compacter_baselines as baselines
 import pytest
 import torch
 from adapters import PromptTuningConfig
-from compacter_baselines import COLUMNS, FROZEN, METHODS, PAPER, TRAINED
 from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
 
+import compacter_baselines as baselines
+from compacter_baselines import COLUMNS, FROZEN, METHODS, PAPER, TRAINED
 from pema_adapters import PartialVocabulary, load_model
 
 V, D, F, L = 120, 48, 64, 2

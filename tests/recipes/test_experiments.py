@@ -6,20 +6,20 @@ import sys
 from dataclasses import replace
 
 import pytest
-from _options import listed_of
-from _tasks import Task, TaskError, plain
-from _training import run
+
 from compacter_baselines import METHODS
 from glue import GLUE
-from xnli import XNLI
-
+from runs.options import known_names
+from runs.tasks import Task, TaskError, plain
+from runs.training import run
 from tests.recipes.conftest import RECIPES
 from tests.recipes.tiny import BY_NAME, SETTING, V, lines, write
+from xnli import XNLI
 
 
 class TestRun:
     def test_full_fine_tuning_gives_the_same_with_pema(self, base, place):
-        """Dropout and the data's order are drawn alike; the loss is a sum over every step."""
+        """Dropout and the order of the data are the same; the loss is a sum over every step."""
         off, on = (run(BY_NAME["CoLA"], replace(SETTING, base=base, pema=pema), place) for pema in ("off", "on"))
         assert (on["scores"], on["training_loss"]) == (off["scores"], off["training_loss"])
         assert off["rows"] == V > on["rows"]
@@ -86,7 +86,7 @@ class TestTask:
 
 def test_no_two_methods_or_tasks_go_by_one_name():
     """Compacter and Compacter++, say: a run's file has these names, too."""
-    assert listed_of(METHODS)("compacter,COMPACTER++,full fine-tuning,(ia)^3") == [
+    assert known_names(METHODS)("compacter,COMPACTER++,full fine-tuning,(ia)^3") == [
         "Compacter", "Compacter++", "Full fine-tuning", "(IA)^3",
     ]  # fmt: skip
     for names in (METHODS, GLUE.tasks, XNLI.tasks):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from _tasks import TaskError
-from _training import run
 from transformers import Trainer
 
+from runs.tasks import TaskError
+from runs.training import run
 from tests.recipes.conftest import RECIPES
 from tests.recipes.tiny import BY_NAME, SETTING
 

@@ -2,8 +2,8 @@
 
 import gzip
 
-from _training import Setting
 from glue import GLUE
+from runs.training import Setting
 
 WORDS = ["good", "bad", "film", "book", "very", "quite", "the", "a", "was", "is"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,5 +1,6 @@
 """PEMA beside the methods of adapters on its model types: a part of the matrix that tools/compatibility.py makes."""
 
+import json
 import sys
 
 import pytest
@@ -9,12 +10,11 @@ from tests.paths import TOOLS
 
 sys.path.append(str(TOOLS))
 
-from _compat_auto import AutoBenches, AutoCell, auto_cells, run_auto
-from _compat_cell import NONE, OK, OURS, REFUSED, THEIRS, Benches, Cell, Result, run
-from _compat_models import ALONE, FAMILIES, LM_HEADS, METHODS, UNUSED, V
-from _compat_table import BEGIN, END, auto_markdown, markdown, write_readme
-from compatibility import Worker, cells
-
+from compat.auto_cell import AutoBenches, AutoCell, auto_cells, run_auto
+from compat.cell import NONE, OK, OURS, REFUSED, THEIRS, Benches, Cell, Result, run
+from compat.matrix import auto_markdown, markdown
+from compat.models import ALONE, FAMILIES, LM_HEADS, METHODS, UNUSED, V
+from compatibility import Worker, _save_result, cells, render
 from pema_adapters.merging.planning import planner
 from pema_adapters.training.base.mapped_rows import MappedRows
 
@@ -144,10 +144,10 @@ def test_auto_cells_and_their_table():
     assert (
         auto_markdown(results)
         == """\
-| head | output | equal | refused | fails in adapters without PEMA, too | wrong |
-| --- | --- | --- | --- | --- | --- |
-| masked | full | 0 | 0 | 0 | 1 |
-| masked | tied | 1 | 0 | 0 | 0 |
+| head   | output | equal | refused | fails in adapters without PEMA, too | wrong |
+| ------ | ------ | ----- | ------- | ----------------------------------- | ----- |
+| masked | full   | 0     | 0       | 0                                   | 1     |
+| masked | tied   | 1     | 0       | 0                                   | 0     |
 
 1 x wrong: why\x20\x20
 
@@ -163,14 +163,14 @@ RESULTS = [
     Result(Cell("vit", ALONE, "classification"), NONE, "no text"),
 ]
 TABLE = """\
-| classification | lora, ia3 | vera |
-| --- | --- | --- |
-| bert | ✓ | ✓ |
-| gpt2 | ✓ | – [1] |
+| classification | lora, ia3 | vera  |
+| -------------- | --------- | ----- |
+| bert           | ✓         | ✓     |
+| gpt2           | ✓         | – [1] |
 
-| seq2seq | vera |
-| --- | --- |
-| t5 | ✗ [2] |
+| seq2seq | vera  |
+| ------- | ----- |
+| t5      | ✗ [2] |
 
 [1] adapters without PEMA: no\x20\x20
 [2] why\x20\x20
@@ -179,12 +179,10 @@ vit: no text\x20\x20
 8 cells: 5 work, 1 fail in adapters without PEMA, too, 1 fail with PEMA only, 1 do not apply."""
 
 
-def test_the_table_and_its_place_in_the_readme(tmp_path):
+def test_the_table():
     assert markdown(RESULTS) == TABLE
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{BEGIN}\nold\n{END}\nb\n", encoding="utf-8")
-    write_readme(readme, RESULTS)
-    assert readme.read_text(encoding="utf-8") == f"a\n{BEGIN}\n{TABLE}\n{END}\nb\n"
-    readme.write_text("nothing", encoding="utf-8")
-    with pytest.raises(ValueError, match="has no block"):
-        write_readme(readme, RESULTS)
+
+
+def test_a_result_file_gives_the_same_table():
+    saved = {"cells": [_save_result(each) for each in RESULTS]}
+    assert render(json.loads(json.dumps(saved))) == TABLE

@@ -9,10 +9,22 @@ from tests.paths import TOOLS
 
 sys.path.append(str(TOOLS))
 
-from _compat_models import ALONE
-from _exports_cell import ADAPTERS, AUTO, EQUAL, EXPORTS, FULL, PLAIN, WARNED, WRONG, BiasedBenches, Cell, Result, run
+from compat.export_cell import (
+    ADAPTERS,
+    AUTO,
+    EQUAL,
+    EXPORTS,
+    FULL,
+    PLAIN,
+    WARNED,
+    WRONG,
+    BiasedBenches,
+    Cell,
+    Result,
+    run,
+)
+from compat.models import ALONE
 from exports import cells, markdown
-
 from pema_adapters.training.method import merged_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -57,10 +69,10 @@ RESULTS = [
     Result(Cell(MERGE, AUTO, "bert", "masked", ALONE), ADAPTERS, "no"),
 ]
 TABLE = f"""\
-| bert, masked | kind of model | pema alone | lora |
-| --- | --- | --- | --- |
-| {MERGE} | plain class | WRONG [1] | equal |
-| {MERGE} | AutoAdapterModel | adapters [2] |  |
+| bert, masked                    | kind of model    | pema alone   | lora  |
+| ------------------------------- | ---------------- | ------------ | ----- |
+| {MERGE} | plain class      | WRONG [1]    | equal |
+| {MERGE} | AutoAdapterModel | adapters [2] |       |
 
 [1] off\x20\x20
 [2] no\x20\x20

@@ -12,11 +12,10 @@ from tests.paths import TOOLS
 sys.path.append(str(TOOLS))
 
 import paper_tables
-from _paper_data import Usage, texts
-from _paper_figures import MEAN, SUBSETS, TABLE_5_ROWS, TABLE_6_SHAPES, TABLES, TASKS
-from _paper_models import CASED, MODELS, model_of
+from paper.data import Usage, texts
+from paper.figures import MEAN, SUBSETS, TABLE_5_ROWS, TABLE_6_SHAPES, TABLES, TASKS
+from paper.models import CASED, MODELS, model_of
 from paper_tables import GLUE, XNLI, Cell, Size, cause, causes, cells
-
 from pema_adapters import PartialVocabulary
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -216,7 +215,8 @@ def test_the_tool(tokenizers, glue, tmp_path, monkeypatch, capsys, quiet):
     assert ["RoBERTa", "86.1 99.98 +13.88 !", "14.8 -"] in [line[:3] for line in lines]
     assert "! DistilRoBERTa CoLA, RoBERTa CoLA: 4 rows in the data, 10,657 in the paper's Table 7" in printed
     assert lines[-1] == ["All", "12", "12", "20", "192"]
-    written = json.loads((tmp_path / "out.json").read_text())
+    written = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert paper_tables.render(written) in printed
     assert written["counts"] == {"close": 12, "equal": 12, "allowed": 20, "paper": 192}
     assert [scan["used"] for scan in written["scans"]] == [8, 8]
 

@@ -20,12 +20,12 @@ from typing import Any
 import adapters
 import torch
 import transformers
-from _compat_cell import NAME, NONE, OK, OURS, REFUSED, STEPS, THEIRS, Cell, Difference, Result, attempt, same, short
-from _compat_models import ALONE, FAMILIES, USED, Family, V, adapter_config
 from adapters import ConfigUnion
 from torch import Tensor
 from torch.nn import functional
 
+from compat.cell import NAME, NONE, OK, OURS, REFUSED, STEPS, THEIRS, Cell, Difference, Result, attempt, same, short
+from compat.models import ALONE, FAMILIES, USED, Family, V, adapter_config
 from pema_adapters import PartialVocabulary, PEMAConfig, shrink_embeddings
 from pema_adapters.cli.merge import main as pema_merge
 from pema_adapters.errors import PemaError

@@ -19,10 +19,10 @@ from typing import Any
 
 import adapters
 import torch
-from _compat_models import FAMILIES, LM_HEADS, USED, WITHOUT_TEXT, Family, V, adapter_config
 from torch import Tensor
 from torch.nn import functional
 
+from compat.models import FAMILIES, LM_HEADS, USED, WITHOUT_TEXT, Family, V, adapter_config
 from pema_adapters import PartialVocabulary, merge_checkpoint, shrink_embeddings
 from pema_adapters.errors import SurgeryError
 

@@ -1,7 +1,7 @@
 """One cell of the table of tools/exports.py: a trained model is exported, loaded again, and compared with itself.
 
 Every export is a pair: `write` leaves files in a folder, by the calls that users make, and `load` reads them back as
-users do. The trained model is small, and a full model with the rows written in computes the same (_compat_cell.py).
+users do. The trained model is small, and a full model with the rows written in computes the same (compat/cell.py).
 """
 
 import json
@@ -18,11 +18,11 @@ from typing import Any
 import adapters
 import torch
 import transformers
-from _compat_cell import Bench, Benches, same
-from _compat_models import ALONE, FAMILIES, USED, V, adapter_config
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from compat.cell import Bench, Benches, same
+from compat.models import ALONE, FAMILIES, USED, V, adapter_config
 from pema_adapters import (
     PartialVocabulary,
     PemaError,

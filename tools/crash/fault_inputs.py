@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from _fuzz_pairs import (
+
+from fuzz.pairs import (
     CONFIG,
     LABELS,
     LAYER,

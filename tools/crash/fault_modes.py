@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from _faults_inputs import APPEAR, changes
-from _faults_process import Fault, MergeServer
+from crash.fault_inputs import APPEAR, changes
+from crash.fault_process import Fault, MergeServer
 
 State = dict[str, str]
 MARKER, OWN = "pema_merge.json", ("seconds", "output", "base", "delta", "mtime_ns")

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = Path(__file__).with_name("_faults_preload.c")
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).with_name("faults_preload.c")
 KINDS = (
     "open", "read", "pread", "write", "pwrite", "fsync", "close", "rename", "unlink", "mkdir", "copy", "sendfile",
     "clone", "truncate", "flock", "mmap", "stat", "list", "mode", "advise", "space", "socket", "disk", "any",

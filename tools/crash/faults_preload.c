@@ -28,7 +28,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum kind { /* the order of KINDS in _faults_process.py */
+enum kind { /* the order of KINDS in fault_process.py */
     OPEN, READ, PREAD, WRITE, PWRITE, FSYNC, CLOSE, RENAME, UNLINK, MKDIR, COPY, SENDFILE, CLONE, TRUNCATE,
     FLOCK, MMAP, STAT, LIST, MODE, ADVISE, SPACE, SOCKET, DISK, ANY, KINDS
 };

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from _kill_modes import COMMAND, MODES, Place, Reference, arguments, contents, run
+from crash.kill_modes import COMMAND, MODES, Place, Reference, arguments, contents, run
 
 
 @contextlib.contextmanager

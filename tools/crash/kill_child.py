@@ -1,4 +1,4 @@
-"""`pema-merge` that kills itself at a given step: `python tools/_kill_child.py STEP FOLDER COUNTS ARGUMENT ...`.
+"""`pema-merge` that kills itself at a given step: `python tools/crash/kill_child.py STEP FOLDER COUNTS ARGUMENT ...`.
 
 A step is anything that changes the disk below FOLDER (a file opened for writing, a write, a copy by the kernel, fsync,
 rename, removal, a folder made); the process dies right before step number STEP. With STEP 0 it lives, and writes the

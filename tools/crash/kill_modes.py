@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _fuzz_pairs import E, Files, T, adapter, base, fingerprint, noise, of
+from fuzz.pairs import E, Files, T, adapter, base, fingerprint, noise, of
 
 WIDTH, SHARDS, LAYERS, BLOCKS = 256, 3, 8, 6
 COMMAND = [sys.executable, "-c", "import sys; from pema_adapters.cli.merge import main; sys.exit(main())"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _fuzz_pairs import D, T
+from fuzz.pairs import D, T
 
 EMBEDDINGS = ("word_embeddings.weight", "embed_tokens.weight", "shared.weight", "wte.weight", "tok_embeddings.weight",
               "word_embedding.weight")  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
-from _fuzz_mutations import add, is_json, label
+from fuzz.mutations import add, is_json, label
 
 DEEP = 100_000
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from random import Random
 from typing import Any
 
-from _fuzz_pairs import Files, Folder, Link, Node, Pipe
+from fuzz.pairs import Files, Folder, Link, Node, Pipe
 
 Make = Callable[[bytes, Random], "Node | None"]
 
@@ -26,7 +26,7 @@ class Mutation:
 
 
 MUTATIONS: list[Mutation] = []
-MODULES = ("_fuzz_tensors", "_fuzz_rows", "_fuzz_json", "_fuzz_pickle")
+MODULES = ("fuzz.tensor_mutations", "fuzz.row_mutations", "fuzz.json_mutations", "fuzz.pickle_mutations")
 """Each adds its mutations when it is imported."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _fuzz_expected import (
+from fuzz.expected import (
     WIDTHS,
     Escape,
     Inputs,
@@ -20,7 +20,7 @@ from _fuzz_expected import (
     read_checkpoint,
     read_inputs,
 )
-from _fuzz_pairs import Files, Folder, Link, Pipe, T
+from fuzz.pairs import Files, Folder, Link, Pipe, T
 
 LONGEST_MESSAGE = 2000
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from _fuzz_mutations import add, is_pickle, label
+from fuzz.mutations import add, is_pickle, label
 
 CANARY = "canary"
 STORAGE = b"X\x07\x00\x00\x00storage"

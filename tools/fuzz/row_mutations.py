@@ -6,9 +6,10 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from _fuzz_mutations import add, is_safetensors, label
-from _fuzz_pairs import IDS, D, T, V, noise, of, safetensors
-from _fuzz_tensors import Parsed, unpack
+
+from fuzz.mutations import add, is_safetensors, label
+from fuzz.pairs import IDS, D, T, V, noise, of, safetensors
+from fuzz.tensor_mutations import Parsed, unpack
 
 INT32 = 2**31
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from _fuzz_mutations import add, is_safetensors, label
-from _fuzz_pairs import T, of, safetensors
+from fuzz.mutations import add, is_safetensors, label
+from fuzz.pairs import T, of, safetensors
 
 
 @dataclass

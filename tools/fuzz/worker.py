@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from _fuzz_expected import Escape
-from _fuzz_mutations import Options, make_case, order
-from _fuzz_oracle import check_inputs, check_message, check_output
-from _fuzz_pairs import Files, pairs, put
-from _fuzz_pickle import CANARY
+from fuzz.expected import Escape
+from fuzz.mutations import Options, make_case, order
+from fuzz.oracle import check_inputs, check_message, check_output
+from fuzz.pairs import Files, pairs, put
+from fuzz.pickle_mutations import CANARY
 
 MOST_MEMORY = 300 << 20
 ADDRESS_SPACE = 1 << 30

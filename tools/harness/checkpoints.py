@@ -1,4 +1,4 @@
-"""What the merge benches merge: an encoder of any size, a delta for it, and `pema-merge` run on both as a process.
+"""Inputs of the merge benches, an encoder of any size and a delta for it, and `pema-merge` as a process.
 
 The encoder is XLM-RoBERTa's: one embedding matrix [V, 768] and `layers` layers, every tensor of it but the head.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bench import anonymous_bytes
 
+from harness.child import anonymous_bytes
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.formats.safetensors_header import encode_header, size_in_bytes
@@ -34,7 +34,7 @@ _PARTS = {
 }  # fmt: skip
 _NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 FOLDED = tuple(part for part in _PARTS if part != "attention.output.dense")
-"""What LoRA adapts: q, k, v and both feed-forward matrices. `adapters` has no LoRA on the attention's output."""
+"""Matrices with LoRA: q, k, v and both feed-forward matrices. `adapters` has no LoRA on the attention's output."""
 LORA = {
     "architecture": "lora", "selfattn_lora": True, "intermediate_lora": True, "output_lora": True, "leave_out": [],
     "r": 8, "alpha": 16, "dropout": 0.0, "attn_matrices": ["q", "k", "v"], "composition_mode": "add",
@@ -52,25 +52,25 @@ class Shape:
 
     @classmethod
     def of(cls, size: float) -> "Shape":
-        """About `size` bytes, half of them in layers and half in the embedding matrix, as in XLM-R-base and larger."""
+        """Return a shape of about `size` bytes, half of them in the layers and half in the embedding matrix."""
         layer = sum(size_in_bytes("F32", shape) for name, shape in cls(0, 1).tensors().items() if ".layer." in name)
         layers = max(1, round(size / 2 / layer))
         return cls(int(size - layers * layer) // (4 * D), layers)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """`{name: shape}` in the order of the file."""
+        """Return `{name: shape}` in the order of the file."""
         found = {E: (self.rows, D), "roberta.embeddings.position_embeddings.weight": (POSITIONS, D)}
         found["roberta.embeddings.token_type_embeddings.weight"] = (1, D)
         norms = ["roberta.embeddings.LayerNorm"]
         for layer in range(self.layers):
             for part, shape in _PARTS.items():
-                found[f"{_inside(layer)}.{part}.weight"] = shape
-                found[f"{_inside(layer)}.{part}.bias"] = shape[:1]
-            norms += [f"{_inside(layer)}.{norm}" for norm in _NORMS]
+                found[f"{_layer_name(layer)}.{part}.weight"] = shape
+                found[f"{_layer_name(layer)}.{part}.bias"] = shape[:1]
+            norms += [f"{_layer_name(layer)}.{norm}" for norm in _NORMS]
         return found | {f"{norm}.{part}": (D,) for norm in norms for part in ("weight", "bias")}
 
     def config(self) -> dict[str, Any]:
-        """What `transformers` needs to load it."""
+        """Return the config.json of it."""
         return {
             "model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], "vocab_size": self.rows,
             "hidden_size": D, "num_hidden_layers": self.layers, "num_attention_heads": HEADS,
@@ -79,7 +79,7 @@ class Shape:
 
 
 def write_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
-    """A checkpoint of noise; with `sparse`, of zeros that take no space on the disk."""
+    """Write a checkpoint of noise; with `sparse`, of zeros that take no space on the disk."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape.config()))
     tensors = [(name, "F32", dims) for name, dims in shape.tensors().items()]
@@ -95,7 +95,7 @@ def write_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
 
 
 def write_delta(folder: Path, base: Path, shape: Shape, count: int, *, lora: bool = False) -> None:
-    """An adapter "task" with `count` rows, and with LoRA beside them if asked for; it fits this base only."""
+    """Write an adapter "task" with `count` rows for this base alone, with `lora` LoRA beside them."""
     folder.mkdir()
     ids = np.sort(np.random.default_rng(1).choice(shape.rows, count, replace=False)).astype(np.int32)
     rows = np.random.default_rng(2).standard_normal((count, D), dtype=np.float32)
@@ -114,28 +114,28 @@ def _fingerprint(base: Path, ids: np.ndarray) -> np.ndarray:
     checkpoint = Checkpoint.open(base)
     names = [name for name in checkpoint.tensors if name != E]
     size = checkpoint.tensors[E].shape[0]
-    taken = Fingerprint.take(checkpoint, embedding=E, prefix="roberta", vocab_size=size, token_ids=ids, names=names)
+    taken = Fingerprint.compute(checkpoint, embedding=E, prefix="roberta", vocab_size=size, token_ids=ids, names=names)
     return taken.to_array()
 
 
 def lora_tensors(shape: Shape) -> dict[str, np.ndarray]:
-    """LoRA of every matrix in `FOLDED`, as `adapters` names it: A [r, in], B [out, r]."""
+    """Return LoRA of every matrix in `FOLDED`, as `adapters` names it: A [r, in], B [out, r]."""
     random, found = np.random.default_rng(3), {}
     for layer in range(shape.layers):
         for part in FOLDED:
             out, width = _PARTS[part]
-            module = f"{_inside(layer)}.{part}.loras.task"
+            module = f"{_layer_name(layer)}.{part}.loras.task"
             found[f"{module}.lora_A"] = random.standard_normal((LORA["r"], width), dtype=np.float32) * 0.02
             found[f"{module}.lora_B"] = random.standard_normal((out, LORA["r"]), dtype=np.float32) * 0.02
     return found
 
 
-def _inside(layer: int) -> str:
+def _layer_name(layer: int) -> str:
     return f"roberta.encoder.layer.{layer}"
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file, written as it is."""
+    """Write a safetensors file without its library, straight from the arrays."""
     dtypes = {"float32": "F32", "int32": "I32", "uint8": "U8"}
     header = [(name, dtypes[str(values.dtype)], values.shape) for name, values in tensors.items()]
     with path.open("wb") as file:
@@ -153,26 +153,26 @@ class Run:
 
 
 def run(command: Sequence[str | Path]) -> Run:
-    """Run a command, watching its memory. Raises `RuntimeError` with its last words where it fails."""
+    """Run a command and poll its memory. Raises RuntimeError with the end of stderr where it fails."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors)
         peak = 0
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(POLL_SECONDS)
-        said = [(file.seek(0), file.read())[1] for file in (output, errors)]
+        stdout, stderr = [(file.seek(0), file.read())[1] for file in (output, errors)]
     if process.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} failed:\n{said[1][-2000:]}")
-    return Run(peak, said[0])
+        raise RuntimeError(f"{Path(command[0]).name} failed:\n{stderr[-2000:]}")
+    return Run(peak, stdout)
 
 
 def merge(base: Path, *more: str | Path) -> Run:
-    """`pema-merge --base BASE ... --quiet` from the shell's side, its start included."""
+    """Run `pema-merge --base BASE ... --quiet` in a fresh process, its start included."""
     return run([*MERGE, "--base", base, *more, "--quiet"])
 
 
 def sync_file(path: Path) -> None:
-    """Have a file's bytes on disk."""
+    """Flush a file to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""The text and the tokenizer of bench_scan.py: given, or else made of Python's own standard library."""
+"""The text and the tokenizer of bench_scan.py: given files, or Python's standard library."""
 
 import sysconfig
 from collections.abc import Callable, Generator, Iterator
@@ -18,27 +18,27 @@ TRAINED_ROWS = 16_000
 LINES = 5  # of a text
 
 
-def texts_of(files: list[str], count: int) -> list[str]:
-    """`count` texts: the columns of strings of data files, or parts of the standard library, over and over."""
-    rows = _rows(files) if files else _lines()
-    found = list(islice(rows, count))
-    return list(islice(cycle(found), count))
+def read_texts(files: list[str], count: int) -> list[str]:
+    """Return `count` texts: the string columns of data files, or parts of the standard library, repeated as needed."""
+    rows = _read_strings(files) if files else _read_stdlib()
+    texts = list(islice(rows, count))
+    return list(islice(cycle(texts), count))
 
 
-def _rows(files: list[str]) -> Iterator[str]:
+def _read_strings(files: list[str]) -> Iterator[str]:
     for data in load_data(files).values():
         for row in data:
             yield from (value for value in row.values() if isinstance(value, str))
 
 
-def _lines() -> Iterator[str]:
+def _read_stdlib() -> Iterator[str]:
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         lines = path.read_text(errors="replace").splitlines()
         yield from (" ".join(lines[start : start + LINES]) for start in range(0, len(lines), LINES))
 
 
-def tokenizer_of(name: str | None, texts: list[str]) -> Any:
-    """A tokenizer by name, or a byte-level BPE trained on the texts."""
+def load_or_train_tokenizer(name: str | None, texts: list[str]) -> Any:
+    """Load a tokenizer by name, or train a byte-level BPE on the texts."""
     if name is not None:
         return AutoTokenizer.from_pretrained(name)
     trained = ByteLevelBPETokenizer()
@@ -46,8 +46,8 @@ def tokenizer_of(name: str | None, texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
 
 
-def contestants(tokenizer: Any, texts: list[str], dataset: Dataset) -> dict[str, Callable[[], Any]]:
-    """All do the same texts; pema_adapters and `tokenizers` in the same batches, as pema_adapters reads them."""
+def text_contestants(tokenizer: Any, texts: list[str], dataset: Dataset) -> dict[str, Callable[[], Any]]:
+    """Return the contestants, all on the same texts; pema_adapters and `tokenizers` in the same batches."""
     from transformer_smaller_training_vocab.token_stats import get_token_stats
 
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
@@ -67,8 +67,8 @@ def scan(tokenizer: Any, dataset: Dataset, vocab_size: int) -> int:
     return len(scan_text(dataset, Encoder(tokenizer), vocab_size=vocab_size, progress=False).token_ids)
 
 
-def measured(tokenizer_folder: str, folder: str) -> Generator[None, None, int]:
-    """For a child process: load everything and work once on a little, then measure."""
+def scan_text_in_child(tokenizer_folder: str, folder: str) -> Generator[None, None, int]:
+    """For run_in_child: load everything, scan a small part, then scan all."""
     tokenizer, dataset = AutoTokenizer.from_pretrained(tokenizer_folder), load_from_disk(folder)
     vocab_size = len(tokenizer)
     scan(tokenizer, dataset.select(range(4 * BATCH)), vocab_size)

@@ -1,8 +1,8 @@
-"""Contestants in processes of their own that take turns, so that they meet the same weather.
+"""Contestants in processes of their own that take turns, so that the load of the machine is the same for all.
 
-`_bench.paired` compares in one process, `_bench.in_child` measures the memory of one process. Here each contestant is
-a fresh process that waits for its turn. Memory is watched in some turns, and time taken in others: who polls RssAnon
-takes time from who is measured.
+`timing.time_paired` compares in one process, `child.run_in_child` measures the memory of one process. Here each
+contestant is a fresh process that waits for its turn. Memory is watched in some turns and time taken in others, because
+polling RssAnon slows down what is measured.
 
     def contestant(name) -> dict[str, Callable[[], Any]]: ...        # at the top level of the bench; runs in the child
     with Process(contestant, "full") as one, Process(contestant, "partial") as other:
@@ -17,7 +17,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from _bench import POLL_SECONDS, anonymous_bytes
+from harness.child import POLL_SECONDS, anonymous_bytes
+from harness.timing import rotate
 
 SHORT = 100
 """Characters of an error that fit a table."""
@@ -25,15 +26,17 @@ START = "start"
 
 
 class ContestantError(Exception):
-    """What went wrong in a contestant's process, in one short line."""
+    """A contestant's process failed; the message is one short line."""
 
 
 class Process:
-    """A fresh process with the commands that `work(*args)` gives.
+    """A fresh process that runs the commands of `work(*args)`.
 
-    Attributes: `floor`, RssAnon in bytes when all modules were imported and nothing was made.
+    Attributes:
+        floor: RssAnon in bytes after all imports and before anything else.
 
-    Raises: ContestantError if `work` or a command does.
+    Raises:
+        ContestantError: `work` or a command failed.
     """
 
     def __init__(self, work: Callable[..., Mapping[str, Callable[[], Any]]], *args: Any) -> None:
@@ -49,12 +52,12 @@ class Process:
             raise
 
     def ask(self, command: str) -> tuple[float, Any]:
-        """Seconds that the command took, and what it returned."""
+        """Run a command. Returns its seconds and its result."""
         self._tell(command)
         return self._answer()
 
     def watch(self, command: str) -> int:
-        """The highest RssAnon seen while the command was at work, in bytes."""
+        """Run a command. Returns the highest RssAnon seen meanwhile, in bytes."""
         peak = anonymous_bytes(self._process.pid)
         self._tell(command)
         while not self._pipe.poll(POLL_SECONDS):
@@ -63,7 +66,7 @@ class Process:
         return max(peak, anonymous_bytes(self._process.pid))
 
     def _tell(self, command: str) -> None:
-        with suppress(ConnectionError):  # of a process that ended; `_answer` will say so
+        with suppress(ConnectionError):  # the process ended: `_answer` says so
             self._pipe.send(command)
 
     def _answer(self) -> tuple[float, Any]:
@@ -88,12 +91,10 @@ class Process:
 
 
 def take_turns(contestants: Mapping[Any, Process], command: str, *, rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each contestant in each round; who begins changes every round."""
+    """Return the seconds of each contestant in each round; the first one changes every round."""
     times: dict[Any, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    for order in rotate(list(contestants), rounds):
+        for name in order:
             times[name].append(contestants[name].ask(command)[0])
     return times
 
@@ -106,21 +107,21 @@ def _child_main(pipe: Connection, work: Callable[..., Mapping[str, Callable[[], 
         return floor
 
     commands: dict[str, Callable[[], Any]] = {START: start}
-    with suppress(EOFError, ConnectionError):  # the other end is done with this process
+    with suppress(EOFError, ConnectionError):  # the other end closed the pipe
         while True:
-            pipe.send(_work_off(commands[pipe.recv()]))
+            pipe.send(_run_command(commands[pipe.recv()]))
 
 
-def _work_off(command: Callable[[], Any]) -> tuple[str | None, float, Any]:
+def _run_command(command: Callable[[], Any]) -> tuple[str | None, float, Any]:
     began = time.perf_counter()
     try:
         result = command()
     except Exception as error:
-        return short(error), 0.0, None
+        return shorten(error), 0.0, None
     return None, time.perf_counter() - began, result
 
 
-def short(error: Exception) -> str:
-    """The kind of an error and the beginning of its first line."""
+def shorten(error: Exception) -> str:
+    """Return the type of an error and the beginning of its first line."""
     line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
     return line if len(line) <= SHORT else line[: SHORT - 3] + "..."

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles
+from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, sample_positions
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.tensor_names import match
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.tensor_names import map_canonical_names
+from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, WeightFiles
 from pema_adapters.training import upstream
 from pema_adapters.training.base.base_model import BaseModel
 from pema_adapters.training.base.live_model import LiveModel
@@ -47,7 +48,7 @@ def find_base(model: nn.Module, weight: Tensor, embedding: str) -> BaseModel:
             "so merge into a checkpoint of it (save_pretrained)", checkpoint.folder,
         )  # fmt: skip
     names = [name for name in live.shapes() if name != embedding]
-    fingerprint = _take_fingerprint(live, embedding, live.prefix, weight.shape[0], names)
+    fingerprint = _compute_fingerprint(live, embedding, live.prefix, weight.shape[0], names)
     logger.info("base rows: %.0f MB spilled to a file in the temporary folder", weight.nbytes / 1e6)
     return BaseModel(MappedRows.spill(weight), fingerprint)
 
@@ -78,17 +79,17 @@ class StoredMatrix:
         paths = tuple(map(Path, files))
         is_pickled = any(path.suffix != ".safetensors" for path in paths)
         try:
-            checkpoint = Checkpoint.of_files(paths[0].parent, WeightFiles(paths, None, None, is_pickled))
+            checkpoint = Checkpoint.from_files(paths[0].parent, WeightFiles(paths, None, None, is_pickled))
         except FormatError:
             return None
-        tensor = checkpoint.tensors.get(match(checkpoint.tensors, prefix).get(name, ""))
+        tensor = checkpoint.tensors.get(map_canonical_names(checkpoint.tensors, prefix).get(name, ""))
         if tensor is None or tensor.shape != shape or not _is_readable(tensor):
             return None
         return cls(checkpoint, prefix, name, MappedRows.of(tensor))
 
     def is_among(self, names: Iterable[str]) -> bool:
         """Return whether the matrix is one of `names`, with the prefix of the base model or without it."""
-        return self.name in match(names, self.prefix)
+        return self.name in map_canonical_names(names, self.prefix)
 
     def make_base(self, model: Any) -> BaseModel:
         """Make the base of a model that has just loaded all other weights from this checkpoint.
@@ -96,7 +97,7 @@ class StoredMatrix:
         For `load_model` alone: it compares nothing, since nothing can have changed yet.
         """
         live = LiveModel(model, self.name, absent=(len(self.rows), self.rows.dim))
-        return _make_base(self.checkpoint, live, match(self.checkpoint.tensors, live.prefix), self.rows)
+        return _make_base(self.checkpoint, live, map_canonical_names(self.checkpoint.tensors, live.prefix), self.rows)
 
 
 def find_checkpoint(model: Any) -> Checkpoint | None:
@@ -130,7 +131,7 @@ def _find_folder(name: str, commit: str | None) -> Path | None:
 
 def _match_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> BaseModel | None:
     """Return the base that `checkpoint` is, None if the model differs from it."""
-    stored = match(checkpoint.tensors, live.prefix)
+    stored = map_canonical_names(checkpoint.tensors, live.prefix)
     if live.embedding not in stored:
         return None
     rows = _match_rows(weight, checkpoint.tensors[stored[live.embedding]])
@@ -148,12 +149,12 @@ def _make_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str
             "%s lacks %s, which from_pretrained newly initialized: an adapter trained on it can be merged only into a "
             "checkpoint that has them (model.save_pretrained writes one)", checkpoint.folder, ", ".join(new),
         )  # fmt: skip
-    fingerprint = _take_fingerprint(checkpoint, stored[live.embedding], live.prefix, len(rows), common)
+    fingerprint = _compute_fingerprint(checkpoint, stored[live.embedding], live.prefix, len(rows), common)
     fingerprint = replace(fingerprint, base=live.name)
-    return BaseModel(rows, fingerprint, _take_fingerprint(live, live.embedding, live.prefix, len(rows), new).tensors)
+    return BaseModel(rows, fingerprint, _compute_fingerprint(live, live.embedding, live.prefix, len(rows), new).tensors)
 
 
-def _match_rows(weight: Tensor, tensor: Stored) -> MappedRows | None:
+def _match_rows(weight: Tensor, tensor: StoredTensor) -> MappedRows | None:
     """Return the rows of the checkpoint, if `weight` [V, d] begins with them; a resize added the others."""
     fits = len(tensor.shape) == 2 and tensor.shape[0] <= weight.shape[0] and tensor.shape[1] == weight.shape[1]
     if not fits or not _is_readable(tensor):
@@ -170,7 +171,7 @@ def _match_rows(weight: Tensor, tensor: Stored) -> MappedRows | None:
     return on_disk.with_added_rows(weight[count:].detach().cpu().clone())
 
 
-def _is_readable(tensor: Stored) -> bool:
+def _is_readable(tensor: StoredTensor) -> bool:
     """Return whether rows can be read in place: the dtype is known and the rows are contiguous."""
     return tensor.dtype in TORCH_DTYPES and tensor.start is not None
 
@@ -183,9 +184,9 @@ def _has_same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, n
     return not len(positions) or live.has_values(name, positions, checkpoint.values(file_name, positions))
 
 
-def _take_fingerprint(
+def _compute_fingerprint(
     source: TensorSource, embedding: str, prefix: str, vocab_size: int, names: list[str]
 ) -> Fingerprint:
-    return Fingerprint.take(
+    return Fingerprint.compute(
         source, embedding=embedding, prefix=prefix, vocab_size=vocab_size, token_ids=np.empty(0, np.int32), names=names
     )

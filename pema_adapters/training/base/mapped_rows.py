@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.io.input_file import InputFile
 
 BLOCK_BYTES = 32 << 20
@@ -56,7 +56,7 @@ class MappedRows:
         self._added: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: Stored) -> MappedRows:
+    def of(cls, tensor: StoredTensor) -> MappedRows:
         """Map the rows of a two-dimensional tensor in a weight file."""
         rows, dim = tensor.shape
         assert tensor.start is not None
@@ -131,7 +131,7 @@ class MappedRows:
         """
         own, weights = self._file.path.name, folder.iterdir() if folder.is_dir() else ()
         found = (path for path in weights if path.name == own or WEIGHTS.fullmatch(path.name))
-        return next((path for path in found if self._file.identity.is_of(path)), None)
+        return next((path for path in found if self._file.identity.is_same_file(path)), None)
 
     def _block(self, first: int, last: int) -> Tensor:
         """Read the rows from `first` to `last` with system calls: a file cut short is an error then, not SIGBUS."""

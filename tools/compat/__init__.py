@@ -1,0 +1,1 @@
+"""PEMA with every model type and method of adapters, trained, saved, exported and loaded."""

@@ -1,0 +1,1 @@
+"""Merges that are killed, or whose system calls fail."""

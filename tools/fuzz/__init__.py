@@ -1,0 +1,1 @@
+"""Mutated bases and deltas, and an oracle for their merges."""

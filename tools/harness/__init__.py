@@ -1,0 +1,1 @@
+"""What all tools share: timing, child processes, result files, tables."""

@@ -1,0 +1,1 @@
+"""The PEMA paper's tables: figures, models and data."""
