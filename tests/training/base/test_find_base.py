@@ -1,4 +1,4 @@
-"""Where base rows come from: a folder, shards, the Hub's cache, or a spill file."""
+"""Base rows from a folder, shards, the Hub's cache, or a spill file."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def make_base(model):
     return find_base(model, matrix_of(model), NAME)
 
 
-def test_rows_are_read_from_the_checkpoint_it_was_loaded_from(case):
+def test_rows_are_read_from_the_checkpoint(case):
     base = make_base(case.plain())
     assert base.matrix.find_in(Path(case.folder)).name == "model.safetensors"
     assert_same([base.read_rows(torch.tensor([5, 0, 119]))], [matrix_of(case.plain())[[5, 0, 119]]])
@@ -47,7 +47,7 @@ def test_a_headless_checkpoint_of_the_same_model_matches(case, tmp_path):
     assert make_base(model).matrix.find_in(tmp_path / "headless")
 
 
-def test_the_hub_s_cache_is_found(case, tmp_path):
+def test_the_hub_cache_is_found(case, tmp_path):
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("a" * 40)
     shutil.copytree(case.folder, snapshot)
     (tmp_path / "hub" / "models--org--tiny" / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""Data of another shape behind a Parameter, while graphs of the old shape are alive."""
+"""`replace_data`: new shapes behind a Parameter while graphs of the old shape are alive."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ class Dtypes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_new_graph_works_beside_one_of_the_old_shape(dtype):
+def test_a_new_graph_works_while_one_of_the_old_shape_is_alive(dtype):
     parameter = nn.Parameter(torch.ones(2, 3, dtype=dtype))
     older = (2 * parameter).sum()  # holds the node that adds up the gradient of [2, 3]
     replace_data(parameter, torch.ones(4, 3, dtype=dtype))
@@ -32,8 +32,8 @@ def test_a_new_graph_works_beside_one_of_the_old_shape(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32])
-def test_nothing_is_made_in_double_precision(dtype):
-    """Apple's GPUs cannot hold it."""
+def test_no_float64_tensor_is_created(dtype):
+    """Apple's GPUs do not support float64."""
     data = torch.ones(4, 3, dtype=dtype)
     parameter = nn.Parameter(torch.ones(2, 3, dtype=dtype), requires_grad=dtype.is_floating_point)
     with Dtypes() as seen:

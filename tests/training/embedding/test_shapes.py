@@ -1,4 +1,4 @@
-"""The checks of conftest.py themselves: they see a wrong shape, a wrong dtype, and sizes that do not agree."""
+"""The checks of conftest.py notice a wrong dtype, and sizes that do not agree."""
 
 import pytest
 import torch
