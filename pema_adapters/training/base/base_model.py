@@ -23,7 +23,7 @@ class BaseModel:
 
     Attributes:
         matrix: the rows of E [V, d], on disk.
-        fingerprint: the description of the base that an artifact will carry; its row digest covers no row yet.
+        fingerprint: the description of the base that artifacts contain; its row digest covers no row yet.
         newly_initialized: tensors of the base model that its checkpoint lacks, so that `from_pretrained` initialized
             them at random (BERT's pooler, say).
     """

@@ -166,7 +166,7 @@ def _get_initial_value(optimizer: Optimizer, table: HasRowIndex, key: str) -> fl
 def _make_error(optimizer: Optimizer, table: HasRowIndex, key: str, value: Any, old: RowIndex) -> SurgeryError:
     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return SurgeryError(
-        f"{type(optimizer).__name__} keeps {key!r} ({found}) for the embedding rows, which cannot follow them from "
+        f"{type(optimizer).__name__} keeps {key!r} ({found}) for the embedding rows, which cannot be remapped from "
         f"{len(old)} rows to {len(table.weight)}: train with one whose state is a number for each weight "
         "(torch.optim.AdamW, say), or give shrink_embeddings all of the data before training"
     )

@@ -127,7 +127,7 @@ def test_lbfgs_is_refused_when_rows_are_added(case, data, make):
     model.train()
     optimizer.step(backward(model, optimizer, data[:4]))
     optimizer.step(backward(model, optimizer, data[:4]))
-    with pytest.raises(SurgeryError, match=r"LBFGS keeps 'd' .* cannot follow them from \d+ rows to \d+: train with"):
+    with pytest.raises(SurgeryError, match=r"LBFGS keeps 'd' .* cannot be remapped from \d+ rows to \d+: train with"):
         optimizer.step(backward(model, optimizer, data[20:24]))
 
 

@@ -9,7 +9,6 @@ from transformers.optimization import Adafactor
 from pema_adapters import PartialVocabulary, load_model, shrink_embeddings
 from pema_adapters.errors import SurgeryError
 from pema_adapters.training.embedding.partial_rows import PartialRows
-from pema_adapters.training.embedding.row_index import RowIndex
 from tests.models import V, matrix_of
 
 NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -37,20 +36,6 @@ def step(table, optimizer, **gradients):
     for name, value in gradients.items():
         table.weight.grad[table.token_ids.tolist().index(int(name[1:]))] = value
     optimizer.step()
-
-
-def test_row_index_operations():
-    small = RowIndex(torch.tensor([3, 5, 9], dtype=torch.int32))
-    large = small.with_tokens(torch.tensor([4, 9])).with_tokens(torch.tensor([1]))
-    assert large.token_ids.tolist() == [1, 3, 4, 5, 9] and large.size_when_added.tolist() == [5, 3, 4, 3, 3]
-    assert large.positions_in(small).tolist() == [-1, 0, -1, 1, 2]
-    assert large.remap(torch.tensor([7.0, 8, 9]), small, fill=0.5).tolist() == [0.5, 7, 0.5, 8, 9]
-    assert [large.ancestor(k) and large.ancestor(k).token_ids.tolist() for k in (2, 3, 4)] == [
-        None,
-        [3, 5, 9],
-        [3, 4, 5, 9],
-    ]
-    assert small.is_subset_of(large) and not large.is_subset_of(small)
 
 
 def test_rows_keep_their_parameter_gradient_and_momentum():
@@ -164,7 +149,7 @@ def test_state_that_cannot_be_remapped_is_refused(kind, settings, found):
     optimizer.step(*closure)
     optimizer.step(*closure)
     hold(table, 3, 5, 9)
-    with pytest.raises(SurgeryError, match=found + ".* cannot follow them from 2 rows to 3: train with"):
+    with pytest.raises(SurgeryError, match=found + ".* cannot be remapped from 2 rows to 3: train with"):
         optimizer.step(*closure)
 
 

@@ -276,7 +276,7 @@ def test_none_means_tied(make):
     folder, auto_class = make("bert")
     models = []
     for policy in (None, "tied"):
-        torch.manual_seed(2)  # LoRA's A is drawn at random
+        torch.manual_seed(2)  # LoRA's A is initialized at random
         models.append(with_adapter(folder, auto_class, output_embeddings=policy))
         train(models[-1])
     assert torch.equal(*map(logits, models))
