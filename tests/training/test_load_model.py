@@ -217,7 +217,7 @@ def test_every_kind_of_model(tmp_path, matrices, kind, stored):
     make(config).save_pretrained(tmp_path / "base", **STORED[stored])
     matrices.clear()
     partial = seeded(load_model, loaded, tmp_path / "base", VOCABULARY)
-    assert len(matrices) == ("lm_head.weight" in partial.state_dict())  # an output of its own is loaded as ever
+    assert len(matrices) == ("lm_head.weight" in partial.state_dict())  # a separate output is loaded as usual
     assert len(matrix_of(partial)) < V
     full = seeded(loaded.from_pretrained, tmp_path / "base")
     assert_same(outputs(partial, inputs), outputs(full, inputs))

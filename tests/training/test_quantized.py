@@ -60,7 +60,7 @@ def test_training_and_merging(base, tmp_path, caplog):
     rows = model.bert.pema.adapters["task"]
     assert torch.equal(matrix_of(merged)[rows.token_ids.long()], rows.weight)
     for one, other in zip(outputs(merged, MIXED), outputs(model, MIXED), strict=True):
-        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)  # 8 bits are not 32
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)  # 8-bit weights
 
 
 @pytest.mark.parametrize(("skipped", "dtype"), [(None, "U8"), (["classifier"], "F32")])

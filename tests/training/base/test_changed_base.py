@@ -101,7 +101,7 @@ def test_renaming_linking_and_chmod_are_no_change(case, tmp_path, monkeypatch, c
     model = full_model(case)
     change(weights(case))
     monkeypatch.setattr(input_file._open_files, "_limit", 1)
-    for i in range(3):  # pushes every descriptor out that is not kept
+    for i in range(3):  # evicts every descriptor that is not pinned
         (tmp_path / f"{i}").write_bytes(b"0")
         input_file.InputFile(tmp_path / f"{i}").open()
     assert_same(outputs(model, MIXED), expected)

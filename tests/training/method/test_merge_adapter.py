@@ -235,7 +235,7 @@ def test_two_adapters_are_merged_one_after_the_other(base, tmp_path):
         model.set_active_adapters(name)
         before = outputs(model, MIXED)
         model.merge_adapter(name)
-        model.merge_adapter(name)  # twice is once, as in adapters
+        model.merge_adapter(name)  # a second merge has no effect, as in adapters
         assert_same(outputs(model, MIXED), before)
         model.save_pretrained(tmp_path / name)
         assert_same(outputs(plain(where, tmp_path / name), MIXED), before)

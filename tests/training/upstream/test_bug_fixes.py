@@ -209,7 +209,7 @@ def test_activating_an_adapter_does_not_warn(case, caplog, monkeypatch):
     shrink_embeddings(model, "task", PartialVocabulary(USED, V))
     model.train_adapter("task")
     logger = logging.getLogger("adapters.model_mixin")
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # whatever other tests did to the loggers above it
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # independent of parent loggers that other tests changed
     with caplog.at_level(logging.WARNING, logger=logger.name):
         model.set_active_adapters("task")
         assert "none are activated" not in caplog.text
