@@ -12,6 +12,7 @@ from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES, FLOATS
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import OUTPUT_BIASES, OUTPUT_MATRICES
+from pema_adapters.formats.weights import safetensors_name
 from pema_adapters.merging.folding.adapter_layers import AdaptedLinear
 from pema_adapters.merging.folding.folded_weight import FoldCache, FoldedWeight, fold_bias
 from pema_adapters.merging.plan.dtype_cast import Rounding
