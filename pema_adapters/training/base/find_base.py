@@ -178,8 +178,10 @@ def _is_readable(tensor: StoredTensor) -> bool:
 
 def _has_same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name: str) -> bool:
     tensor = live.get_tensor(name)
-    if checkpoint.tensors[file_name].shape != tuple(tensor.shape) or not tensor.is_floating_point():
-        return True  # quantised in memory, say: the fingerprint will cover the checkpoint's own bytes
+    if not tensor.is_floating_point():
+        return True  # quantized in memory: the fingerprint covers the checkpoint's own bytes
+    if checkpoint.tensors[file_name].shape != tuple(tensor.shape):
+        return False
     positions = sample_positions(tuple(tensor.shape))
     return not len(positions) or live.has_values(name, positions, checkpoint.values(file_name, positions))
 

@@ -61,6 +61,8 @@ class UnseenMonitor:
         Raises:
             UnseenTokenError: an earlier step met a token without a row.
         """
+        if not input_ids.numel():
+            return
         unseen = torch.where(positions < 0, input_ids, -1).max()
         self._worst = unseen if self._worst is None else torch.maximum(self._worst, unseen)
         if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]

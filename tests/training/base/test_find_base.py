@@ -65,12 +65,17 @@ def test_the_hub_cache_is_found(case, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("change", ["row", "encoder"])
+@pytest.mark.parametrize("change", ["row", "encoder", "shape"])
 def test_a_changed_model_is_spilled_and_fingerprinted_as_it_is(case, change):
     original, model = case.plain(), case.plain()
     with torch.no_grad():
         if change == "row":
             matrix_of(model)[7] += 1
+        elif change == "shape":
+            positions = model.base_model.embeddings.position_embeddings
+            model.base_model.embeddings.position_embeddings = torch.nn.Embedding(
+                positions.num_embeddings * 2, positions.embedding_dim
+            )
         else:
             model.base_model.encoder.layer[1].output.dense.weight += 1
     base, before = make_base(model), make_base(original)

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from pema_adapters import PartialVocabulary, PEMAConfig, load_model, merge_checkpoint, shrink_embeddings
 from pema_adapters.errors import SurgeryError, VocabularyError
+from pema_adapters.training.embedding.unseen_monitor import UnseenMonitor
 from tests.models import MIXED, SEEN, USED, V
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -38,6 +39,12 @@ def test_data_without_a_token_are_refused(case, rows):
     scanned = PartialVocabulary.from_dataset(Dataset.from_dict(rows), vocab_size=V)
     with pytest.raises(VocabularyError, match="no vocabulary: give shrink_embeddings"):
         shrink_embeddings(model, "task", scanned)
+
+
+def test_an_empty_batch_records_nothing():
+    monitor = UnseenMonitor()
+    monitor.record(torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0, dtype=torch.int64))
+    monitor.sync()
 
 
 def test_an_empty_split_beside_another_is_accepted():
