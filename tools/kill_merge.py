@@ -33,7 +33,7 @@ from harness.command_line import add_dir, make_parser
 from harness.results import write_results
 from harness.tables import format_table
 
-CHILD = [sys.executable, str(Path(__file__).with_name("crash/kill_child.py"))]
+CHILD = [sys.executable, str(Path(__file__).resolve().parent / "crash" / "kill_child.py")]
 
 
 @dataclass

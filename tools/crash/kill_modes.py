@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.pairs import E, Files, T, adapter, base, fingerprint, noise, of
+from fuzz.pairs import CONFIG, E, Files, T, adapter, base, dump, fingerprint, noise, of
 
 WIDTH, SHARDS, LAYERS, BLOCKS = 256, 3, 8, 6
 COMMAND = [sys.executable, "-c", "import sys; from pema_adapters.cli.merge import main; sys.exit(main())"]
@@ -42,6 +42,7 @@ def inputs(megabytes: int) -> Files:
     found = tensors(megabytes)
     rows = found[f"bert.{E}"].shape[0]
     files = base(found, shards=SHARDS)
+    files["base/config.json"] = dump(CONFIG | {"vocab_size": rows, "hidden_size": WIDTH})
     for number, name in enumerate(("delta", "earlier")):
         ids = tuple(i for i in range(rows) if i * 12 * BLOCKS // rows % 12 == number)  # so many writes, one a block
         own = {"fingerprint": fingerprint(found, ids, rows), "token_ids": of(ids, "I32"),
