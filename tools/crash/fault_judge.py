@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
-from crash.fault_modes import MARKER, Mode, Place, State, run_change
+from crash.digests import MARKER
+from crash.fault_modes import Mode, Place, State, run_change
 from crash.fault_process import Fault, Run
 
 UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|replaced)")

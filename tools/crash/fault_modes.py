@@ -1,18 +1,16 @@
 """The ways to merge that fault_merge.py disturbs: what lies there before, the command, what may lie there after it."""
 
 import hashlib
-import json
 import shutil
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from crash.digests import digest_file
 from crash.fault_inputs import APPEAR, changes
 from crash.fault_process import Fault, MergeServer
 
 State = dict[str, str]
-MARKER, OWN = "pema_merge.json", ("seconds", "output", "base", "delta", "mtime_ns")
 REPOSITORY = "someone/merged"
 
 
@@ -55,19 +53,7 @@ def _describe(path: Path) -> str:
         return f"-> {path.readlink()}"
     if path.is_dir():
         return "folder"
-    data = path.read_bytes()
-    if path.name in (MARKER, "journal.json"):
-        with suppress(ValueError, KeyError):
-            data = json.dumps(_without_own(json.loads(data))).encode()
-    return hashlib.blake2b(data).hexdigest()[:16]
-
-
-def _without_own(content: Any) -> Any:
-    """A report or a journal without what differs from run to run."""
-    if not isinstance(content, dict):
-        return content
-    left_out = (*OWN, "sha256", "sums")
-    return {key: _without_own(content[key]) for key in sorted(content) if key not in left_out}
+    return digest_file(path)
 
 
 class Mode:

@@ -1,27 +1,21 @@
 """What kill_merge.py kills: a base with two deltas, and the ways to merge them."""
 
-import contextlib
-import hashlib
-import json
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crash.digests import digest_file
 from fuzz.pairs import CONFIG, E, Files, T, adapter, base, dump, fingerprint, noise, of
+from harness.checkpoints import MERGE
 
 WIDTH, SHARDS, LAYERS, BLOCKS = 256, 3, 8, 6
-COMMAND = [sys.executable, "-c", "import sys; from pema_adapters.cli.merge import main; sys.exit(main())"]
-MARKER = "pema_merge.json"
-OWN = ("seconds", "output", "base")
-"""Of the report in the output: what differs from run to run."""
 Contents = dict[str, str]
 
 
 def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     """`pema-merge` with these arguments."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([*MERGE, *arguments], capture_output=True, text=True, check=False)
 
 
 def arguments(base: Path, delta: Path, output: Path) -> list[str]:
@@ -53,16 +47,9 @@ def inputs(megabytes: int) -> Files:
 
 def contents(folder: Path) -> Contents:
     """`{path: digest}` of all files, hidden ones too; of the report, all but paths and seconds."""
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _digest(path: Path) -> str:
-    data = path.read_bytes()
-    if path.name == MARKER:
-        with contextlib.suppress(ValueError):
-            found = json.loads(data)
-            data = json.dumps({key: found[key] for key in sorted(found) if key not in OWN}).encode()
-    return hashlib.blake2b(data).hexdigest()
+    return {
+        path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @dataclass
