@@ -1,4 +1,4 @@
-"""`python -m pema_adapters merge ...` and `python -m pema_adapters scan ...`: the commands without their scripts."""
+"""Run the commands without their console scripts: `python -m pema_adapters merge ...` or `... scan ...`."""
 
 import argparse
 import sys
@@ -7,11 +7,14 @@ from importlib import import_module
 
 from pema_adapters.cli._common import add_version
 
-COMMANDS = {"merge": "write the full checkpoint (pema-merge)", "scan": "count the rows that data use (pema-scan)"}
+COMMANDS = {
+    "merge": "merge a delta into its base checkpoint (pema-merge)",
+    "scan": "count the embedding rows that a data set uses (pema-scan)",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the commands; returns its exit code."""
+    """Run one of the commands and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pema_adapters", description="Partial Embedding Matrix Adaptation.")
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

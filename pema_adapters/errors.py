@@ -1,7 +1,7 @@
-"""Every exception that pema_adapters raises on purpose, as one small tree.
+"""The exceptions that pema_adapters raises on purpose, all derived from `PemaError`.
 
-Each message is one line that says what is wrong, where, what was found, what was expected and what to do. The command
-line prints it and exits with 1; library users may catch `PemaError` or the kind they care about.
+Each message is one line: where, what is wrong, what was found and expected, and what to do. The command line prints it
+and exits with code 1. Library users catch `PemaError`, or the subclass that they care about.
 """
 
 from collections.abc import Iterator
@@ -12,47 +12,47 @@ from pema_adapters.io.escaping import escape_terminal
 
 
 class PemaError(Exception):
-    """Base of all errors of this package. Its message is one line, whatever a damaged file put into it."""
+    """Base class of all errors of this package. The message is escaped to one printable line."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(escape_terminal(message))
 
 
 class VocabularyError(PemaError, ValueError):
-    """Token ids that cannot be a vocabulary, or a vocabulary that does not fit the model."""
+    """Invalid token ids, or a vocabulary that does not fit the model."""
 
 
 class SurgeryError(PemaError, ValueError):
-    """A model whose embedding cannot be shrunk, restored or saved as asked."""
+    """The embedding of this model cannot be shrunk, restored or saved as requested."""
 
 
 class UnseenTokenError(PemaError, ValueError):
-    """A token outside the partial vocabulary, where that is not allowed."""
+    """A token outside the partial vocabulary was met where none is allowed."""
 
 
 class TokenRangeError(PemaError, IndexError):
-    """A token id that no row of the embedding matrix can have (negative, or V and above)."""
+    """A token id outside [0, V)."""
 
 
 class FormatError(PemaError, ValueError):
-    """A file on disk that is missing, damaged or not what its name promises."""
+    """A file is missing, damaged, or not what its name promises."""
 
 
 class InputChangedError(FormatError):
-    """A base or delta that was replaced, rewritten or cut short while it was read."""
+    """A base or delta was replaced, rewritten or truncated while it was read."""
 
 
 class BaseMismatchError(PemaError, ValueError):
-    """A delta that was trained on another base than the one given."""
+    """The delta was trained on a base other than the given one."""
 
 
 class MergeError(PemaError, RuntimeError):
-    """A merge that is refused or that failed; nothing was left half-written."""
+    """The merge was refused or failed; no half-written output remains."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system says against reading `path` becomes a `FormatError` that names it."""
+    """Turn an OSError in the block into a `FormatError` that names `path`."""
     try:
         yield
     except OSError as error:

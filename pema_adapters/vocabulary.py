@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, VocabularyError
 from pema_adapters.formats.versions import UNVERSIONED, check_version
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
 from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_vocab_size
 
 FORMAT = "pema-vocabulary"

@@ -48,7 +48,7 @@ def make_delta(folder: Path, base: Path) -> Path:
     folder.mkdir()
     source, ids = Checkpoint.open(base), np.arange(0, 2 * K, 2, dtype=np.int32)
     names = [name for name in source.tensors if name != EMBEDDING]
-    fingerprint = Fingerprint.take(
+    fingerprint = Fingerprint.compute(
         source, embedding=EMBEDDING, prefix="model", vocab_size=V, token_ids=ids, names=names
     )
     parts = {"token_ids": ids, "weight": np.ones((K, D), np.float32), "fingerprint": fingerprint.to_array()}

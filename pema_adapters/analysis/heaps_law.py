@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError, PemaError
-from pema_adapters.io.files import check_replaceable
+from pema_adapters.io.atomic_write import check_replaceable
 
 Points = Sequence[tuple[int, int]]
 

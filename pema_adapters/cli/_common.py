@@ -12,14 +12,14 @@ from pema_adapters.errors import PemaError
 from pema_adapters.io.interrupts import Terminated, raise_on_signals
 
 DONE, FAILED = 0, 1
-_BESIDE = ("numpy", "safetensors")
+_REPORTED_PACKAGES = ("numpy", "safetensors")
 """Packages whose versions --version shows: those that every command needs."""
 
 
-def run(program: str, work: Callable[[], str], *, is_done_unprinted: bool = False) -> int:
+def run(program: str, work: Callable[[], str], *, is_done_before_printing: bool = False) -> int:
     """Do `work` and print the text that it returns; print a `PemaError` as one line on stderr.
 
-    is_done_unprinted: the result is on the disk already, so a summary that cannot be printed is no failure.
+    is_done_before_printing: the result is on the disk already, so a summary that cannot be printed is no failure.
 
     Returns:
         The exit code: 0 done, 1 refused or failed. A reader that closes its pipe has read enough: 0.
@@ -28,20 +28,20 @@ def run(program: str, work: Callable[[], str], *, is_done_unprinted: bool = Fals
         with raise_on_signals():
             text = work()
     except (PemaError, OSError) as error:
-        _complain(f"{program}: error: {_one_line(error)}")
+        _print_error(f"{program}: error: {_one_line(error)}")
         return FAILED
     except KeyboardInterrupt as stop:
         how = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        _complain(f"{program}: {how}{f'; {stop}' if str(stop) else ''}")
+        _print_error(f"{program}: {how}{f'; {stop}' if str(stop) else ''}")
         return FAILED
     try:
         write_stdout(text)
     except BrokenPipeError:
         return DONE
     except OSError as error:
-        done = "; all else is done" if is_done_unprinted else ""
-        _complain(f"{program}: error: standard output cannot be written ({error.strerror or error}){done}")
-        return DONE if is_done_unprinted else FAILED
+        done = "; all else is done" if is_done_before_printing else ""
+        _print_error(f"{program}: error: standard output cannot be written ({error.strerror or error}){done}")
+        return DONE if is_done_before_printing else FAILED
     return DONE
 
 
@@ -71,11 +71,13 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import platform
 
-        others = ", ".join([f"Python {platform.python_version()}", *(f"{name} {_installed(name)}" for name in _BESIDE)])
+        others = ", ".join(
+            [f"Python {platform.python_version()}", *(f"{name} {_find_version(name)}" for name in _REPORTED_PACKAGES)]
+        )
         sys.exit(run(parser.prog, lambda: f"{parser.prog} {__version__} ({others})"))
 
 
-def _installed(name: str) -> str:
+def _find_version(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -84,7 +86,7 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
 

@@ -1,11 +1,11 @@
-"""The figures of `pema-scan` as text."""
+"""The metrics of `pema-scan` as text."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pema_adapters.io.escaping import escape_terminal
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 LABELS = {
     "tokenizer": "tokenizer",
@@ -44,74 +44,74 @@ TIED_HEAD = (
 )
 
 
-def text_of(all_figures: Sequence[Figures]) -> str:
-    """One tokenizer: a list of figures. Several: a table with a row for each. Then what they save, and are without."""
-    cells = [_cells(figures) for figures in all_figures]
-    parts = [_list(cells[0]) if len(cells) == 1 else _table(_rows(cells))]
-    if any("memory" in figures for figures in all_figures):
-        parts.append(_table(_memory_rows(all_figures)))
-    parts += [_unused(figures, len(cells) > 1) for figures in all_figures if figures.get("unused_tokens")]
-    if notes := [f"note: {note}" for figures in all_figures for note in _notes(figures)]:
+def format_metrics(all_metrics: Sequence[Metrics]) -> str:
+    """One tokenizer: a list of metrics. Several: a table with a row for each. Then what they save, and are without."""
+    cells = [_format_cells(metrics) for metrics in all_metrics]
+    parts = [_format_list(cells[0]) if len(cells) == 1 else format_table(_build_rows(cells))]
+    if any("memory" in metrics for metrics in all_metrics):
+        parts.append(format_table(_build_memory_rows(all_metrics)))
+    parts += [_format_unused(metrics, len(cells) > 1) for metrics in all_metrics if metrics.get("unused_tokens")]
+    if notes := [f"note: {note}" for metrics in all_metrics for note in _collect_notes(metrics)]:
         parts.append("\n".join(dict.fromkeys(map(escape_terminal, notes))))
     return "\n\n".join(parts)
 
 
-def _cells(figures: Figures) -> dict[str, str]:
+def _format_cells(metrics: Metrics) -> dict[str, str]:
     """Every figure as it is printed."""
-    report = figures.get("memory", [None])[0]
-    cells = {key: _cell(key, value) for key, value in figures.items() if key in LABELS}
+    report = metrics.get("memory", [None])[0]
+    cells = {key: _format_cell(key, value) for key, value in metrics.items() if key in LABELS}
     if report:
         cells["rows_kept"] = f"{report['partial_vocab_size']:,} (K, and ids that the model inserts itself)"
-        cells["rows_saved"] = _share(report["embedding_rows_saved"], report["vocab_size"])
+        cells["rows_saved"] = _format_share(report["embedding_rows_saved"], report["vocab_size"])
         cells["parameters"] = f"{report['parameters']:,} ({report['built']})"
-        cells["parameters_saved"] = _share(report["parameters_saved"], report["parameters"])
+        cells["parameters_saved"] = _format_share(report["parameters_saved"], report["parameters"])
     return cells
 
 
-def _cell(key: str, value: Any) -> str:
+def _format_cell(key: str, value: Any) -> str:
     if key == "reduction" or isinstance(value, int):
         return f"{value:.1%}" if key == "reduction" else f"{value:,}"
     return escape_terminal(", ".join(value) if isinstance(value, list) else str(value))
 
 
-def _share(part: int, whole: int) -> str:
+def _format_share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.1%})"
 
 
-def _list(cells: dict[str, str]) -> str:
+def _format_list(cells: dict[str, str]) -> str:
     width = max(map(len, LABELS.values()))
     return "\n".join(f"{LABELS[key].ljust(width)}  {cells[key]}" for key in LABELS if key in cells)
 
 
-def _rows(cells: Sequence[dict[str, str]]) -> list[list[str]]:
+def _build_rows(cells: Sequence[dict[str, str]]) -> list[list[str]]:
     keys = [key for key in COLUMNS if any(key in row for row in cells)]
     return [[COLUMNS[key] for key in keys], *([row.get(key, "") for key in keys] for row in cells)]
 
 
-def _memory_rows(all_figures: Sequence[Figures]) -> list[list[str]]:
+def _build_memory_rows(all_metrics: Sequence[Metrics]) -> list[list[str]]:
     """What full fine-tuning saves, a row for each optimizer of each model."""
-    named = len(all_figures) > 1
+    named = len(all_metrics) > 1
     head = [*(["model"] if named else []), "saved in training", *(name.replace("_", " ") for name in MEMORY), "of"]
     rows = [head]
-    for report in (report for figures in all_figures for report in figures.get("memory", [])):
+    for report in (report for metrics in all_metrics for report in metrics.get("memory", [])):
         saved, before = report["saved"], report["before"]["total"]
-        amounts = [_bytes(saved[name]) for name in MEMORY]
-        share = f"{_bytes(before)} ({saved['total'] / before:.1%})"
+        amounts = [_format_bytes(saved[name]) for name in MEMORY]
+        share = f"{_format_bytes(before)} ({saved['total'] / before:.1%})"
         rows.append(
             [*([escape_terminal(report["model"])] if named else []), OPTIMIZERS[report["optimizer"]], *amounts, share]
         )
     return rows
 
 
-def _bytes(number: int) -> str:
+def _format_bytes(number: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(number) >= size:
             return f"{number / size:,.1f} {unit}"
     return f"{number} B"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: text to the left, figures to the right."""
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: text to the left, metrics to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [any(cell[:1].isdigit() or cell.startswith("-") for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(_line(row, widths, right) for row in rows)
@@ -122,19 +122,19 @@ def _line(row: Iterable[str], widths: Iterable[int], right: Iterable[bool]) -> s
     return "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in cells).rstrip()
 
 
-def _unused(figures: Figures, named: bool) -> str:
+def _format_unused(metrics: Metrics, named: bool) -> str:
     """The paper's table 1."""
-    of = f" of {escape_terminal(figures['tokenizer'])}" if named else ""
-    head = f"never used{of}, the first {len(figures['unused_tokens'])}:"
+    of = f" of {escape_terminal(metrics['tokenizer'])}" if named else ""
+    head = f"never used{of}, the first {len(metrics['unused_tokens'])}:"
     shown = [
-        (f"{token_id:,}", "no token" if text is None else repr(text)) for token_id, text in figures["unused_tokens"]
+        (f"{token_id:,}", "no token" if text is None else repr(text)) for token_id, text in metrics["unused_tokens"]
     ]
     width = max(len(token_id) for token_id, _ in shown)
     return "\n".join([head, *(f"  {token_id.rjust(width)}  {text}" for token_id, text in shown)])
 
 
-def _notes(figures: Figures) -> list[str]:
-    notes = [*figures["notes"], *([figures["note"]] if "note" in figures else [])]
-    if any(report["has_tied_head"] for report in figures.get("memory", [])):
-        notes.append(TIED_HEAD.format(figures["model"]))
+def _collect_notes(metrics: Metrics) -> list[str]:
+    notes = [*metrics["notes"], *([metrics["note"]] if "note" in metrics else [])]
+    if any(report["has_tied_head"] for report in metrics.get("memory", [])):
+        notes.append(TIED_HEAD.format(metrics["model"]))
     return notes

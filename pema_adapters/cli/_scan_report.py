@@ -9,7 +9,7 @@ from typing import Any
 from pema_adapters.analysis.heaps_law import Curve, heaps_law
 from pema_adapters.analysis.memory_report import OPTIMIZERS, build_on_meta, memory_report
 from pema_adapters.errors import PemaError
-from pema_adapters.hub.pretrained import embedding_shape, load_tokenizer, tokenizer_rows
+from pema_adapters.hub.pretrained import count_tokenizer_rows, load_tokenizer, read_embedding_shape
 from pema_adapters.scanning.cache.cached_scan import Data, cached_scan, note_of
 from pema_adapters.scanning.scanner import Scan
 from pema_adapters.scanning.text_columns import Encoder
@@ -17,7 +17,7 @@ from pema_adapters.vocabulary import PartialVocabulary
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScanTarget:
     """What to scan for: a tokenizer, and perhaps its model with V and d."""
 
     name: str
@@ -28,14 +28,14 @@ class Subject:
     @property
     def vocab_size(self) -> int:
         """V, of the model or else as far as the tokenizer can tell."""
-        return self.shape[0] if self.shape else tokenizer_rows(self.tokenizer)
+        return self.shape[0] if self.shape else count_tokenizer_rows(self.tokenizer)
 
 
 @dataclass(frozen=True)
-class Scanned:
+class ScanResult:
     """What a tokenizer makes of the data."""
 
-    subject: Subject
+    target: ScanTarget
     scan: Scan
     vocabulary: PartialVocabulary
     cache: str  # the folder that the scan comes from; empty: from the data themselves
@@ -43,29 +43,29 @@ class Scanned:
     @property
     def curve(self) -> Curve:
         """How its vocabulary grows."""
-        return Curve(self.subject.name, self.scan.growth, self.vocabulary.vocab_size)
+        return Curve(self.target.name, self.scan.growth, self.vocabulary.vocab_size)
 
-    def unused(self) -> Iterator[tuple[int, str | None]]:
+    def iterate_unused(self) -> Iterator[tuple[int, str | None]]:
         """Ids that training never uses, increasing, with the text of the token; None for a row without a token.
 
         The pad token, which collators put between the texts of a batch, is used.
         """
-        used = {*self.vocabulary, self.subject.tokenizer.pad_token_id}
+        used = {*self.vocabulary, self.target.tokenizer.pad_token_id}
         for token_id in range(self.vocabulary.vocab_size):
             if token_id not in used:
-                yield token_id, _text(self.subject.tokenizer, token_id)
+                yield token_id, _decode_token(self.target.tokenizer, token_id)
 
 
-def subjects(options: argparse.Namespace) -> list[Subject]:
+def load_targets(options: argparse.Namespace) -> list[ScanTarget]:
     """All tokenizers and configs, loaded."""
     models = options.model or [None] * len(options.tokenizer)
     trusted = options.trust_remote_code
-    shapes = [embedding_shape(model, trusted) if model else None for model in models]
+    shapes = [read_embedding_shape(model, trusted) if model else None for model in models]
     tokenizers = [load_tokenizer(name, trusted) for name in options.tokenizer]
-    return [Subject(*one) for one in zip(options.tokenizer, tokenizers, models, shapes, strict=True)]
+    return [ScanTarget(*one) for one in zip(options.tokenizer, tokenizers, models, shapes, strict=True)]
 
 
-def scanned(subject: Subject, options: argparse.Namespace) -> Scanned:
+def scan_target(subject: ScanTarget, options: argparse.Namespace) -> ScanResult:
     """Read all the data with one tokenizer, unless that was done before."""
     encoder = Encoder(subject.tokenizer, tuple(options.text_column), options.max_length)
     data, how = (
@@ -73,14 +73,14 @@ def scanned(subject: Subject, options: argparse.Namespace) -> Scanned:
         {"num_proc": options.num_proc, "use_cache": options.cache},
     )
     scan, cache = cached_scan(data, encoder, subject.vocab_size, **how)
-    return Scanned(subject, scan, PartialVocabulary(scan.token_ids, subject.vocab_size), cache)
+    return ScanResult(subject, scan, PartialVocabulary(scan.token_ids, subject.vocab_size), cache)
 
 
-def figures_of(found: Scanned, options: argparse.Namespace) -> dict[str, Any]:
+def compute_metrics(found: ScanResult, options: argparse.Namespace) -> dict[str, Any]:
     """What the table and `--json` show, ready for JSON."""
     vocabulary, law = found.vocabulary, heaps_law(found.scan.growth)
     figures: dict[str, Any] = {
-        "tokenizer": found.subject.name,
+        "tokenizer": found.target.name,
         "data": options.data,
         "columns": list(found.scan.columns),
         "vocab_size": vocabulary.vocab_size,
@@ -93,16 +93,16 @@ def figures_of(found: Scanned, options: argparse.Namespace) -> dict[str, Any]:
         "notes": [*found.scan.notes, *([note_of(found.cache)] if found.cache else [])],
     }
     if options.unused is not None:
-        pad = found.subject.tokenizer.pad_token_id
+        pad = found.target.tokenizer.pad_token_id
         is_added = pad is not None and pad < vocabulary.vocab_size and pad not in vocabulary
         figures["unused"] = vocabulary.vocab_size - len(vocabulary) - is_added
-        figures["unused_tokens"] = [list(token) for token in islice(found.unused(), options.unused)]
-    return {**figures, **_model_figures(found, options.trust_remote_code)}
+        figures["unused_tokens"] = [list(token) for token in islice(found.iterate_unused(), options.unused)]
+    return {**figures, **_compute_model_metrics(found, options.trust_remote_code)}
 
 
-def _model_figures(found: Scanned, trust_remote_code: bool) -> dict[str, Any]:
+def _compute_model_metrics(found: ScanResult, trust_remote_code: bool) -> dict[str, Any]:
     """Of the embedding alone, from the config; of the whole model, where one can be built of it."""
-    model, shape = found.subject.model, found.subject.shape
+    model, shape = found.target.model, found.target.shape
     if model is None or shape is None:
         return {}
     figures: dict[str, Any] = {
@@ -119,7 +119,7 @@ def _model_figures(found: Scanned, trust_remote_code: bool) -> dict[str, Any]:
     return {**figures, "memory": [{**report.to_dict(), "model": model} for report in reports]}
 
 
-def _text(tokenizer: Any, token_id: int) -> str | None:
+def _decode_token(tokenizer: Any, token_id: int) -> str | None:
     try:
         text = tokenizer.convert_ids_to_tokens(token_id)
     except (IndexError, KeyError, OverflowError):  # of tokenizers in Python, beyond their last token

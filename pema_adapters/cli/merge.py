@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pema_adapters.cli._common import add_version, run
 from pema_adapters.errors import PemaError
-from pema_adapters.io.escaping import escape_terminal, python_literal
+from pema_adapters.io.escaping import escape_terminal, format_python_literal
 from pema_adapters.io.locking import check_platform
 
 if TYPE_CHECKING:
     from pema_adapters.merging.report import MergeReport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LONGEST_LINE = 10_000
+MAX_LINE = 10_000
 """Characters of a line of the summary, so many that lines to paste are not cut."""
 EPILOG = """\
 examples:
@@ -33,27 +33,27 @@ exit codes:
   1  refused or failed: one line on standard error says why
   2  wrong usage
 """
-_UNDO_TAKES = {"base", "undo", "quiet"}
+_UNDO_OPTIONS = {"base", "undo", "quiet"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pema-merge`. Returns the exit code: 0 done, 1 refused or failed; argparse exits with 2 on wrong usage."""
-    parser = _parser()
+    parser = _build_parser()
     options = parser.parse_args(argv)
     problem = _find_conflict(options, parser)
     if problem:
         parser.error(problem)
     os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # the client has two lines for each try without network
     if options.undo:
-        return run("pema-merge", lambda: _undo(options), is_done_unprinted=True)
-    return run("pema-merge", lambda: _merge(options), is_done_unprinted=not options.dry_run)
+        return run("pema-merge", lambda: _undo(options), is_done_before_printing=True)
+    return run("pema-merge", lambda: _merge(options), is_done_before_printing=not options.dry_run)
 
 
 def _find_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """Why the options do not go together, "" if they do."""
     if options.undo:
         given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
-        others = [name for name in given if name not in _UNDO_TAKES]
+        others = [name for name in given if name not in _UNDO_OPTIONS]
         if others:
             return f"--undo takes --base and --quiet alone, found --{others[0].replace('_', '-')}"
     elif options.delta is None:
@@ -67,7 +67,7 @@ def _find_conflict(options: argparse.Namespace, parser: argparse.ArgumentParser)
     return ""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pema-merge",
         usage="pema-merge [--base BASE] --delta DELTA [options]\n       pema-merge --base BASE --undo",
@@ -96,7 +96,7 @@ def _add_inputs(group: "argparse._ArgumentGroup") -> None:
     add("--adapter", metavar="NAME", help="the adapter to merge, if DELTA holds several")
     add(
         "--checkpoint",
-        type=_checkpoint,
+        type=_parse_checkpoint,
         metavar="latest|best|STEP",
         help="the checkpoint to merge, if DELTA is the output folder of a Trainer",
     )
@@ -142,10 +142,10 @@ def _add_reporting(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--quiet", action="store_true", help="print nothing but errors (with --json, the report too)")
 
 
-def _checkpoint(text: str) -> str:
-    from pema_adapters.formats.trainer_checkpoints import is_choice
+def _parse_checkpoint(text: str) -> str:
+    from pema_adapters.formats.trainer_checkpoints import is_checkpoint_choice
 
-    if not is_choice(text):
+    if not is_checkpoint_choice(text):
         raise argparse.ArgumentTypeError(f"expected latest, best or the number of a step, found {text!r}")
     return text
 
@@ -153,19 +153,21 @@ def _checkpoint(text: str) -> str:
 def _merge(options: argparse.Namespace) -> str:
     """Merge; returns what to print."""
     check_platform()
-    report = _pushed(options) if options.push_to_hub else _merged(options)
+    report = _push(options) if options.push_to_hub else _merge_to_disk(options)
     if options.json:
         return json.dumps(report.to_dict(), indent=2)
-    return "" if options.quiet else _summary(report, options)
+    return "" if options.quiet else _format_summary(report, options)
 
 
-def _merged(options: argparse.Namespace) -> "MergeReport":
+def _merge_to_disk(options: argparse.Namespace) -> "MergeReport":
     from pema_adapters.merging.api import merge_checkpoint
 
-    return merge_checkpoint(options.base, options.delta, options.output, in_place=options.in_place, **_how(options))
+    return merge_checkpoint(
+        options.base, options.delta, options.output, in_place=options.in_place, **_shared_arguments(options)
+    )
 
 
-def _pushed(options: argparse.Namespace) -> "MergeReport":
+def _push(options: argparse.Namespace) -> "MergeReport":
     from pema_adapters.publishing.push import push_merged_to_hub
 
     return push_merged_to_hub(
@@ -177,11 +179,11 @@ def _pushed(options: argparse.Namespace) -> "MergeReport":
         create_pr=options.create_pr,
         commit_message=options.commit_message,
         token=options.token,
-        **_how(options),
+        **_shared_arguments(options),
     )
 
 
-def _how(options: argparse.Namespace) -> dict[str, Any]:
+def _shared_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What merging and pushing share."""
     same = ("adapter", "checkpoint", "revision", "dtype", "overwrite", "dry_run", "verify", "allow_base_mismatch")
     taken = {name: getattr(options, name) for name in same}
@@ -196,13 +198,13 @@ def _undo(options: argparse.Namespace) -> str:
     return "" if options.quiet else escape_terminal(f"restored {options.base}")
 
 
-def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
+def _format_summary(report: "MergeReport", options: argparse.Namespace) -> str:
     """The report for people; its first line says what happened, its last ones how to load the result."""
     where = report.output or options.push_to_hub
     lines = [
-        f"{_done(options)} {where} ({report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s)",
+        f"{_describe_outcome(options)} {where} ({report.bytes_written / 1e6:,.1f} MB in {report.seconds:.1f} s)",
         f"  rows:    {report.rows_merged:,} of {report.vocab_size:,} in the embedding matrix",
-        f"  tensors: {report.tensors_changed:,} changed, {report.tensors_copied:,} {_kept(options)}",
+        f"  tensors: {report.tensors_changed:,} changed, {report.tensors_copied:,} {_describe_copied(options)}",
     ]
     if report.tensors_folded:
         lines.append(f"  folded:  the adapter's updates of {report.tensors_folded:,} weights")
@@ -211,24 +213,25 @@ def _summary(report: "MergeReport", options: argparse.Namespace) -> str:
     if options.verify and not options.dry_run:
         lines.append("  verified: every byte is the base's or the delta's")
     lines += [f"  note:    {note}" for note in report.notes]
-    return "\n".join(escape_terminal(line, LONGEST_LINE) for line in lines + _loading(report))
+    return "\n".join(escape_terminal(line, MAX_LINE) for line in lines + _format_load_snippet(report))
 
 
-def _done(options: argparse.Namespace) -> str:
+def _describe_outcome(options: argparse.Namespace) -> str:
     if options.push_to_hub and not options.output:
         return "would push to" if options.dry_run else "pushed to"
     return "would write" if options.dry_run else "changed" if options.in_place else "wrote"
 
 
-def _kept(options: argparse.Namespace) -> str:
+def _describe_copied(options: argparse.Namespace) -> str:
     if options.in_place:
         return "untouched"
     return "copied byte for byte" if options.dtype == "auto" else f"as they were, in {options.dtype}"
 
 
-def _loading(report: "MergeReport") -> list[str]:
+def _format_load_snippet(report: "MergeReport") -> list[str]:
     """The two lines of Python that load both, where part of the delta stays an adapter."""
-    from pema_adapters.formats.checkpoint import CONFIG, read_json
+    from pema_adapters.formats.checkpoint import CONFIG
+    from pema_adapters.formats.json_object import read_json
     from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
 
     output = Path(report.output)
@@ -237,12 +240,12 @@ def _loading(report: "MergeReport") -> list[str]:
         return []
     try:
         config = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
-        adapters = {name: LeftAdapter.read(partial(_content, folder)) for name, folder in left.items()}
+        adapters = {name: LeftAdapter.read(partial(_read_file, folder)) for name, folder in left.items()}
     except (OSError, PemaError) as error:  # the merge is complete all the same
         return [escape_terminal(f"  the lines that load both cannot be given: {error}")]
-    lines = loading_lines(report.output, config, adapters, lambda name: python_literal(str(left[name])))
+    lines = loading_lines(report.output, config, adapters, lambda name: format_python_literal(str(left[name])))
     return ["  load both, in Python (import adapters, transformers):", *(f"    {line}" for line in lines)]
 
 
-def _content(folder: Path, name: str) -> bytes | None:
+def _read_file(folder: Path, name: str) -> bytes | None:
     return (folder / name).read_bytes() if (folder / name).is_file() else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pema_adapters.cli._common import add_version, run
 
 if TYPE_CHECKING:
-    from pema_adapters.cli._scan_report import Scanned
+    from pema_adapters.cli._scan_report import ScanResult
 
 EPILOG = """\
 examples:
@@ -24,7 +24,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pema-scan`. Returns the exit code: 0 done, 1 refused or failed; argparse exits with 2 on wrong usage."""
-    parser = _parser()
+    parser = _build_parser()
     options = parser.parse_args(argv)
     if options.model and len(options.model) != len(options.tokenizer):
         parser.error(
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run("pema-scan", lambda: _scan(options))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pema-scan",
         description="Count the rows of a model's embedding matrix that a data set uses, and what training only these "
@@ -80,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-length",
-        type=_positive,
+        type=_parse_positive,
         metavar="N",
         help="truncate text to N tokens, of a pair the longer one first (default: no truncation)",
     )
     add(
         "--num-proc",
-        type=_positive,
+        type=_parse_positive,
         default=1,
         metavar="N",
         help="N processes tokenize (for tokenizers in Python: fast ones use all cores by themselves); of tokenized "
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--unused",
         nargs="?",
-        type=_positive,
+        type=_parse_positive,
         const=0,
         metavar="N",
         help="count the tokens that are never used, and show the first N",
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def _parse_positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
@@ -126,41 +126,41 @@ def _positive(text: str) -> int:
 
 def _scan(options: argparse.Namespace) -> str:
     """Scan, or reuse earlier results; returns the text to print, once all is checked, scanned and written."""
-    from pema_adapters.cli._scan_results import Answers
+    from pema_adapters.cli._result_cache import ResultCache
 
-    answers = Answers(options)
-    figures = answers.known()
+    answers = ResultCache(options)
+    figures = answers.lookup()
     if figures is None:
-        figures = _found(options)
-        answers.remember(figures)
-    return _text(figures, options.json)
+        figures = _compute(options)
+        answers.save(figures)
+    return _format(figures, options.json)
 
 
-def _found(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _compute(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The figures of all tokenizers; files that were asked for are written."""
-    from pema_adapters.cli._scan_report import figures_of, scanned, subjects
+    from pema_adapters.cli._scan_report import compute_metrics, load_targets, scan_target
 
-    _only_our_errors()
-    figure_format = _checked_outputs(options)
-    found = [scanned(subject, options) for subject in subjects(options)]
-    figures = [figures_of(one, options) for one in found]
+    _silence_libraries()
+    figure_format = _check_outputs(options)
+    found = [scan_target(subject, options) for subject in load_targets(options)]
+    figures = [compute_metrics(one, options) for one in found]
     _write(found, figure_format, options)
     return figures
 
 
-def _checked_outputs(options: argparse.Namespace) -> str:
+def _check_outputs(options: argparse.Namespace) -> str:
     """The format of the figure, if there is to be one; refused where a file could not be written."""
     from pema_adapters.analysis.heaps_law import format_of
-    from pema_adapters.io.files import check_replaceable
+    from pema_adapters.io.atomic_write import check_replaceable
 
     if options.save:
         check_replaceable(Path(options.save))
     return format_of(options.plot) if options.plot else ""
 
 
-def _write(found: Sequence["Scanned"], figure_format: str, options: argparse.Namespace) -> None:
+def _write(found: Sequence["ScanResult"], figure_format: str, options: argparse.Namespace) -> None:
     from pema_adapters.analysis.heaps_law import drawn
-    from pema_adapters.io.files import replace_file
+    from pema_adapters.io.atomic_write import replace_file
 
     figure = drawn(figure_format, [one.curve for one in found]) if options.plot else b""
     if options.save:
@@ -169,13 +169,13 @@ def _write(found: Sequence["Scanned"], figure_format: str, options: argparse.Nam
         replace_file(Path(options.plot), figure)
 
 
-def _text(figures: Sequence[dict[str, Any]], as_json: bool) -> str:
-    from pema_adapters.cli._scan_format import text_of
+def _format(figures: Sequence[dict[str, Any]], as_json: bool) -> str:
+    from pema_adapters.cli._scan_format import format_metrics
 
-    return json.dumps(figures[0] if len(figures) == 1 else figures, indent=2) if as_json else text_of(figures)
+    return json.dumps(figures[0] if len(figures) == 1 else figures, indent=2) if as_json else format_metrics(figures)
 
 
-def _only_our_errors() -> None:
+def _silence_libraries() -> None:
     """What goes wrong is one line of ours: keep the libraries' logs off stderr; and their bars, where nobody looks."""
     import datasets
     import transformers

@@ -1,8 +1,8 @@
-"""Deltas: what training leaves behind, found, read and checked.
+"""Deltas, the results of training, read and validated.
 
-Two kinds. An *adapter* is a folder that `save_adapter` wrote: adapter_config.json, the weights (PEMA rows among them),
-perhaps a head beside them. A *full* delta is what `save_delta` or a Trainer wrote: config.json and a checkpoint whose
-embedding is K rows, with `token_ids` and `fingerprint` beside it.
+There are two kinds. An *adapter* is a folder that `save_adapter` wrote: adapter_config.json and the weights, with PEMA
+rows among them and possibly a head beside them. A *full* delta is what `save_delta` or a Trainer wrote: config.json and
+a checkpoint whose embedding has K rows, with `token_ids` and `fingerprint` beside it.
 """
 
 import re
@@ -14,69 +14,81 @@ import numpy as np
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, PEMA, AdapterConfig
-from pema_adapters.formats.checkpoint import CONFIG, Checkpoint, read_json
-from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_delta, first_file, is_adapter
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
+from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_delta, find_first_file, is_adapter
 from pema_adapters.formats.fingerprint import Fingerprint
+from pema_adapters.formats.json_object import read_json
 from pema_adapters.formats.safetensors_header import FLOATS, NUMPY_DTYPES
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.tensor_names import canonical
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.tensor_names import canonicalize
 from pema_adapters.formats.trainer_checkpoints import pick_checkpoint
-from pema_adapters.formats.weights_file import read_tensors
+from pema_adapters.formats.weights import read_tensors
 
 HEAD_CONFIG = "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 
-_ROWS = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
+_ROWS_NAME = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
 _QUANTIZED = ("U8", "I8")
-_FULL_ROWS = re.compile(r"(?P<embedding>.+)\.token_ids")
+_FULL_ROWS_NAME = re.compile(r"(?P<embedding>.+)\.token_ids")
 
 
 @dataclass(frozen=True)
 class Head:
-    """A prediction head: `config` as in head_config.json, which lies at `path`, `tensors` by name.
+    """A prediction head.
 
-    Without any tensors it is one whose output matrix, all that it has, is tied to the embedding.
-    settings: what config.json must say for it (None: the key must be absent), and prefix: of the backbone in its
-    class; None for both where nobody but head_config.json says. output: the output matrix of a language model in its
-    class, "" where nobody says.
+    Attributes:
+        config: The content of head_config.json.
+        tensors: Its tensors by name; none if it is only an output matrix tied to the embedding.
+        config_changes: What config.json must say for this head (None: the key must be absent); None as a whole if
+            only head_config.json describes the head.
+        prefix: The backbone's prefix in the head's model class; None like `config_changes`.
+        path: head_config.json.
+        output_matrix: The name of a language model's output matrix in its class, "" if unknown.
     """
 
     config: dict[str, Any]
-    tensors: dict[str, Stored]
-    settings: dict[str, Any] | None = None
+    tensors: dict[str, StoredTensor]
+    config_changes: dict[str, Any] | None = None
     prefix: str | None = None
     path: Path = Path(HEAD_CONFIG)
-    output: str = ""
+    output_matrix: str = ""
 
     @property
     def is_static(self) -> bool:
-        """Of an ordinary Transformers class; the flexible heads of AutoAdapterModel are not."""
+        """Whether the head belongs to a Transformers class, unlike the flexible heads of AutoAdapterModel."""
         return self.config.get("config") is None
 
 
 @dataclass(frozen=True)
-class Rest:
-    """The adapter without its PEMA part: its `config`, None where PEMA was all."""
+class RemainingAdapter:
+    """What remains of an adapter without PEMA: its configuration, None if nothing remains, and its tensors."""
 
     config: AdapterConfig | None
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
 
 @dataclass(frozen=True)
 class Delta:
     """A validated delta.
 
-    kind: "adapter" or "full". name: of the adapter, "" for a full delta.
-    prefix: of the base model, "bert"; "" where there is none.
-    own_base: the trained model was a base model itself, so its tensor names carry no prefix.
-    embedding: canonical name of E; "" where the artifact does not say (it has no fingerprint).
-    token_ids: int64 [K], strictly increasing. weight: [K, d]; None for an adapter without PEMA, whose K is 0.
-    untied: name of the output matrix that is not tied to E any more, though the base's is; "" for none.
-    is_output_in_head: that matrix belongs into the flexible head, rather than into the checkpoint.
-    methods: their names, "pema" and the others.
-    tensors: full: everything else that was trained. head, rest: adapter: beside the rows.
-    config: full: the trained model's config.json; adapter: adapter_config.json.
+    Attributes:
+        folder: The folder of the delta.
+        kind: "adapter" or "full".
+        name: The adapter's name, "" for a full delta.
+        prefix: The base model's prefix, "bert" for example; "" if there is none.
+        own_base: Whether the trained model was a base model itself, so that its tensor names carry no prefix.
+        embedding: The canonical name of E; "" if the delta does not say (it has no fingerprint).
+        token_ids: The ids of the trained rows, int64 [K], strictly increasing.
+        weight: The trained rows [K, d]; None for an adapter without PEMA (K = 0).
+        fingerprint: What the delta records of its base, None if nothing.
+        tensors: All other trained tensors of a full delta.
+        head: The adapter's head.
+        remaining: The adapter without its PEMA part.
+        config: The JSON of config.json (full) or adapter_config.json (adapter).
+        untied: The name of the output matrix that is no longer tied to E, though the base's is; "" for none.
+        is_output_in_head: Whether that matrix belongs to the flexible head, rather than to the checkpoint.
+        methods: The names of the adapter's methods, "pema" among them.
     """
 
     folder: Path
@@ -86,11 +98,11 @@ class Delta:
     own_base: bool
     embedding: str
     token_ids: np.ndarray
-    weight: Stored | None
+    weight: StoredTensor | None
     fingerprint: Fingerprint | None
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     head: Head | None = None
-    rest: Rest = field(default_factory=lambda: Rest(None, {}))
+    remaining: RemainingAdapter = field(default_factory=lambda: RemainingAdapter(None, {}))
     config: dict[str, Any] = field(default_factory=dict)
     untied: str = ""
     is_output_in_head: bool = False
@@ -98,28 +110,32 @@ class Delta:
 
     @property
     def recorded_base(self) -> str:
-        """The Hub id or folder that the trained model was loaded from, "" where the delta does not say."""
+        """The Hub id or folder that the trained model was loaded from, "" if the delta does not say."""
         in_fingerprint = self.fingerprint.base if self.fingerprint is not None else ""
         names = (in_fingerprint, self.config.get("model_name"), self.config.get("_name_or_path"))
         return next((name for name in names if isinstance(name, str) and name), "")
 
     @property
     def static_head(self) -> Head | None:
-        """The adapter's head, where it is one of an ordinary Transformers class."""
+        """The adapter's head if it belongs to a Transformers class, else None."""
         return self.head if self.head is not None and self.head.is_static else None
 
     @property
-    def ordinary(self) -> dict[str, Stored]:
-        """The tensors that belong into an ordinary checkpoint, beside the rows: backbone weights and static head."""
+    def checkpoint_tensors(self) -> dict[str, StoredTensor]:
+        """The tensors to write to an ordinary checkpoint besides the rows: backbone weights, or a static head."""
         return self.static_head.tensors if self.static_head is not None else self.tensors
 
 
 def read_delta(folder: str | Path, adapter: str | None = None, checkpoint: str | int | None = None) -> Delta:
-    """Read the delta in `folder`, or the only one a level below it; `adapter` names one of several.
+    """Find and read a delta.
 
-    checkpoint: of a Trainer's output folder "latest", "best", or a step; see `pick_checkpoint`.
+    Args:
+        folder: The delta's folder, or one that holds it at most two levels below.
+        adapter: Which delta to take if there are several; see `find_delta`.
+        checkpoint: Which checkpoint of a Trainer's output folder to take: "latest", "best", or a step.
 
-    Raises `FormatError` where there is none, where there are several, or where it is damaged.
+    Raises:
+        FormatError: There is no delta, there are several, or it is damaged.
     """
     folder = Path(folder)
     found = find_delta(folder if checkpoint is None else pick_checkpoint(folder, checkpoint), adapter)
@@ -128,14 +144,14 @@ def read_delta(folder: str | Path, adapter: str | None = None, checkpoint: str |
 
 def _read_adapter(folder: Path) -> Delta:
     config = AdapterConfig.read(folder)
-    path = first_file(folder, ADAPTER_WEIGHTS)
+    path = find_first_file(folder, ADAPTER_WEIGHTS)
     if path is None:
         raise FormatError(f"{folder}: {ADAPTER_CONFIG} without weights; expected {' or '.join(ADAPTER_WEIGHTS)}")
     tensors = read_tensors(path)
-    parts = {name: found for name in tensors if (found := _ROWS.fullmatch(name))}
-    prefix = _owner(path, config, list(parts.values()))
+    parts = {name: found for name in tensors if (found := _ROWS_NAME.fullmatch(name))}
+    prefix = _find_prefix(path, config, list(parts.values()))
     rows = {found["part"]: tensors.pop(name) for name, found in parts.items()}
-    token_ids, weight, fingerprint = _rows(path, rows) if rows else (np.empty(0, np.int64), None, None)
+    token_ids, weight, fingerprint = _read_rows(path, rows) if rows else (np.empty(0, np.int64), None, None)
     if fingerprint and prefix not in ("", fingerprint.prefix):
         raise FormatError(f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; damaged")
     return Delta(
@@ -149,19 +165,21 @@ def _read_adapter(folder: Path) -> Delta:
         weight=weight,
         fingerprint=fingerprint,
         head=_read_head(folder, prefix),
-        rest=_rest(folder, config, tensors),
+        remaining=_read_remaining(folder, config, tensors),
         config=config.content,
         untied=fingerprint.untied if fingerprint else "",
         methods=tuple(method.name for method in config.methods),
     )
 
 
-def _owner(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str:
-    """The prefix of the base model that the PEMA rows are in. They have to be those of this adapter alone."""
+def _find_prefix(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str:
+    """Return the prefix of the base model in the names of the PEMA rows, which must be those of this adapter alone."""
     owners = sorted({(part["prefix"] or "", part["name"]) for part in found})
     if len(owners) > 1:
         several = ", ".join(sorted(repr(f"{prefix}.pema.adapters.{name}".lstrip(".")) for prefix, name in owners))
-        raise FormatError(f"{path}: expected the PEMA rows of one adapter, found those of {several}; nothing to merge")
+        raise FormatError(
+            f"{path}: expected the PEMA rows of one adapter, found those of {several}; save the adapter by itself"
+        )
     if not owners and config.trains_rows:
         raise FormatError(f"{path}: expected the PEMA rows that {ADAPTER_CONFIG} names, found none; save it again")
     prefix, name = owners[0] if owners else ("", config.name)
@@ -174,21 +192,21 @@ def _owner(path: Path, config: AdapterConfig, found: list[re.Match[str]]) -> str
 
 
 def _read_head(folder: Path, prefix: str) -> Head | None:
-    """The head beside an adapter. Whatever of the base model was saved along with it (T5) is not part of it."""
-    path, config = first_file(folder, HEAD_WEIGHTS), folder / HEAD_CONFIG
+    """Read the head beside an adapter, without the tensors of the base model that T5 saves along with it."""
+    path, config = find_first_file(folder, HEAD_WEIGHTS), folder / HEAD_CONFIG
     if path is None and config.is_file():
         raise FormatError(f"{config}: a head without weights; expected {' or '.join(HEAD_WEIGHTS)} beside it")
     if path is None:
         return None
     if not config.is_file():
-        raise FormatError(f"{path}: a head without {HEAD_CONFIG} that says which")
-    found = {name: tensor for name, tensor in read_tensors(path).items() if not _is_of_base(name, prefix)}
+        raise FormatError(f"{path}: a head without {HEAD_CONFIG}; save the adapter again")
+    found = {name: tensor for name, tensor in read_tensors(path).items() if not _belongs_to_base(name, prefix)}
     _check_not_quantized(found)
     return Head(read_json(config), found, path=config)
 
 
-def _check_not_quantized(head: dict[str, Stored]) -> None:
-    """bitsandbytes stores a layer of 4 bits as U8, one of 8 bits as I8, and what it takes to read it beside it."""
+def _check_not_quantized(head: dict[str, StoredTensor]) -> None:
+    """Refuse a head of bitsandbytes, which stores a 4-bit layer as U8 and an 8-bit one as I8."""
     for tensor in head.values():
         if tensor.dtype in _QUANTIZED:
             layer = tensor.name.rpartition(".")[0]
@@ -198,40 +216,40 @@ def _check_not_quantized(head: dict[str, Stored]) -> None:
             )
 
 
-def _is_of_base(name: str, prefix: str) -> bool:
-    return name.startswith(prefix + ".") if prefix else _ROWS.fullmatch(name) is not None
+def _belongs_to_base(name: str, prefix: str) -> bool:
+    return name.startswith(prefix + ".") if prefix else _ROWS_NAME.fullmatch(name) is not None
 
 
-def _rest(folder: Path, config: AdapterConfig, tensors: dict[str, Stored]) -> Rest:
+def _read_remaining(folder: Path, config: AdapterConfig, tensors: dict[str, StoredTensor]) -> RemainingAdapter:
     left = config.without(lambda method: method.is_pema)
     if (left is None) == bool(tensors):
-        expected, found = ("no other", "some") if tensors else ("more", "none")
+        named, found = ("no method", "others") if tensors else ("methods", "none")
         raise FormatError(
-            f"{folder}: {ADAPTER_CONFIG} names {expected} method beside PEMA, but the weights hold {found} of it; "
+            f"{folder}: {ADAPTER_CONFIG} names {named} besides PEMA, but the weights hold {found}; "
             "save the adapter again"
         )
-    return Rest(left, tensors)
+    return RemainingAdapter(left, tensors)
 
 
 def _read_full(folder: Path) -> Delta:
-    path = first_file(folder, FULL_WEIGHTS)
+    path = find_first_file(folder, FULL_WEIGHTS)
     if path is None or path.suffix == ".bin":
         path = folder / FULL_WEIGHTS[-1]
         tensors = read_tensors(path)
     else:
         tensors = dict(Checkpoint.open(folder).tensors)
-    embeddings = [found["embedding"] for name in tensors if (found := _FULL_ROWS.fullmatch(name))]
+    embeddings = [found["embedding"] for name in tensors if (found := _FULL_ROWS_NAME.fullmatch(name))]
     if not embeddings:
         raise FormatError(
-            f"{path}: an ordinary checkpoint, not a delta: no tensor '<embedding>.token_ids' that says which rows "
-            "were trained; expected what save_adapter, save_delta or a Trainer with a shrunk model wrote"
+            f"{path}: an ordinary checkpoint, not a delta: it has no tensor '<embedding>.token_ids' with the ids "
+            "of the trained rows; expected the output of save_adapter, save_delta, or a Trainer with a shrunk model"
         )
     if len(embeddings) > 1:
         raise FormatError(f"{path}: {len(embeddings)} partial embeddings ({', '.join(embeddings)}), expected one")
     stored = f"{embeddings[0]}.weight"
     parts = ("token_ids", "weight", "fingerprint")
     rows = {part: tensors.pop(name) for part in parts if (name := f"{embeddings[0]}.{part}") in tensors}
-    token_ids, weight, fingerprint = _rows(path, rows)
+    token_ids, weight, fingerprint = _read_rows(path, rows)
     prefix = fingerprint.prefix if fingerprint else ""
     if fingerprint and stored not in (fingerprint.embedding, f"{prefix}.{fingerprint.embedding}"):
         raise FormatError(f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; damaged")
@@ -241,7 +259,7 @@ def _read_full(folder: Path) -> Delta:
         name="",
         prefix=prefix,
         own_base=not stored.startswith(prefix + "."),
-        embedding=fingerprint.embedding if fingerprint else canonical(stored, prefix),
+        embedding=fingerprint.embedding if fingerprint else canonicalize(stored, prefix),
         token_ids=token_ids,
         weight=weight,
         fingerprint=fingerprint,
@@ -251,8 +269,8 @@ def _read_full(folder: Path) -> Delta:
     )
 
 
-def _rows(path: Path, parts: dict[str, Stored]) -> tuple[np.ndarray, Stored, Fingerprint | None]:
-    """token_ids int64 [K], weight [K, d] and the fingerprint, all checked against each other."""
+def _read_rows(path: Path, parts: dict[str, StoredTensor]) -> tuple[np.ndarray, StoredTensor, Fingerprint | None]:
+    """Return token_ids int64 [K], weight [K, d] and the fingerprint, after checking them against each other."""
     for part in ("token_ids", "weight"):
         if part not in parts:
             raise FormatError(f"{path}: PEMA rows without {part!r}; the file is damaged")
@@ -261,8 +279,8 @@ def _rows(path: Path, parts: dict[str, Stored]) -> tuple[np.ndarray, Stored, Fin
         raise FormatError(
             f"{path}: tensor {weight.name!r} is {weight.dtype} {list(weight.shape)}; expected rows [K, d] of floats"
         )
-    fingerprint = _fingerprint(path, parts["fingerprint"]) if "fingerprint" in parts else None
-    token_ids = _token_ids(path, ids, fingerprint)
+    fingerprint = _read_fingerprint(path, parts["fingerprint"]) if "fingerprint" in parts else None
+    token_ids = _read_token_ids(path, ids, fingerprint)
     if weight.shape[0] != len(token_ids):
         raise FormatError(
             f"{path}: tensor {weight.name!r} has {weight.shape[0]} rows for {len(token_ids)} token_ids; "
@@ -271,7 +289,7 @@ def _rows(path: Path, parts: dict[str, Stored]) -> tuple[np.ndarray, Stored, Fin
     return token_ids, weight, fingerprint
 
 
-def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> np.ndarray:
+def _read_token_ids(path: Path, stored: StoredTensor, fingerprint: Fingerprint | None) -> np.ndarray:
     where = f"{path}: tensor {stored.name!r}"
     if stored.dtype not in ("I32", "I64") or len(stored.shape) != 1:
         raise FormatError(f"{where} is {stored.dtype} {list(stored.shape)}; expected I32 [K]")
@@ -290,7 +308,7 @@ def _token_ids(path: Path, stored: Stored, fingerprint: Fingerprint | None) -> n
     return ids
 
 
-def _fingerprint(path: Path, stored: Stored) -> Fingerprint:
+def _read_fingerprint(path: Path, stored: StoredTensor) -> Fingerprint:
     try:
         return Fingerprint.from_array(np.frombuffer(stored.read(), np.uint8))
     except FormatError as error:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from pema_adapters.errors import BaseMismatchError, FormatError
-from pema_adapters.formats.tensor_names import canonical, match
+from pema_adapters.formats.tensor_names import canonicalize, map_canonical_names
 from pema_adapters.formats.versions import UNVERSIONED, check_version
 
 VERSION = 1
@@ -53,7 +53,7 @@ class Fingerprint:
     base: str = ""
 
     @classmethod
-    def take(  # noqa: PLR0913 - the parts of a fingerprint
+    def compute(  # noqa: PLR0913 - the parts of a fingerprint
         cls,
         source: TensorSource,
         *,
@@ -67,46 +67,46 @@ class Fingerprint:
         shapes = source.shapes()
         base_vocab_size = shapes[embedding][0]
         return cls(
-            embedding=canonical(embedding, prefix),
+            embedding=canonicalize(embedding, prefix),
             prefix=prefix,
             vocab_size=vocab_size,
             base_vocab_size=base_vocab_size,
             rows=digest_rows(partial(source.rows, embedding), token_ids[token_ids < base_vocab_size]),
             tensors={
-                canonical(name, prefix): (shapes[name], _digest_values(source, name, shapes[name])) for name in names
+                canonicalize(name, prefix): (shapes[name], _digest_values(source, name, shapes[name])) for name in names
             },
         )
 
-    def locate(self, names: Collection[str]) -> dict[str, str]:
+    def match_names(self, names: Collection[str]) -> dict[str, str]:
         """`{canonical name: stored name}` of a base, whatever prefix it is stored under."""
-        found = match(names, self.prefix)
+        found = map_canonical_names(names, self.prefix)
         if self.embedding not in found:
             prefixes = {
                 name.removesuffix("." + self.embedding) for name in names if name.endswith("." + self.embedding)
             }
             if len(prefixes) == 1:
-                return match(names, prefixes.pop())
+                return map_canonical_names(names, prefixes.pop())
         return found
 
     def check(self, source: TensorSource, token_ids: np.ndarray, *, where: str) -> None:
         """Raise `BaseMismatchError` naming the first tensor of `source` (called `where`) that differs."""
         shapes = source.shapes()
-        stored = self.locate(shapes.keys())
-        embedding = self._find(stored, self.embedding, where)
+        stored = self.match_names(shapes.keys())
+        embedding = self._require_name(stored, self.embedding, where)
         if shapes[embedding][:1] != (self.base_vocab_size,):
             rows = shapes[embedding][0] if shapes[embedding] else "no"
             raise BaseMismatchError(f"{where}: tensor {embedding!r} has {rows} rows, expected {self.base_vocab_size}")
         for key, (shape, digest) in self.tensors.items():
-            name = self._find(stored, key, where)
+            name = self._require_name(stored, key, where)
             if shapes[name] != shape:
                 found = f"shape {list(shapes[name])}, expected {list(shape)}"
                 raise BaseMismatchError(f"{where}: tensor {name!r} has {found}")
-            if (found := _readable(where, name, partial(_digest_values, source, name, shape))) != digest:
-                raise _differs(where, name, "sampled values", found, digest)
+            if (found := _digest_readable(where, name, partial(_digest_values, source, name, shape))) != digest:
+                raise _mismatch_error(where, name, "sampled values", found, digest)
         old = token_ids[token_ids < self.base_vocab_size]
-        found = _readable(where, embedding, partial(digest_rows, partial(source.rows, embedding), old))
+        found = _digest_readable(where, embedding, partial(digest_rows, partial(source.rows, embedding), old))
         if found != self.rows:
-            raise _differs(where, embedding, "rows of the delta's tokens", found[:16], self.rows[:16])
+            raise _mismatch_error(where, embedding, "rows of the delta's tokens", found[:16], self.rows[:16])
 
     def to_array(self) -> np.ndarray:
         """As UTF-8 JSON, uint8 [n]: the way it travels inside an artifact."""
@@ -120,7 +120,7 @@ class Fingerprint:
             content = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
             version = content.get("version", UNVERSIONED)
         except (ValueError, AttributeError, RecursionError) as error:
-            raise _unreadable(error) from None
+            raise _unreadable_error(error) from None
         check_version(version, VERSION)
         try:
             found = {field.name: content[field.name] for field in fields(cls) if field.name in content}
@@ -128,11 +128,11 @@ class Fingerprint:
             tensors = {name: (tuple(shape), digest) for name, (shape, digest) in fingerprint.tensors.items()}
             fingerprint = cls(**{**found, "tensors": tensors})
         except (ValueError, TypeError, AttributeError) as error:
-            raise _unreadable(error) from None
-        return _validated(fingerprint)
+            raise _unreadable_error(error) from None
+        return _validate(fingerprint)
 
     @staticmethod
-    def _find(stored: Mapping[str, str], key: str, where: str) -> str:
+    def _require_name(stored: Mapping[str, str], key: str, where: str) -> str:
         if key not in stored:
             raise BaseMismatchError(
                 f"{where}: no tensor {key!r}, which the model that was trained has (if it was randomly initialized "
@@ -141,11 +141,11 @@ class Fingerprint:
         return stored[key]
 
 
-def _unreadable(error: Exception) -> FormatError:
+def _unreadable_error(error: Exception) -> FormatError:
     return FormatError(f"fingerprint cannot be read ({error}); the artifact is damaged")
 
 
-def _validated(fingerprint: Fingerprint) -> Fingerprint:
+def _validate(fingerprint: Fingerprint) -> Fingerprint:
     texts = [fingerprint.embedding, fingerprint.prefix, fingerprint.rows, fingerprint.untied, *fingerprint.tensors]
     texts.append(fingerprint.base)
     sizes = [fingerprint.vocab_size, fingerprint.base_vocab_size]
@@ -161,7 +161,7 @@ def _validated(fingerprint: Fingerprint) -> Fingerprint:
     return fingerprint
 
 
-def _readable(where: str, name: str, digest: Callable[[], str]) -> str:
+def _digest_readable(where: str, name: str, digest: Callable[[], str]) -> str:
     """The digest; a tensor whose numbers cannot be read (float8, say) is not the one that was fingerprinted."""
     try:
         return digest()
@@ -169,7 +169,7 @@ def _readable(where: str, name: str, digest: Callable[[], str]) -> str:
         raise BaseMismatchError(f"{where}: tensor {name!r}: {error}") from None
 
 
-def _differs(where: str, name: str, what: str, found: str, expected: str) -> BaseMismatchError:
+def _mismatch_error(where: str, name: str, what: str, found: str, expected: str) -> BaseMismatchError:
     return BaseMismatchError(f"{where}: tensor {name!r}: {what} differ (digest {found}, expected {expected})")
 
 

@@ -1,16 +1,16 @@
-"""modules.json of a Sentence Transformers model, which names the folders of its modules."""
+"""modules.json of a Sentence Transformers model, which lists the folders of its modules."""
 
 import json
 from pathlib import Path
 
 from pema_adapters.errors import reading
-from pema_adapters.formats.checkpoint import is_plain_name
+from pema_adapters.io.safe_paths import is_plain_name
 
 MODULES = "modules.json"
 
 
-def module_paths(path: Path) -> list[str]:
-    """The folders that modules.json names, hidden ones (.git, say) left out; [] where it is something else."""
+def read_module_paths(path: Path) -> list[str]:
+    """Return the folders that modules.json lists, except hidden ones (.git); [] if it is missing or malformed."""
     if not path.is_file():
         return []
     with reading(path):

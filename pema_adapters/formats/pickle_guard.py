@@ -31,7 +31,7 @@ class _Value:
 _PLAIN, _MARK = _Value(), _Value(name="(")
 
 
-def endless(table: bytes) -> str | None:
+def find_expansion_attack(table: bytes) -> str | None:
     """Why unpickling, hashing or printing what `table` describes may not end; None where it ends soon.
 
     Runs nothing and builds nothing. Raises ValueError for instructions that are none.
@@ -53,14 +53,14 @@ def endless(table: bytes) -> str | None:
         elif name == "MARK":
             stack.append(_MARK)
         else:
-            made = _made(name, argument, _pop(stack, opcode))
+            made = _apply(name, argument, _pop_arguments(stack, opcode))
             if made.depth > MAX_DEPTH:
                 return f"nests deeper than {MAX_DEPTH} levels (byte {at})"
             stack.extend([made] * len(opcode.stack_after))
     return None
 
 
-def _pop(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> list[_Value]:
+def _pop_arguments(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> list[_Value]:
     """Take what the instruction takes, in order. Where the stack is too short the unpickler will complain."""
     found: list[_Value] = []
     for item in reversed(opcode.stack_before):
@@ -71,7 +71,7 @@ def _pop(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> list[_Value]:
     return [value for value in reversed(found) if value is not _MARK]
 
 
-def _made(name: str, argument: object, popped: list[_Value]) -> _Value:
+def _apply(name: str, argument: object, popped: list[_Value]) -> _Value:
     """What the instruction leaves on the stack."""
     if name == "GLOBAL":
         return _Value(name=str(argument))

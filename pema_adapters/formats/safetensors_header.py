@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.io.input_file import InputFile
 
 LENGTH_BYTES = 8
@@ -44,7 +44,7 @@ class Header:
     """A validated header: `tensors` by name in offset order, `data_start` as an absolute offset."""
 
     source: InputFile
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
     data_start: int
 
@@ -59,11 +59,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and validate the header of one file; raises `FormatError` naming the file and the tensor."""
     path = Path(path)
     source = InputFile(path)
-    length = _header_length(path, source.size, source.read(0, min(LENGTH_BYTES, source.size)))
+    length = _parse_length(path, source.size, source.read(0, min(LENGTH_BYTES, source.size)))
     data_start = LENGTH_BYTES + length
-    entries = _parse(path, source.read(LENGTH_BYTES, data_start))
-    metadata = _metadata(path, entries.pop(METADATA, {}))
-    tensors = [_tensor(source, name, entry, data_start) for name, entry in entries.items()]
+    entries = _parse_json(path, source.read(LENGTH_BYTES, data_start))
+    metadata = _validate_metadata(path, entries.pop(METADATA, {}))
+    tensors = [_parse_tensor(source, name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     _check_layout(path, tensors, data_start, source.size)
     return Header(source, {tensor.name: tensor for tensor in tensors}, metadata, data_start)
@@ -94,7 +94,7 @@ def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
         return raw.view(NUMPY_DTYPES[dtype]).astype("<f4", copy=False)
 
 
-def _header_length(path: Path, size: int, first: bytes) -> int:
+def _parse_length(path: Path, size: int, first: bytes) -> int:
     if len(first) < LENGTH_BYTES:
         raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; the file is empty or cut short")
     length = int.from_bytes(first, "little")
@@ -105,12 +105,12 @@ def _header_length(path: Path, size: int, first: bytes) -> int:
     return length
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     count = text.count(b'"data_offsets"')
     if count > MAX_TENSORS:
         raise FormatError(f"{path}: header of {count:,} tensors, expected at most {MAX_TENSORS:,} in one file")
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_unique, parse_int=_integer)
+        entries = json.loads(text.decode(), object_pairs_hook=_reject_duplicates, parse_int=_parse_integer)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: header is not valid JSON ({error})") from None
     if not text.startswith(b"{") or not isinstance(entries, dict):
@@ -118,7 +118,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -130,18 +130,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(text: str) -> int | float:
+def _parse_integer(text: str) -> int | float:
     """The safetensors library takes -0 for the float that it is elsewhere, and refuses it as a size."""
     return int(text) if text != "-0" else -0.0
 
 
-def _metadata(path: Path, found: Any) -> dict[str, str]:
+def _validate_metadata(path: Path, found: Any) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise FormatError(f"{path}: {METADATA} must map names to strings, found {str(found)[:80]!r}")
     return found
 
 
-def _tensor(source: InputFile, name: str, entry: Any, data_start: int) -> Stored:
+def _parse_tensor(source: InputFile, name: str, entry: Any, data_start: int) -> StoredTensor:
     path = source.path
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {str(entry)[:80]!r}")
@@ -150,9 +150,9 @@ def _tensor(source: InputFile, name: str, entry: Any, data_start: int) -> Stored
         raise FormatError(
             f"{path}: tensor {name!r}: unknown dtype {str(dtype)[:80]!r}; expected one of {', '.join(_BITS)}"
         )
-    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _is_size_list(shape) or len(shape) > MAX_DIMENSIONS:
         raise FormatError(f"{path}: tensor {name!r}: shape {str(shape)[:80]} is not a list of sizes")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"{path}: tensor {name!r}: data_offsets {str(offsets)[:80]} are not [begin, end]")
     begin, end = offsets
     expected = size_in_bytes(dtype, shape)
@@ -163,14 +163,14 @@ def _tensor(source: InputFile, name: str, entry: Any, data_start: int) -> Stored
             f"{path}: tensor {name!r}: {dtype} {str(shape)[:80]} takes {str(expected)[:20]} bytes, "
             f"but its data_offsets hold {end - begin}"
         )
-    return Stored(name, dtype, tuple(shape), source, data_start + begin, expected)
+    return StoredTensor(name, dtype, tuple(shape), source, data_start + begin, expected)
 
 
-def _sizes(value: Any) -> bool:
+def _is_size_list(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_layout(path: Path, tensors: list[Stored], data_start: int, size: int) -> None:
+def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
     """The tensors must tile the data: no hole, no overlap, nothing beyond the end or left over."""
     marks = [(None, data_start, data_start)]
     marks += [(t.name, start := t.start or 0, start + t.nbytes) for t in tensors]  # type: ignore[misc]

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import EMBEDDINGS, OUTPUT_BIASES, OUTPUT_MATRICES
 
 
-def tied_names(tensors: Iterable[Stored], ties_outputs: bool) -> dict[str, str]:
+def find_tied_names(tensors: Iterable[StoredTensor], ties_outputs: bool) -> dict[str, str]:
     """`{name to drop: name to keep}` of the tensors of one pickled file, which are the same bytes of it.
 
     Safetensors store a tensor once, pickles under every name that the model had for it. A name goes only where
@@ -16,8 +16,8 @@ def tied_names(tensors: Iterable[Stored], ties_outputs: bool) -> dict[str, str]:
     regions: dict[object, list[str]] = {}
     for tensor in tensors:
         if tensor.nbytes:
-            place = tensor.start if tensor.held is None else tensor.held.ctypes.data
-            regions.setdefault((place, tensor.held is None, tensor.dtype, tensor.shape), []).append(tensor.name)
+            place = tensor.start if tensor.buffer is None else tensor.buffer.ctypes.data
+            regions.setdefault((place, tensor.buffer is None, tensor.dtype, tensor.shape), []).append(tensor.name)
     dropped = {}
     for names in regions.values():
         kept = min(names, key=_preference)

@@ -19,10 +19,10 @@ OUTPUT_BIASES = ("predictions.bias", "decoder.bias", "lm_head.bias", "vocab_proj
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def canonical(name: str, prefix: str) -> str:
+def canonicalize(name: str, prefix: str) -> str:
     """The name by which a tensor is matched in any layout: no base-model prefix, today's spelling.
 
-    `canonical("bert.embeddings.LayerNorm.gamma", "bert") == "embeddings.LayerNorm.weight"`
+    `canonicalize("bert.embeddings.LayerNorm.gamma", "bert") == "embeddings.LayerNorm.weight"`
     """
     if prefix:
         name = name.removeprefix(prefix + ".")
@@ -32,11 +32,11 @@ def canonical(name: str, prefix: str) -> str:
     return name
 
 
-def match(names: Iterable[str], prefix: str) -> dict[str, str]:
+def map_canonical_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     """`{canonical name: stored name}`. Of a name stored in both ways, the prefixed one counts."""
     found: dict[str, str] = {}
     for name in names:
-        key = canonical(name, prefix)
+        key = canonicalize(name, prefix)
         if key not in found or name.startswith(prefix + "."):
             found[key] = name
     return found

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pema_adapters.errors import FormatError, reading
-from pema_adapters.formats.pickle_guard import endless
+from pema_adapters.formats.pickle_guard import find_expansion_attack
 from pema_adapters.formats.safetensors_header import MAX_HEADER
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.io.input_file import InputFile
 
 _LOCAL_HEADER = b"PK\x03\x04"
@@ -30,21 +30,24 @@ _DTYPES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
-_WAY_OUT = "if you trust its source, load it once and save it as safetensors (a model: save_pretrained(folder))"
+_ADVICE = "if you trust its source, load it once and save it as safetensors (a model: save_pretrained(folder))"
 
 
-def read_pickle(path: Path) -> dict[str, Stored]:
+def read_pickle(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a file that `torch.save` wrote, in its order. Imports torch; unpickles nothing but tensors.
 
     Raises `FormatError`: not a zip of uncompressed records, anything but a dictionary of tensors, a tensor that takes
     more bytes than are stored for it.
     """
     source = InputFile(path)
-    records = _records(path)
-    tensors = _load(path)
+    records = _read_records(path)
+    tensors = _load_tensors(path)
     for name, tensor in tensors.items():
-        _check(path, name, tensor)
-    address, copies = _mapped_at(path, tensors.values(), records), _copies(path, tensors.values())
+        _check_tensor(path, name, tensor)
+    address, copies = (
+        _find_mapping_address(path, tensors.values(), records),
+        _copy_noncontiguous(path, tensors.values()),
+    )
     source.check()  # torch opened it by its path
     file = _MappedFile(source, address, copies)
     return {name: file.stored(name, tensor) for name, tensor in tensors.items()}
@@ -58,68 +61,68 @@ class _MappedFile:
     address: int
     copies: dict[Any, np.ndarray]
 
-    def stored(self, name: str, tensor: Any) -> Stored:
-        dtype, shape = str(_dtype(tensor)), tuple(tensor.shape)
+    def stored(self, name: str, tensor: Any) -> StoredTensor:
+        dtype, shape = str(_dtype_name(tensor)), tuple(tensor.shape)
         if not tensor.nbytes:
-            return Stored(name, dtype, shape, self.source, 0, 0)
+            return StoredTensor(name, dtype, shape, self.source, 0, 0)
         if not tensor.is_contiguous():
-            return Stored(name, dtype, shape, self.source, None, tensor.nbytes, self.copies[_region(tensor)])
-        return Stored(name, dtype, shape, self.source, tensor.data_ptr() - self.address, tensor.nbytes)
+            return StoredTensor(name, dtype, shape, self.source, None, tensor.nbytes, self.copies[_region_key(tensor)])
+        return StoredTensor(name, dtype, shape, self.source, tensor.data_ptr() - self.address, tensor.nbytes)
 
 
-def _records(path: Path) -> dict[int, int]:
+def _read_records(path: Path) -> dict[int, int]:
     """`{absolute offset: bytes}` of all records of the archive."""
     with reading(path), path.open("rb") as file:
         first = file.read(4)
         if first != _LOCAL_HEADER:
             raise FormatError(
                 f"{path}: not a file of tensors that can be read where it lies: expected a zip archive, as torch.save "
-                f"writes since PyTorch 1.6, found one that begins with {first!r}; {_WAY_OUT}"
+                f"writes since PyTorch 1.6, found one that begins with {first!r}; {_ADVICE}"
             )
         try:
             with zipfile.ZipFile(file) as archive:
-                return {_data_offset(file, entry): entry.file_size for entry in _entries(path, archive)}
+                return {_find_data_offset(file, entry): entry.file_size for entry in _validate_entries(path, archive)}
         except FormatError:
             raise
         except Exception as error:  # whatever zipfile meets in a damaged archive
             raise FormatError(
-                f"{path}: not a file of tensors: its zip directory is damaged or cut short ({_first_line(error)}); "
-                "download or save it again"
+                f"{path}: not a file of tensors: its zip directory is damaged or cut short "
+                f"({_summarize_error(error)}); download or save it again"
             ) from None
 
 
-def _entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def _validate_entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The entries; refused where their bytes are not the tensors' own, or where the pickle alone would fill memory."""
     entries = archive.infolist()
     for entry in entries:
         name, size = entry.filename.lower(), entry.file_size  # torch's reader does not mind upper case
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
-            raise FormatError(f"{path}: record {entry.filename!r} is compressed; expected it as it is; {_WAY_OUT}")
+            raise FormatError(f"{path}: record {entry.filename!r} is compressed; expected it as it is; {_ADVICE}")
         if name.endswith("data.pkl"):
-            _check_table(path, archive, entry)
+            _check_pickle(path, archive, entry)
         if name.endswith("byteorder") and archive.read(entry) != b"little":
-            raise FormatError(f"{path}: saved on a big-endian machine; expected little-endian numbers; {_WAY_OUT}")
+            raise FormatError(f"{path}: saved on a big-endian machine; expected little-endian numbers; {_ADVICE}")
     return entries
 
 
-def _check_table(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+def _check_pickle(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     """Refuse a pickle whose content would fill memory or take forever, before it is unpickled."""
     where = f"{path}: {entry.filename!r}"
     # of all that torch allows a pickle to call, bytearray(10**11) is what fills memory
     if entry.file_size > MAX_HEADER or b"bytearray" in (table := archive.read(entry)):
         raise FormatError(f"{where} ({entry.file_size} bytes) asks for more memory than tensors need")
     try:
-        reason = endless(table)
+        reason = find_expansion_attack(table)
     except ValueError as error:
         raise FormatError(
-            f"{path}: not a file of tensors that torch can read safely ({_first_line(error)}): damaged, or holds "
-            f"something else; {_WAY_OUT}"
+            f"{path}: not a file of tensors that torch can read safely ({_summarize_error(error)}): damaged, or holds "
+            f"something else; {_ADVICE}"
         ) from None
     if reason:
         raise FormatError(f"{where} {reason}, as tensors never do: damaged, or made to hang its readers")
 
 
-def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+def _find_data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin: behind its local header, whose padding the directory does not tell."""
     file.seek(entry.header_offset)
     header = file.read(30)
@@ -129,7 +132,7 @@ def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + len(header) + name + extra
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load_tensors(path: Path) -> dict[str, Any]:
     """The tensors as torch sees them. `weights_only`: no code is run. `mmap`: their bytes stay in the file."""
     import torch
 
@@ -139,25 +142,25 @@ def _load(path: Path) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever an unpickler meets in a damaged file
         raise FormatError(
-            f"{path}: not a file of tensors that torch can read safely ({_first_line(error)}): damaged, or holds "
-            f"something else; {_WAY_OUT}"
+            f"{path}: not a file of tensors that torch can read safely ({_summarize_error(error)}): damaged, or holds "
+            f"something else; {_ADVICE}"
         ) from None
     if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}; {_WAY_OUT}")
+        raise FormatError(f"{path}: expected a dictionary of tensors, found {type(found).__name__}; {_ADVICE}")
     for name, tensor in found.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise FormatError(
-                f"{path}: expected a dictionary of tensors, found {name!r}: {type(tensor).__name__}; {_WAY_OUT}"
+                f"{path}: expected a dictionary of tensors, found {name!r}: {type(tensor).__name__}; {_ADVICE}"
             )
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def _check(path: Path, name: str, tensor: Any) -> None:
+def _check_tensor(path: Path, name: str, tensor: Any) -> None:
     """Refuse what has no place in a checkpoint, or would take more memory than the file has bytes for it."""
     where = f"{path}: tensor {name!r}"
-    if _dtype(tensor) is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
-        raise FormatError(f"{where}: {tensor.dtype} ({tensor.layout}) has no place in a checkpoint; {_WAY_OUT}")
-    held, wanted = tensor.untyped_storage().nbytes(), _size(tensor)
+    if _dtype_name(tensor) is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
+        raise FormatError(f"{where}: {tensor.dtype} ({tensor.layout}) has no place in a checkpoint; {_ADVICE}")
+    held, wanted = tensor.untyped_storage().nbytes(), _count_bytes(tensor)
     if wanted > held:
         raise FormatError(
             f"{where}: {list(tensor.shape)} takes {wanted} bytes, but only {held} are stored: an expanded tensor or a "
@@ -165,7 +168,7 @@ def _check(path: Path, name: str, tensor: Any) -> None:
         )
 
 
-def _mapped_at(path: Path, tensors: Iterable[Any], records: dict[int, int]) -> int:
+def _find_mapping_address(path: Path, tensors: Iterable[Any], records: dict[int, int]) -> int:
     """The address at which torch has mapped the file: the one that puts every storage onto a record of its size.
 
     torch does not tell at which offset a storage lies. This also proves that every storage is one of the file's: a
@@ -182,27 +185,27 @@ def _mapped_at(path: Path, tensors: Iterable[Any], records: dict[int, int]) -> i
         and all(records.get(address - first + at) == size for address, size in storages.items())
     ]
     if len(found) != 1:
-        raise FormatError(f"{path}: its tensors are not the records of its zip archive; damaged; {_WAY_OUT}")
+        raise FormatError(f"{path}: its tensors are not the records of its zip archive; damaged; {_ADVICE}")
     return int(found[0])
 
 
-def _copies(path: Path, tensors: Iterable[Any]) -> dict[Any, np.ndarray]:
+def _copy_noncontiguous(path: Path, tensors: Iterable[Any]) -> dict[Any, np.ndarray]:
     """`{region: bytes in order}` of the tensors whose bytes are not in order in the file: transposes and the like.
 
     These are held in memory at once, for they are rare (a checkpoint of a transposed weight). A file whose regions
     take more memory than the file has bytes is refused: many views of one storage.
     """
-    loose = {_region(tensor): tensor for tensor in tensors if not tensor.is_contiguous()}
-    wanted, held = sum(_size(tensor) for tensor in loose.values()), path.stat().st_size
+    loose = {_region_key(tensor): tensor for tensor in tensors if not tensor.is_contiguous()}
+    wanted, held = sum(_count_bytes(tensor) for tensor in loose.values()), path.stat().st_size
     if wanted > held:
         raise FormatError(
             f"{path}: {len(loose)} transposed or sliced tensors take {wanted} bytes of memory, more than the file's "
             f"{held}; save them with .contiguous()"
         )
-    return {region: _bytes(tensor.contiguous()) for region, tensor in loose.items()}
+    return {region: _to_bytes(tensor.contiguous()) for region, tensor in loose.items()}
 
 
-def _bytes(tensor: Any) -> np.ndarray:
+def _to_bytes(tensor: Any) -> np.ndarray:
     import torch
 
     raw: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -210,20 +213,20 @@ def _bytes(tensor: Any) -> np.ndarray:
     return raw
 
 
-def _size(tensor: Any) -> int:
+def _count_bytes(tensor: Any) -> int:
     """Bytes of all its values; torch's own count overflows."""
     return int(math.prod(tensor.shape) * tensor.itemsize)
 
 
-def _region(tensor: Any) -> Any:
+def _region_key(tensor: Any) -> Any:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _dtype(tensor: Any) -> str | None:
+def _dtype_name(tensor: Any) -> str | None:
     return _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
 
 
-def _first_line(error: Exception) -> str:
+def _summarize_error(error: Exception) -> str:
     """What went wrong in one line; torch puts it below a paragraph of advice."""
     lines = str(error).splitlines() or [type(error).__name__]
     reason = next((line for line in lines if "Unpickler error:" in line), lines[0])

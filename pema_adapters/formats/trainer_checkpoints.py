@@ -1,4 +1,4 @@
-"""The checkpoints that a Trainer writes on the way, `checkpoint-STEP`: picking one, and saying how to pick one."""
+"""The `checkpoint-STEP` folders of a Trainer: choose one, and suggest how to choose one."""
 
 import re
 import shlex
@@ -6,75 +6,75 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import read_json
+from pema_adapters.formats.json_object import read_json
 
 LATEST, BEST = "latest", "best"
-STATE = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d{1,18})")
 
 
-def is_choice(text: str) -> bool:
-    """Whether `--checkpoint` takes it: "latest", "best", or the number of a step."""
+def is_checkpoint_choice(text: str) -> bool:
+    """Return whether `--checkpoint` accepts the text: "latest", "best", or the number of a step."""
     return text in (LATEST, BEST) or _NAME.fullmatch(f"checkpoint-{text}") is not None
 
 
 def pick_checkpoint(run: Path, choice: str | int) -> Path:
-    """The folder of one checkpoint of a training run.
+    """Return the folder of one checkpoint of a training run.
 
     Args:
-        run: the Trainer's output folder.
+        run: The Trainer's output folder.
         choice: "latest" for the highest step, "best" for the one that trainer_state.json names, or a step.
 
     Raises:
-        FormatError: there is none, or `choice` is something else.
+        FormatError: There is no such checkpoint, or `choice` is none of these.
     """
     choice = str(choice)
-    if not is_choice(choice):
+    if not is_checkpoint_choice(choice):
         raise FormatError(f"checkpoint {choice!r}: expected {LATEST}, {BEST}, or the number of a step")
     if not run.is_dir():
         raise FormatError(f"{run}: no such folder; expected a Trainer's output folder with checkpoint-STEP folders")
-    found = _checkpoints_in(run)
+    found = _list_checkpoints(run)
     if not found:
-        raise FormatError(f"{run}: no folder checkpoint-STEP here; --checkpoint takes a Trainer's output folder")
+        raise FormatError(f"{run}: no checkpoint-STEP folder here; --checkpoint needs a Trainer's output folder")
     if choice == LATEST:
         return found[max(found)]
-    step = _best_step(found[max(found)] / STATE) if choice == BEST else int(choice)
+    step = _read_best_step(found[max(found)] / TRAINER_STATE) if choice == BEST else int(choice)
     if step not in found:
-        named = f" ({STATE} of {found[max(found)].name} names it as the best)" if choice == BEST else ""
-        raise FormatError(f"{run}: no checkpoint-{step} here{named}; found the steps {_list(found)}")
+        named = f" ({TRAINER_STATE} of {found[max(found)].name} names it as the best)" if choice == BEST else ""
+        raise FormatError(f"{run}: no checkpoint-{step} here{named}; found the steps {_format_steps(found)}")
     return found[step]
 
 
 def suggest_choice(folder: Path, found: Sequence[Path], adapter: str | None) -> str:
-    """What to add to a command that found several deltas in `folder`; the newest checkpoint is the example."""
-    steps = {step: path for path in found if (step := _step_of(folder, path)) is not None}
+    """Return the advice for a command that found several deltas in `folder`, with the newest checkpoint as example."""
+    steps = {step: path for path in found if (step := _parse_step(folder, path)) is not None}
     if len(steps) < 2 and adapter is None:
         return "pick one with --adapter NAME, or give its folder"
     if len(steps) < 2:
         path = shlex.quote(found[-1].relative_to(folder).as_posix())
         return f"pick one by its path, as in --adapter {path}, or give its folder"
     newest = steps[max(steps)]
-    inside = [path for path in found if _step_of(folder, path) == max(steps)]
+    inside = [path for path in found if _parse_step(folder, path) == max(steps)]
     if adapter is None and len(inside) > 1:
         adapter = newest.name
     words = ["--delta", str(folder), "--checkpoint", LATEST, *(["--adapter", adapter] if adapter is not None else [])]
     return f"pick one with --checkpoint {LATEST}|{BEST}|STEP; the newest is: pema-merge {shlex.join(words)}"
 
 
-def _checkpoints_in(run: Path) -> dict[int, Path]:
+def _list_checkpoints(run: Path) -> dict[int, Path]:
     return {int(match[1]): path for path in run.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
 
 
-def _step_of(folder: Path, delta: Path) -> int | None:
-    """The step of the checkpoint of `folder` that a delta is or lies in."""
+def _parse_step(folder: Path, delta: Path) -> int | None:
+    """Return the step of the checkpoint of `folder` that `delta` is or lies in, None if it is in none."""
     match = _NAME.fullmatch(delta.relative_to(folder).parts[0]) if delta != folder else None
     return int(match[1]) if match else None
 
 
-def _best_step(state: Path) -> int:
-    """The step of the best checkpoint; its folder may have been moved with the whole run since."""
+def _read_best_step(state: Path) -> int:
+    """Read the step of the best checkpoint, whose folder may have been moved along with the run."""
     if not state.is_file():
-        raise FormatError(f"{state}: no such file to name the best checkpoint; choose a step with --checkpoint")
+        raise FormatError(f"{state}: no such file, which names the best checkpoint; choose a step with --checkpoint")
     named = read_json(state).get("best_model_checkpoint")
     name = PurePosixPath(named.replace("\\", "/")).name if isinstance(named, str) else ""
     match = _NAME.fullmatch(name)
@@ -86,5 +86,5 @@ def _best_step(state: Path) -> int:
     return int(match[1])
 
 
-def _list(found: dict[int, Path]) -> str:
+def _format_steps(found: dict[int, Path]) -> str:
     return ", ".join(map(str, sorted(found)))

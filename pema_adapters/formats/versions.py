@@ -1,26 +1,26 @@
-"""The versions of the formats that this package writes: files of older ones stay readable, newer ones are named."""
+"""Versions of the formats that this package writes: older files stay readable, newer ones are refused by name."""
 
 from pema_adapters.errors import FormatError
 
 UNVERSIONED = 1
-"""The version of files that say none: they were written before formats had versions."""
+"""The version of files without a version, which were written before formats had versions."""
 
 
 def check_version(found: object, newest: int, where: str = "") -> None:
-    """Refuse a file whose version this package cannot read.
+    """Check that this package can read a version of a format.
 
     Args:
-        found: the version in the file, `UNVERSIONED` where there is none.
-        newest: the newest version that can be read.
-        where: what the message begins with, "FILE: " unless the caller adds the name of the file.
+        found: The version in the file, `UNVERSIONED` if there is none.
+        newest: The newest version that can be read.
+        where: The start of the message, "FILE: " unless the caller adds the name of the file.
 
     Raises:
-        FormatError: `found` is newer, or no version at all.
+        FormatError: `found` is newer, or not a version.
     """
     if type(found) is not int or found < 1:
-        raise FormatError(f"{where}its version is {str(found)[:40]!r}, expected a number from 1; the file is damaged")
+        raise FormatError(f"{where}its version is {str(found)[:40]!r}, expected 1 or more; the file is damaged")
     if found > newest:
         raise FormatError(
-            f"{where}written by a newer version of pema_adapters (format {found}, this one reads up to {newest}): "
-            "upgrade it"
+            f"{where}written by a newer version of pema_adapters (format {found}, this one reads up to {newest}); "
+            "upgrade pema-adapters"
         )

@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20
 VERSION = 1
 """The version of our section, in a comment on its first line: what later versions need to tell old sections apart."""
 _BEGIN, _END = "<!-- pema: begin -->", "<!-- pema: end -->"
-_OURS = re.compile(
+_SECTION = re.compile(
     re.escape(_BEGIN) + r"(?:\s*<!-- pema: version (?P<version>\d{1,9}) -->)?.*?" + re.escape(_END), re.DOTALL
 )
 _METADATA = re.compile(r"\s*---[ \t]*[\r\n]+(.*?)[\r\n]+---[ \t]*(?:\r\n|\r|\n|\Z)", re.DOTALL)
@@ -45,15 +45,17 @@ def decode_card(content: bytes, where: str) -> str:
         ) from None
 
 
-def metadata(text: str) -> dict[str, Any]:
+def parse_metadata(text: str) -> dict[str, Any]:
     """The metadata of a card that is only read; {} where there is none that can be."""
     try:
-        return _parsed(text)[0]
+        return _split_card(text)[0]
     except ValueError:
         return {}
 
 
-def written(existing: str, repo_id: str, section: str, ours: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
+def render_card(
+    existing: str, repo_id: str, section: str, ours: Mapping[str, Any], inherited: Mapping[str, Any]
+) -> str:
     """A card with our section and metadata.
 
     Args:
@@ -70,32 +72,32 @@ def written(existing: str, repo_id: str, section: str, ours: Mapping[str, Any], 
     """
     where = f"{repo_id}: {README}: "
     try:
-        old, text = _parsed(existing)
+        old, text = _split_card(existing)
     except ValueError as error:
         raise FormatError(f"{where}its metadata cannot be read ({error}); fix the YAML front matter") from None
-    if found := _OURS.search(text):
+    if found := _SECTION.search(text):
         check_version(int(found["version"] or UNVERSIONED), VERSION, where)
-    made = {key: value for key, value in inherited.items() if key in INHERITED and _is_plain(value)} | old
+    made = {key: value for key, value in inherited.items() if key in INHERITED and _is_text(value)} | old
     for key, value in ours.items():
         if value is not None:
-            made[key] = _joined(made.get(key), value) if key in LISTS else value
-    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_without_comments(section.strip())}\n{_END}"
+            made[key] = _merge_lists(made.get(key), value) if key in LISTS else value
+    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_escape_comments(section.strip())}\n{_END}"
     body = text.strip() or f"# {repo_id.rpartition('/')[2]}"
-    body = _OURS.sub(lambda _: block, body, count=1) if found else f"{body}\n\n{block}"
+    body = _SECTION.sub(lambda _: block, body, count=1) if found else f"{body}\n\n{block}"
     return f"---\n{_to_yaml(made)}---\n\n{body}\n"
 
 
-def is_ours(text: str) -> bool:
+def has_pema_section(text: str) -> bool:
     """Whether a card has a section of ours."""
-    return _OURS.search(text) is not None
+    return _SECTION.search(text) is not None
 
 
-def _without_comments(section: str) -> str:
+def _escape_comments(section: str) -> str:
     """The section without HTML comments: a name in it that spells our end marker would end it early."""
     return section.replace("<!--", r"<\!--")
 
 
-def _parsed(text: str) -> tuple[dict[str, Any], str]:
+def _split_card(text: str) -> tuple[dict[str, Any], str]:
     """The metadata, losing nothing, and the text. Raises ValueError."""
     import yaml
 
@@ -117,12 +119,12 @@ def _to_yaml(data: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1000))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether a value of somebody else's metadata is text or a list of texts."""
     return all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
 
 
-def _joined(old: Any, new: Any) -> list[Any]:
+def _merge_lists(old: Any, new: Any) -> list[Any]:
     """Join both into one list, without the items of `new` that are not text."""
     ours = [item for item in (new if isinstance(new, list) else [new]) if isinstance(item, str)]
     theirs = old if isinstance(old, list) else [] if old is None else [old]

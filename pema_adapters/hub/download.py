@@ -13,23 +13,17 @@ from pathlib import Path
 
 from pema_adapters.errors import FormatError, MergeError, PemaError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
-from pema_adapters.formats.checkpoint import (
-    CONFIG,
-    INDEX,
-    PICKLE,
-    PICKLE_INDEX,
-    SINGLE,
-    is_plain_name,
-    read_json,
-    weight_files,
-)
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS
-from pema_adapters.formats.delta_discovery import MARKER
-from pema_adapters.formats.modules_json import MODULES, module_paths
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
+from pema_adapters.formats.json_object import read_json
+from pema_adapters.formats.modules_json import MODULES, read_module_paths
+from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, find_weight_files
 from pema_adapters.hub.errors import explain, is_unreachable
-from pema_adapters.hub.retry import patiently
+from pema_adapters.hub.retry import with_retry
 from pema_adapters.hub.token import check_token
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
+from pema_adapters.io.safe_paths import is_plain_name
 
 Fetch = Callable[[str], Path]
 """Gives a file of the repository, downloaded if need be."""
@@ -37,7 +31,7 @@ Choose = Callable[[Collection[str], Fetch], list[str]]
 """Of the names of all files of a repository those that a merge needs; an index has to be fetched for that."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-_SMALL = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _INTERFACE, _CARD = "adapter_interface.json", "README.md"
 
@@ -56,24 +50,24 @@ class _Repository:
             raise MergeError(f"{self.kind} {self.name}: no such folder, and not a Hub id")
 
 
-def from_hub(name: str, revision: str | None, token: str | bool | None = None) -> Path:
+def download_base(name: str, revision: str | None, token: str | bool | None = None) -> Path:
     """The snapshot folder of the base `name`: its weights, safetensors rather than pickles, and the files beside them.
 
     The Hub is asked what there is now, for who has loaded a model has not got its tokenizer; what the cache holds is
     not downloaded again, and counts alone where the Hub cannot be reached. Raises `MergeError`.
     """
-    return _downloaded(_Repository("base", name, revision, token), _base_files, _cached_base)
+    return _download(_Repository("base", name, revision, token), _select_base_files, _find_cached_base)
 
 
-def delta_from_hub(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+def download_delta(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The snapshot folder of the delta `name`, which lies there itself or one level below (see `find_delta`).
 
     The Hub is asked what there is now; where it cannot be reached, the cache counts. Raises `MergeError`.
     """
-    return _downloaded(_Repository("delta", name, revision, token), _delta_files, _cached_delta)
+    return _download(_Repository("delta", name, revision, token), _select_delta_files, _find_cached_delta)
 
 
-def _cached_base(repository: _Repository) -> Path | None:
+def _find_cached_base(repository: _Repository) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -84,19 +78,19 @@ def _cached_base(repository: _Repository) -> Path | None:
             return None
         if isinstance(found, str):
             folder = Path(found).parent
-            return folder if _is_whole(folder) else None
+            return folder if _is_complete(folder) else None
     return None
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
-        weight_files(folder)
+        find_weight_files(folder)
     except FormatError:
         return False
     return (folder / CONFIG).exists()
 
 
-def _cached_delta(repository: _Repository) -> Path | None:
+def _find_cached_delta(repository: _Repository) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -105,14 +99,14 @@ def _cached_delta(repository: _Repository) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
-    return folder if _delta_files(names, lambda file: folder / file) else None
+    return folder if _select_delta_files(names, lambda file: folder / file) else None
 
 
-def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None]) -> Path:
+def _download(repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None]) -> Path:
     """The snapshot folder with the chosen files; `otherwise` is asked where the Hub cannot be reached."""
     repository = replace(repository, token=check_token(repository.token))
     try:
-        folder = _snapshot(repository, choose)
+        folder = _download_snapshot(repository, choose)
     except PemaError:
         raise
     except Exception as error:  # whatever the client makes of an answer that it does not expect
@@ -122,24 +116,24 @@ def _downloaded(repository: _Repository, choose: Choose, otherwise: Callable[[_R
             raise MergeError(f"{where} {explain(error, 'download', repository.revision)}") from error
         return folder
     if folder is None:
-        raise MergeError(_holds_none(repository))
+        raise MergeError(_explain_none(repository))
     return folder
 
 
-def _snapshot(repository: _Repository, choose: Choose) -> Path | None:
+def _download_snapshot(repository: _Repository, choose: Choose) -> Path | None:
     """Download the chosen files, all of one commit, whatever is pushed meanwhile; None where none are chosen."""
     from huggingface_hub import HfApi, hf_hub_download
 
     name, revision, token = repository.name, repository.revision, repository.token
-    commit = str(patiently(lambda: HfApi().model_info(name, revision=revision, token=token)).sha)
+    commit = str(with_retry(lambda: HfApi().model_info(name, revision=revision, token=token)).sha)
     if not _COMMIT.fullmatch(commit):
         raise MergeError(f"{repository.kind} {name}: the Hub says that it is at {commit!r}, expected a commit's id")
-    names = patiently(lambda: list(HfApi().list_repo_files(name, revision=commit, token=token)))
+    names = with_retry(lambda: list(HfApi().list_repo_files(name, revision=commit, token=token)))
     if bad := [file for file in names if not _is_relative(file)]:
         raise MergeError(
             f"{repository.kind} {name}: the Hub lists {bad[0]!r}, expected names of files in the repository"
         )
-    fetch = cache(lambda file: Path(patiently(lambda: hf_hub_download(name, file, revision=commit, token=token))))
+    fetch = cache(lambda file: Path(with_retry(lambda: hf_hub_download(name, file, revision=commit, token=token))))
     folders = [fetch(file).parents[file.count("/")] for file in choose(names, fetch)]
     if not folders:
         return None
@@ -148,7 +142,7 @@ def _snapshot(repository: _Repository, choose: Choose) -> Path | None:
             f"{repository.kind} {name}: the Hub gave a file of commit {other!r}, expected {commit}; try again"
         )
     if revision != commit:
-        _remember(folders[0], revision or "main", commit)
+        _write_ref(folders[0], revision or "main", commit)
     return folders[0]
 
 
@@ -157,7 +151,7 @@ def _is_relative(file: object) -> bool:
     return isinstance(file, str) and all(map(is_plain_name, file.split("/")))
 
 
-def _remember(snapshot: Path, revision: str, commit: str) -> None:
+def _write_ref(snapshot: Path, revision: str, commit: str) -> None:
     """Note in the client's cache which commit a branch or tag is, for a time without network, as the client does."""
     refs = snapshot.parents[1] / "refs"
     path = refs / revision
@@ -168,40 +162,40 @@ def _remember(snapshot: Path, revision: str, commit: str) -> None:
         replace_file(path, commit.encode())
 
 
-def _base_files(names: Collection[str], fetch: Fetch) -> list[str]:
+def _select_base_files(names: Collection[str], fetch: Fetch) -> list[str]:
     """Weights, and the small files beside them."""
-    weights = _weights("", names, fetch)
-    small = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, some) for some in _SMALL)]
-    kept = [*(name for name in small if not name.endswith(".index.json")), *_of_modules(names, fetch)]
+    weights = _select_weights("", names, fetch)
+    small = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, some) for some in _SMALL_FILES)]
+    kept = [*(name for name in small if not name.endswith(".index.json")), *_select_module_files(names, fetch)]
     return [*kept, *weights] if weights else []
 
 
-def _of_modules(names: Collection[str], fetch: Fetch) -> list[str]:
+def _select_module_files(names: Collection[str], fetch: Fetch) -> list[str]:
     """The files of the modules of a Sentence Transformers model, which lie in folders of their own."""
-    folders = tuple(f"{path}/" for path in module_paths(fetch(MODULES))) if MODULES in names else ()
+    folders = tuple(f"{path}/" for path in read_module_paths(fetch(MODULES))) if MODULES in names else ()
     return [name for name in names if name.startswith(folders)] if folders else []
 
 
-def _delta_files(names: Collection[str], fetch: Fetch) -> list[str]:
+def _select_delta_files(names: Collection[str], fetch: Fetch) -> list[str]:
     """Those of the delta at the top, or else of all deltas one level below."""
     folders = {name.split("/")[0] + "/" for name in names if name.count("/") == 1}
-    below = (_delta_in(folder, names, fetch) for folder in sorted(folders))
-    return _delta_in("", names, fetch) or [file for files in below for file in files]
+    below = (_select_in_folder(folder, names, fetch) for folder in sorted(folders))
+    return _select_in_folder("", names, fetch) or [file for files in below for file in files]
 
 
-def _delta_in(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
+def _select_in_folder(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
     """The files of the delta in `folder` ("" or "task/"), none where there is no delta."""
-    if folder.startswith(".") or folder + MARKER in names:
+    if folder.startswith(".") or folder + MERGE_MANIFEST in names:
         return []
     if folder + ADAPTER_CONFIG in names:
-        weights, head = (_first(folder, some, names) for some in (ADAPTER_WEIGHTS, HEAD_WEIGHTS))
+        weights, head = (_select_first(folder, some, names) for some in (ADAPTER_WEIGHTS, HEAD_WEIGHTS))
         beside = [name for part in (HEAD_CONFIG, _INTERFACE, _CARD) if (name := folder + part) in names]
         return [folder + ADAPTER_CONFIG, *weights, *head, *beside] if weights else []
-    weights = _weights(folder, names, fetch) if folder + CONFIG in names else []
+    weights = _select_weights(folder, names, fetch) if folder + CONFIG in names else []
     return [folder + CONFIG, *weights] if weights else []
 
 
-def _weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
+def _select_weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
     """The weights files of a checkpoint, by the order of `weight_files`, and the index of shards."""
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if folder + single in names:
@@ -213,11 +207,11 @@ def _weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
     return []
 
 
-def _first(folder: str, wanted: tuple[str, ...], names: Collection[str]) -> list[str]:
+def _select_first(folder: str, wanted: tuple[str, ...], names: Collection[str]) -> list[str]:
     return [folder + name for name in wanted if folder + name in names][:1]
 
 
-def _holds_none(repository: _Repository) -> str:
+def _explain_none(repository: _Repository) -> str:
     where = f"{repository.kind} {repository.name}: the Hub repository holds no"
     if repository.kind == "base":
         return (

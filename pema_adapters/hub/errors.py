@@ -35,7 +35,7 @@ class _Row:
     def matches(self, error: BaseException) -> bool:
         names = {kind.__name__ for kind in type(error).__mro__}
         return (not self.classes or bool(names & set(self.classes.split()))) and (
-            not self.statuses or status_of(error) in self.statuses
+            not self.statuses or get_status(error) in self.statuses
         )
 
 
@@ -60,33 +60,33 @@ _MAP = (
     _Row("HfHubHTTPError HTTPStatusError", (), "{said}); try again later", _AGAIN),
 )  # fmt: skip
 """The most specific first."""
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-_UNEXPECTED = (TypeError, KeyError, IndexError, AttributeError, UnicodeError)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_MALFORMED_ANSWER = (TypeError, KeyError, IndexError, AttributeError, UnicodeError)
 """What the client raises on an answer of another form than it expects."""
 
 
 def explain(error: BaseException, use: Use, revision: str | None = None) -> str:
     """What went wrong and what to do, as `(reason); advice`. Never holds the token that was sent."""
-    found, text = _find(error, use)
-    return "(" + text.format(said=_said(found), revision=revision)
+    found, text = _find_row(error, use)
+    return "(" + text.format(said=_describe(found), revision=revision)
 
 
-def _find(error: BaseException, use: Use) -> tuple[BaseException, str]:
+def _find_row(error: BaseException, use: Use) -> tuple[BaseException, str]:
     """The error of the chain that tells most, and the text of its row."""
-    chain = list(causes(error))
+    chain = list(iterate_causes(error))
     for cause in chain:
         for row in _MAP:
             if row.matches(cause):
                 return cause, getattr(row, use)
-    if isinstance(error, _UNEXPECTED):
+    if isinstance(error, _MALFORMED_ANSWER):
         return error, _ANSWER
     for cause in chain:
-        if isinstance(cause, OSError) and cause.errno in _FULL:
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             return cause, _DISK
     return (chain[-1], _AGAIN) if use == "push" else (error, _OFFLINE)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, the one that it came from, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -95,7 +95,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def status_of(error: BaseException) -> int | None:
+def get_status(error: BaseException) -> int | None:
     """The HTTP status of the answer that an error is about, if any."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
@@ -107,7 +107,7 @@ def is_unreachable(error: BaseException) -> bool:
     if "LocalEntryNotFoundError" in names:
         return True
     if names & {"HfHubHTTPError", "HTTPStatusError"}:
-        status = status_of(error) or 0
+        status = get_status(error) or 0
         return status == 429 or status >= 500
     return not names & {"HFValidationError", "LocalTokenNotFoundError"}
 
@@ -119,10 +119,10 @@ def is_conflict(error: BaseException) -> bool:
     deleted is gone.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
-    return status_of(error) in (409, 412) or "EntryNotFoundError" in names
+    return get_status(error) in (409, 412) or "EntryNotFoundError" in names
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """What an error says, in one line: of a failed connection the innermost cause, of an answer what the Hub wrote."""
     inner: object = error
     while isinstance(inner, Exception):
@@ -130,10 +130,10 @@ def _said(error: BaseException) -> str:
     text = " ".join((inner if isinstance(inner, str) else str(error)).split()).split(" for url")[0]
     said = " ".join(str(getattr(error, "server_message", None) or "").split())
     text = text if said in text else f"{text}: {said}"
-    return _without_token(text or type(error).__name__, error)[:MAX_REASON]
+    return _redact_token(text or type(error).__name__, error)[:MAX_REASON]
 
 
-def _without_token(text: str, error: BaseException) -> str:
+def _redact_token(text: str, error: BaseException) -> str:
     """The text without the token of the request, which a server may send back."""
     try:
         request = error.response.request if getattr(error, "response", None) is not None else error.request  # type: ignore[attr-defined]

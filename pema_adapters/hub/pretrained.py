@@ -8,7 +8,12 @@ NEEDS_CODE = (
     "needs code of its repository, which is not run; read that code, then allow it with --trust-remote-code "
     "(trust_remote_code=True)"
 )
-WIDTHS = ("embedding_size", "word_embed_proj_dim", "hidden_size", "d_model")  # d in a config; the first there counts
+WIDTH_KEYS = (
+    "embedding_size",
+    "word_embed_proj_dim",
+    "hidden_size",
+    "d_model",
+)  # d in a config; the first there counts
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -18,7 +23,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return _from_pretrained(AutoTokenizer, name, "tokenizer", trust_remote_code)
 
 
-def tokenizer_rows(tokenizer: Any) -> int:
+def count_tokenizer_rows(tokenizer: Any) -> int:
     """V as far as a tokenizer alone can tell: what its config says, else one row for each of its ids.
 
     A model may have more rows than that (padded to a multiple of 64, say); K is the same for all that.
@@ -36,18 +41,18 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     return _from_pretrained(AutoConfig, name, "model config", trust_remote_code)
 
 
-def embedding_shape(name: str, trust_remote_code: bool = False) -> tuple[int, int]:
+def read_embedding_shape(name: str, trust_remote_code: bool = False) -> tuple[int, int]:
     """Read V and d of a model from its config.
 
     Raises:
         FormatError: no config there, or one without these figures.
     """
     config = load_config(name, trust_remote_code).get_text_config()
-    sizes = [getattr(config, width, None) for width in WIDTHS]
+    sizes = [getattr(config, width, None) for width in WIDTH_KEYS]
     rows, width = getattr(config, "vocab_size", None), next((size for size in sizes if size), None)
     if not rows or not width:
         raise FormatError(
-            f"{name}: the model config has vocab_size {rows} and d {width} (looked for {', '.join(WIDTHS)}), "
+            f"{name}: the model config has vocab_size {rows} and d {width} (looked for {', '.join(WIDTH_KEYS)}), "
             "expected two numbers: is this a language model?"
         )
     return rows, width

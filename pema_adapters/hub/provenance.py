@@ -6,23 +6,23 @@ from pathlib import Path
 
 from pema_adapters.formats.delta import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Delta
 from pema_adapters.hub.download import HUB_ID
-from pema_adapters.io.escaping import escape_markdown, markdown_code
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.io.digest import sha256_file
+from pema_adapters.io.escaping import escape_markdown, format_code_span
 
 PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
 
 
-def hub_id(name: str, delta: Delta) -> str | None:
+def find_hub_id(name: str, delta: Delta) -> str | None:
     """The base as the Hub knows it: by the name given, or by what the delta says; None for a folder nobody knows."""
     names = (found for found in (name, delta.recorded_base) if HUB_ID.fullmatch(found) and not Path(found).exists())
     return next(names, None)
 
 
-def sha256_of(delta: Delta) -> Iterator[tuple[str, str]]:
+def hash_weights(delta: Delta) -> Iterator[tuple[str, str]]:
     """`(file, sha256)` of the weights of the delta."""
     wanted = ("*.safetensors", "*.bin") if delta.kind == "full" else (*ADAPTER_WEIGHTS, *HEAD_WEIGHTS)
     for path in sorted({path for pattern in wanted for path in delta.folder.glob(pattern) if path.is_file()}):
-        yield path.name, sum_of_file(path)
+        yield path.name, sha256_file(path)
 
 
 def methods_of(delta: Delta) -> list[str]:
@@ -30,22 +30,22 @@ def methods_of(delta: Delta) -> list[str]:
     return list(delta.methods)
 
 
-def versions() -> str:
+def format_versions() -> str:
     """The installed versions of the packages that matter; a merge needs few of them."""
-    return f"Versions: {', '.join(filter(None, map(_version, PACKAGES)))}."
+    return f"Versions: {', '.join(filter(None, map(_format_version, PACKAGES)))}."
 
 
-def _version(name: str) -> str:
+def _format_version(name: str) -> str:
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
         return ""
 
 
-def origin(delta: Delta) -> list[str]:
+def render_provenance(delta: Delta) -> list[str]:
     """The lines that tell versions and sums."""
-    sums = [f"- {markdown_code(name)}: `{digest}`" for name, digest in sha256_of(delta)]
-    return [versions(), "", "sha256 of the trained weights:", "", *sums]
+    sums = [f"- {format_code_span(name)}: `{digest}`" for name, digest in hash_weights(delta)]
+    return [format_versions(), "", "sha256 of the trained weights:", "", *sums]
 
 
 def hub_link(repo_id: str) -> str:

@@ -1,35 +1,38 @@
-"""Small files in a folder of the user's cache: whole or not there at all, whatever happens to them.
+"""A folder of small cache entries, each stored with its checksum.
 
-store = Store(Path("~/.cache/huggingface/pema").expanduser())
-store.write("x", b"content")    # False where the folder cannot be written
-store.read("x")                 # b"content"; None: nothing there, or damaged
+    cache = CacheFolder(Path("~/.cache/huggingface/pema").expanduser())
+    cache.write("x", b"content")    # False if the folder cannot be written
+    cache.read("x")                 # b"content"; None if the entry is missing or damaged
+
+The cache is best-effort: no method raises on a failing disk.
 """
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pema_adapters.io.files import replace_file
+from pema_adapters.io.atomic_write import replace_file
 
-DIGEST = hashlib.sha256().digest_size
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
-class Store:
-    """A folder of entries, each with a sum of its content before it."""
+class CacheFolder:
+    """A folder of entries: each file is the SHA-256 of its content, then the content."""
 
     folder: Path
 
     def read(self, name: str) -> bytes | None:
-        """What was written under a name; None where that cannot be had back as it was."""
+        """Return the content of an entry, or None if it is missing, unreadable or damaged."""
         try:
-            content = (self.folder / name).read_bytes()
+            stored = (self.folder / name).read_bytes()
         except OSError:
             return None
-        return content[DIGEST:] if hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST] else None
+        digest, content = stored[:DIGEST_BYTES], stored[DIGEST_BYTES:]
+        return content if hashlib.sha256(content).digest() == digest else None
 
     def write(self, name: str, content: bytes) -> bool:
-        """Write or replace an entry; False where the folder cannot be written: a cache is no must."""
+        """Write or replace an entry; return False if the folder cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / name, hashlib.sha256(content).digest() + content)
@@ -38,7 +41,7 @@ class Store:
         return True
 
     def remove(self, name: str) -> None:
-        """Remove an entry, if it is there and can be."""
+        """Remove an entry if it exists and can be removed."""
         try:
             (self.folder / name).unlink(missing_ok=True)
         except OSError:

@@ -1,8 +1,8 @@
-"""Input files that are held open: what was validated is what is read, or there is an error that says so.
+"""Input files held open, so that the bytes read are the bytes validated, or an error says that they changed.
 
-A base or a delta may be replaced, rewritten or cut short while it is read. So each input file is opened once, its
-identity is taken from the open descriptor, and every read compares. Descriptors are few (`ulimit -n`), so the least
-recently used ones are closed and opened again when they are needed; a file that is another one by then is refused.
+A base or a delta may be replaced, rewritten or truncated while it is read. Each input file is therefore opened once,
+its identity is taken from the open descriptor, and reads compare against it. Descriptors are scarce (`ulimit -n`), so
+the least recently used ones are closed, and reopened on demand; a file that has been replaced by then is refused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ RawBytes = npt.NDArray[np.uint8]
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 
 CLOCK_TICK_NS = 10_000_000
-"""File systems stamp with the kernel's coarse clock: two writes within one tick may leave the same times."""
+"""File systems use the kernel's coarse clock for timestamps: two writes within a tick may get the same one."""
 
-_recorded: ContextVar[list[InputFile] | None] = ContextVar("recorded", default=None)
+_recording: ContextVar[list[InputFile] | None] = ContextVar("recorded", default=None)
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells one state of a file from another, by `fstat`: sizes in bytes, times in ns."""
+    """What distinguishes two states of a file, from `fstat`: size in bytes, times in ns."""
 
     device: int
     inode: int
@@ -46,23 +46,29 @@ class FileIdentity:
     ctime_ns: int
 
     @classmethod
-    def of(cls, descriptor: int) -> FileIdentity:
-        """The identity of an open file. Raises OSError as the system does."""
+    def from_descriptor(cls, descriptor: int) -> FileIdentity:
+        """Return the identity of an open file.
+
+        Raises:
+            OSError: `fstat` fails.
+        """
         found = os.fstat(descriptor)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-    def is_of(self, path: Path) -> bool:
-        """Whether `path`, or what it links to, is this file, in whatever state."""
+    def is_same_file(self, path: Path) -> bool:
+        """Return whether `path`, or the target of that link, is this file, changed or not."""
         try:
             found = path.stat()
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == (self.device, self.inode)
 
-    def difference(self, now: FileIdentity, *, contents_only: bool = False) -> str:
-        """Say how the file differs `now`, "" if it does not.
+    def describe_change(self, now: FileIdentity, *, contents_only: bool = False) -> str:
+        """Describe how the file has changed, "" if it has not.
 
-        contents_only: a change of the inode's metadata alone (a rename, a new link, a mode) is no difference.
+        Args:
+            now: The identity of the same path at a later time.
+            contents_only: Ignore changes of the inode alone (a rename, a new link, another mode).
         """
         if (self.device, self.inode) != (now.device, now.inode):
             return "another file replaced it"
@@ -76,17 +82,17 @@ class FileIdentity:
 
 
 class InputFile:
-    """A regular file that is read and never written.
+    """A regular file, opened for reading and checked for changes.
 
     Args:
-        path: the file; a link is followed once, now.
-        descriptor: of the file, where it is open already and may have no name; it belongs to this object from now on.
+        path: The file. A link is followed once, now.
+        descriptor: An open descriptor of a file that may have no name any more; this object closes it.
 
     Attributes:
-        identity: of the file at the time when this object was made.
+        identity: The file's identity when this object was made.
 
     Raises:
-        FormatError: the file is missing, unreadable, or no regular file.
+        FormatError: The file is missing, unreadable, or not a regular file.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -94,15 +100,15 @@ class InputFile:
         self._is_pinned = False
         self._handle: OpenFile | None = _open(path) if descriptor is None else OpenFile(descriptor)
         with reading(path):
-            self.identity = _settled_identity(self._handle.descriptor)
+            self.identity = _read_identity(self._handle.descriptor)
         _open_files.add(self)
-        recorded = _recorded.get()
+        recorded = _recording.get()
         if recorded is not None:
             recorded.append(self)
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """The size in bytes."""
         return self.identity.size
 
     def __deepcopy__(self, memo: object) -> InputFile:
@@ -112,11 +118,18 @@ class InputFile:
         return f"InputFile({str(self.path)!r}, {self.size:,} bytes)"
 
     def check(self, *, contents_only: bool = False) -> None:
-        """Raise `InputChangedError` if the file has changed since it was opened (see `FileIdentity.difference`)."""
-        self._checked(contents_only)
+        """Check that the file has not changed since it was opened.
+
+        Args:
+            contents_only: See `FileIdentity.describe_change`.
+
+        Raises:
+            InputChangedError: It has changed.
+        """
+        self._open_checked(contents_only)
 
     def open(self) -> OpenFile:
-        """The open file, for copies by the system; it stays open as long as the result is referenced."""
+        """Return the open file, for system calls that copy; it stays open while the result is referenced."""
         handle = self._handle
         if handle is None:
             handle = self._handle = self._reopen()
@@ -125,47 +138,52 @@ class InputFile:
         return handle
 
     def pin(self) -> InputFile:
-        """Keep the descriptor for good: the file stays readable when its name goes, however many others are opened."""
+        """Keep the descriptor open for good, so that the file stays readable after it is unlinked; return self."""
         self.open()
         self._is_pinned = True
         _open_files.discard(self)
         return self
 
     def read(self, begin: int, end: int) -> bytes:
-        """The bytes from `begin` to `end`, by `pread`. Raises `InputChangedError` where the file ends before that."""
+        """Read the bytes from `begin` to `end`.
+
+        Raises:
+            InputChangedError: The file ends before `end`.
+        """
         handle = self.open()
         with reading(self.path):
             data = read_range(handle.descriptor, begin, end)
         if len(data) < end - begin:
-            raise self.changed(f"it ends at byte {begin + len(data):,} now")
+            raise self.changed_error(f"it ends at byte {begin + len(data):,} now")
         return data
 
     def view(self, begin: int, end: int, *, contents_only: bool = False) -> RawBytes:
-        """The bytes from `begin` to `end`, uint8, read-only, in a memory map; checked for changes first.
+        """Return the bytes from `begin` to `end` as a read-only uint8 view of a memory map, after a `check`.
 
-        Use the view at once and let it go: a file that is cut short later would end the process (SIGBUS).
+        Use the view at once and drop it: if the file were truncated later, reading the view would kill the process
+        (SIGBUS).
         """
-        handle = self._checked(contents_only)
+        handle = self._open_checked(contents_only)
         with reading(self.path):
             return handle.map()[begin:end]
 
-    def changed(self, how: str) -> InputChangedError:
-        """The error that says how the file has changed."""
+    def changed_error(self, how: str) -> InputChangedError:
+        """Return the error that says how the file has changed."""
         return InputChangedError(
             f"{self.path}: changed while it was in use: {how}; run again when nothing writes to it"
         )
 
-    def _checked(self, contents_only: bool) -> OpenFile:
+    def _open_checked(self, contents_only: bool) -> OpenFile:
         handle = self.open()
         self._compare(handle, contents_only)
         return handle
 
     def _compare(self, handle: OpenFile, contents_only: bool = False) -> None:
         with reading(self.path):
-            now = FileIdentity.of(handle.descriptor)
-        how = self.identity.difference(now, contents_only=contents_only)
+            now = FileIdentity.from_descriptor(handle.descriptor)
+        how = self.identity.describe_change(now, contents_only=contents_only)
         if how:
-            raise self.changed(how)
+            raise self.changed_error(how)
 
     def _reopen(self) -> OpenFile:
         handle = _open(self.path)
@@ -174,7 +192,7 @@ class InputFile:
 
 
 def read_range(descriptor: int, begin: int, end: int) -> bytes:
-    """The bytes of an open file from `begin` to `end`, however few the system gives at once; fewer at its end."""
+    """Read the bytes from `begin` to `end`, in as many calls as it takes; fewer bytes if the file ends earlier."""
     parts: list[bytes] = []
     while begin < end:
         part = os.pread(descriptor, end - begin, begin)
@@ -186,31 +204,35 @@ def read_range(descriptor: int, begin: int, end: int) -> bytes:
 
 
 def check_unchanged(files: Iterable[InputFile]) -> None:
-    """Raise `InputChangedError` if one of the files has changed, or has another content under its name."""
+    """Check every file for changes.
+
+    Raises:
+        InputChangedError: One has changed.
+    """
     for file in files:
         file.check()
 
 
 @contextmanager
 def record_inputs() -> Iterator[list[InputFile]]:
-    """Collect every input file that is opened in the block, so that all can be checked before a result counts."""
+    """Collect every `InputFile` opened in the block, so that all of them can be checked once more before committing."""
     files: list[InputFile] = []
-    token = _recorded.set(files)
+    token = _recording.set(files)
     try:
         yield files
     finally:
-        _recorded.reset(token)
+        _recording.reset(token)
 
 
 class OpenFile:
-    """A descriptor, closed when the last reference goes, and the memory map of the whole file, made when first used."""
+    """A descriptor that is closed with its last reference, and a memory map of the whole file, made on first use."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._map: RawBytes | None = None
 
     def map(self) -> RawBytes:
-        """All bytes of the file, uint8, read-only."""
+        """Return all bytes of the file as a read-only uint8 view."""
         if self._map is None:
             size = os.fstat(self.descriptor).st_size
             data = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ) if size else bytearray()
@@ -223,7 +245,7 @@ class OpenFile:
 
 
 class _RecentFiles:
-    """The input files used last. One that is pushed out lets go of its descriptor, and opens it again when used."""
+    """The most recently used input files. An evicted file closes its descriptor, and reopens it when used."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -231,7 +253,7 @@ class _RecentFiles:
         self._limit = _max_open_files()
 
     def add(self, file: InputFile) -> None:
-        """Note that `file`, which is open, was used now."""
+        """Record that `file`, which is open, was just used."""
         with self._lock:
             self._recent[id(file)] = ref(file)
             self._recent.move_to_end(id(file))
@@ -241,13 +263,13 @@ class _RecentFiles:
                     oldest._handle = None
 
     def discard(self, file: InputFile) -> None:
-        """Leave `file` open, however many others are used."""
+        """Exempt `file` from eviction."""
         with self._lock:
             self._recent.pop(id(file), None)
 
 
 def _max_open_files() -> int:
-    """Half of what the process may open, at two descriptors a file: its own, and that of its memory map."""
+    """Return the limit: half of the process's, at two descriptors a file (its own, and its memory map's)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -256,14 +278,14 @@ def _max_open_files() -> int:
     return 256 if soft == resource.RLIM_INFINITY else max(4, min(256, soft // 4))
 
 
-def _settled_identity(descriptor: int) -> FileIdentity:
-    """The identity of a file, taken when a further write would show in its times."""
-    identity = FileIdentity.of(descriptor)
+def _read_identity(descriptor: int) -> FileIdentity:
+    """Return the identity of an open file, once it is so old that any further write would change its timestamps."""
+    identity = FileIdentity.from_descriptor(descriptor)
     age = time.time_ns() - max(identity.mtime_ns, identity.ctime_ns)
     if age >= CLOCK_TICK_NS:
         return identity
     time.sleep(min(CLOCK_TICK_NS, CLOCK_TICK_NS - age) / 1e9)
-    return FileIdentity.of(descriptor)
+    return FileIdentity.from_descriptor(descriptor)
 
 
 def _open(path: Path) -> OpenFile:

@@ -1,4 +1,4 @@
-"""Signal handling: SIGTERM as an exception, and Ctrl-C and SIGTERM deferred while files are renamed."""
+"""Signal handling: SIGTERM as an exception; Ctrl-C and SIGTERM deferred while files are renamed."""
 
 import signal
 import threading
@@ -12,12 +12,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where a KeyboardInterrupt would be, so that the same code cleans up."""
+    """Raised on SIGTERM; a KeyboardInterrupt, so that the same code cleans up."""
 
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and KeyboardInterrupt on SIGINT during the block, so that clean-up code runs."""
+    """Raise `Terminated` on SIGTERM and KeyboardInterrupt on SIGINT during the block, so that cleanup code runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -30,7 +30,7 @@ def raise_on_signals() -> Iterator[None]:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    """Raise what stands for a signal; a moment later where a finalizer is running, whose exceptions Python drops."""
+    """Raise the exception for a signal; in a finalizer, where Python drops exceptions, a moment later."""
     if frame is not None and frame.f_code.co_name == "__del__":
         threading.Timer(RETRY_SECONDS, signal.raise_signal, (number,)).start()
         return
@@ -39,9 +39,9 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Defer SIGINT and SIGTERM until the block has ended.
+    """Defer SIGINT and SIGTERM until the end of the block.
 
-    Signals are handled by the main thread alone; in another thread this does nothing.
+    Only the main thread handles signals: in any other thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,7 +49,7 @@ def defer_interrupts() -> Iterator[None]:
     pending: list[int] = []
     previous: dict[signal.Signals, Any] = {}
     for number in SIGNALS:
-        if signal.getsignal(number) is not None:  # None: installed by another language, and not to be put back
+        if signal.getsignal(number) is not None:  # None: installed by C code, and cannot be restored
             previous[number] = signal.signal(number, lambda found, frame: pending.append(found))
     try:
         yield

@@ -1,7 +1,7 @@
 """Advisory locks on files and folders, which keep two processes from changing the same checkpoint at once.
 
-They are `flock` locks: one belongs to the open descriptor, ends with it or with the process, and excludes every other
-descriptor, those of the same process included. Where the system or the file system has no such locks, there is none.
+These are `flock` locks: a lock belongs to an open descriptor, ends with it or with the process, and excludes every
+other descriptor, even of the same process. On systems and file systems without `flock`, nothing is locked.
 """
 
 import errno
@@ -21,11 +21,15 @@ IS_AVAILABLE = fcntl is not None
 """Whether the system has `flock`."""
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-"""What network and user-space file systems answer where they have no locks."""
+"""The errors of network and user-space file systems that have no locks."""
 
 
 def check_platform() -> None:
-    """Raise `MergeError` on a system that cannot merge: one without `flock`, which lacks `pread` as well."""
+    """Check that this system can merge.
+
+    Raises:
+        MergeError: It has no `flock`; such systems lack `pread` as well.
+    """
     if not IS_AVAILABLE:
         raise MergeError(
             "merging needs file locks and positional reads, which this system lacks (no fcntl module); merge on Linux "
@@ -34,34 +38,34 @@ def check_platform() -> None:
 
 
 def lock_exclusive(descriptor: int) -> bool:
-    """Lock an open file or folder against all other locks, without waiting.
+    """Take an exclusive lock on an open file or folder, without waiting.
 
     Returns:
-        Whether it is locked; False where locks are not supported.
+        Whether it is locked; False if locks are not supported here.
 
     Raises:
-        BlockingIOError: another descriptor holds a lock.
+        BlockingIOError: Another descriptor holds a lock.
     """
     return _lock(descriptor, exclusive=True)
 
 
 def lock_shared(descriptor: int) -> bool:
-    """Lock an open file or folder against exclusive locks; returns and raises as `lock_exclusive` does."""
+    """Take a shared lock on an open file or folder; returns and raises like `lock_exclusive`."""
     return _lock(descriptor, exclusive=False)
 
 
 @contextmanager
-def locked(folder: Path, exclusive: bool, message: str) -> Iterator[None]:
+def hold_lock(folder: Path, exclusive: bool, message: str) -> Iterator[None]:
     """Hold a lock on `folder` during the block: exclusive to change it, shared to read it.
 
     Args:
-        folder: one that exists.
-        exclusive: against all other locks, rather than against exclusive ones alone.
-        message: what the error says after the folder's name, as in "another merge is running here; wait for it".
+        folder: An existing folder.
+        exclusive: Exclude all other locks; else only exclusive ones.
+        message: What the error says after the folder's name, "another merge is running here; wait for it" for example.
 
     Raises:
-        MergeError: another process, or another block of this one, holds a lock that excludes this one.
-        OSError: the folder cannot be opened.
+        MergeError: Another process, or another block of this one, holds a conflicting lock.
+        OSError: The folder cannot be opened.
     """
     if fcntl is None:
         yield
@@ -74,7 +78,7 @@ def locked(folder: Path, exclusive: bool, message: str) -> Iterator[None]:
             raise MergeError(f"{folder}: {message}") from None
         yield
     finally:
-        with suppress(OSError):  # the lock is gone all the same
+        with suppress(OSError):  # the lock is released all the same
             os.close(descriptor)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.delta import Delta, read_delta
-from pema_adapters.formats.delta_discovery import MARKER
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
 from pema_adapters.hub.card import README
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
-from pema_adapters.io.locking import check_platform, locked
-from pema_adapters.io.progress import bar
+from pema_adapters.io.locking import check_platform, hold_lock
+from pema_adapters.io.progress import ProgressBar
 from pema_adapters.merging.in_place.undo_journal import PATCHING, state_of
 from pema_adapters.merging.output.free_space import check_space
 from pema_adapters.merging.output.manifest import encode_manifest
@@ -165,13 +165,13 @@ def open_inputs(base: str | None, delta: str, options: Options, is_output_needed
     delta_folder = _delta_folder(delta, options, is_output_needed)
     with ExitStack() as stack:
         if delta_folder.is_dir():
-            stack.enter_context(locked(delta_folder, False, BUSY))
+            stack.enter_context(hold_lock(delta_folder, False, BUSY))
         with record_inputs() as files:
             read = read_delta(delta_folder, options.adapter, options.checkpoint)
         request = BaseRequest(base, options.revision, options.token, must_be_folder=options.choices.in_place)
         found = locate_base(request, read)
         if found.folder.is_dir() and not found.folder.samefile(delta_folder):
-            stack.enter_context(locked(found.folder, options.choices.in_place and not options.dry_run, BUSY))
+            stack.enter_context(hold_lock(found.folder, options.choices.in_place and not options.dry_run, BUSY))
         yield Inputs(found.name, delta, found.folder, delta_folder, read, tuple(files), found.notes)
 
 
@@ -209,15 +209,15 @@ def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
     total = plan.size * (1 + options.verify)
     with (
         staged(target, options.overwrite, plan.names) as stage,
-        bar("merging", total, options.progress) as advance,
+        ProgressBar("merging", total, options.progress) as bar,
     ):
         check_space(plan, stage.folder)
-        cloned = write_plan(plan, stage.folder, advance)
+        cloned = write_plan(plan, stage.folder, bar.advance)
         merge.check_inputs()
         if options.verify:
-            verify_plan(plan, stage.folder, advance)
+            verify_plan(plan, stage.folder, bar.advance)
         report = finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
-        manifest = PlannedFile(MARKER, (Literal(encode_manifest(report, stage.folder, plan.names)),))
+        manifest = PlannedFile(MERGE_MANIFEST, (Literal(encode_manifest(report, stage.folder, plan.names)),))
         write_plan(replace(plan, files=(manifest,)), stage.folder, lambda count: None)
         merge.check_inputs()
     return replace(report, seconds=time.perf_counter() - start, notes=report.notes + tuple(stage.notes))
@@ -239,20 +239,20 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     merge = Merge(plan, report, None, (*inputs.files, *files))
     if options.dry_run:
         return measured(merge, start)
-    with bar("merging in place", plan.size * (1 + options.verify), options.progress) as advance:
+    with ProgressBar("merging in place", plan.size * (1 + options.verify), options.progress) as bar:
         work = InPlace(plan, base, merge.files, merge.report.to_dict())
-        written = merge_in_place(work, options.verify, advance)
+        written = merge_in_place(work, options.verify, bar.advance)
     return replace(finished(merge.report, plan, start), bytes_written=written)
 
 
 def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
         return Path(delta)
-    from pema_adapters.hub.download import delta_from_hub
+    from pema_adapters.hub.download import download_delta
 
     if is_output_needed:
         raise MergeError(f"delta {delta} is on the Hub, not a folder here: say where to write with --output")
-    return delta_from_hub(delta, token=options.token)
+    return download_delta(delta, token=options.token)
 
 
 def _about_card(base: Path) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """The lines of Python that load a merged checkpoint, and what stays an adapter beside it."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from pema_adapters.formats.delta import HEAD_CONFIG
-from pema_adapters.io.escaping import python_literal
+from pema_adapters.formats.json_object import decode_json
+from pema_adapters.io.escaping import format_python_literal
 from pema_adapters.merging.heads.registry import is_language_model
 
 _FLEXIBLE = "AdapterModel"
@@ -24,8 +24,8 @@ class LeftAdapter:
     @classmethod
     def read(cls, read_file: Callable[[str], bytes | None]) -> "LeftAdapter":
         """Read its files by `read_file`, which gives None for one that is not there."""
-        found = read_file(ADAPTER_CONFIG)
-        config = None if found is None else AdapterConfig.parse(json.loads(found), Path(ADAPTER_CONFIG))
+        path, found = Path(ADAPTER_CONFIG), read_file(ADAPTER_CONFIG)
+        config = None if found is None else AdapterConfig.parse(decode_json(found, path), path)
         return cls(config, read_file(HEAD_CONFIG) is not None)
 
     @property
@@ -40,7 +40,7 @@ def loading_lines(
     checkpoint: str,
     config: Mapping[str, Any],
     left: Mapping[str, LeftAdapter],
-    where: Callable[[str], str] = python_literal,
+    where: Callable[[str], str] = format_python_literal,
 ) -> list[str]:
     """The lines behind the imports.
 
@@ -50,7 +50,7 @@ def loading_lines(
         left: the adapters that are left, by name.
         where: a Python expression for the folder of an adapter.
     """
-    name, is_lm = python_literal(checkpoint), is_language_model(model_class(config))
+    name, is_lm = format_python_literal(checkpoint), is_language_model(model_class(config))
     if any(adapter.has_head or (adapter.is_inverted and is_lm) for adapter in left.values()):
         lines = [f"model = adapters.AutoAdapterModel.from_pretrained({name})"]
     else:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.plan.plan import PlannedFile
@@ -9,16 +10,21 @@ from pema_adapters.merging.plan.plan import PlannedFile
 BUFFER = 256 << 10
 
 
-def opened(file: PlannedFile, advance: Advance) -> io.BufferedReader:
-    """The bytes of a planned file: seekable, read-only, computed as they are read. `advance` hears of each read."""
-    return io.BufferedReader(_Raw(file, advance), BUFFER)
+def opened(file: PlannedFile, advance: Advance, check: Callable[[], object]) -> io.BufferedReader:
+    """Open the content of a planned file: seekable, read-only, computed as it is read.
+
+    Args:
+        advance: called with the number of bytes after each read.
+        check: called after the last read; raises `InputChangedError` if an input changed under the plan.
+    """
+    return io.BufferedReader(_Raw(file, advance, check), BUFFER)
 
 
 class _Raw(io.RawIOBase):
     """The unbuffered half."""
 
-    def __init__(self, file: PlannedFile, advance: Advance) -> None:
-        self.file, self.advance, self.at = file, advance, 0
+    def __init__(self, file: PlannedFile, advance: Advance, check: Callable[[], object]) -> None:
+        self.file, self.advance, self.check, self.at = file, advance, check, 0
 
     def readable(self) -> bool:
         return True
@@ -30,6 +36,8 @@ class _Raw(io.RawIOBase):
         data = self.file.read(self.at, min(self.at + len(buffer), self.file.size))
         buffer[: len(data)] = data
         self.at += len(data)
+        if self.at >= self.file.size:
+            self.check()
         self.advance(len(data))
         return len(data)
 

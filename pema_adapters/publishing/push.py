@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pema_adapters.errors import MergeError, PemaError
-from pema_adapters.hub.card import README, decode_card, is_ours
-from pema_adapters.hub.errors import causes, explain, is_conflict
-from pema_adapters.hub.retry import patiently
+from pema_adapters.hub.card import README, decode_card, has_pema_section
+from pema_adapters.hub.errors import explain, is_conflict, iterate_causes
+from pema_adapters.hub.retry import with_retry
 from pema_adapters.hub.token import check_token
 from pema_adapters.io.locking import check_platform
-from pema_adapters.io.progress import Advance, bar
+from pema_adapters.io.progress import Advance, ProgressBar
 from pema_adapters.merging.api import (
     Inputs,
     Merge,
@@ -136,7 +136,7 @@ def _push(base: str | None, delta: str, output: str | Path | None, target: _Targ
 
 def _send(merge: Merge, inputs: Inputs, target: _Target, options: Options, start: float) -> MergeReport:
     with _as_one_line(target.name):
-        url = patiently(lambda: target.api.create_repo(target.name, private=target.private, exist_ok=True))
+        url = with_retry(lambda: target.api.create_repo(target.name, private=target.private, exist_ok=True))
         target = replace(target, name=url.repo_id)
         head = _head(target)
     merge = _with_card(merge, target, inputs, options, head)
@@ -163,17 +163,17 @@ def _with_card(merge: Merge, target: _Target, inputs: Inputs, options: Options, 
 
 def _head(target: _Target) -> _Head:
     """What the repository holds now: files and card of one commit."""
-    commit = patiently(lambda: target.api.model_info(target.name)).sha
-    names = patiently(lambda: list(target.api.list_repo_files(target.name, revision=commit)))
+    commit = with_retry(lambda: target.api.model_info(target.name)).sha
+    names = with_retry(lambda: list(target.api.list_repo_files(target.name, revision=commit)))
     if README not in names:
         return _Head(commit, names, "")
-    path = patiently(lambda: target.api.hf_hub_download(target.name, README, revision=commit))
+    path = with_retry(lambda: target.api.hf_hub_download(target.name, README, revision=commit))
     return _Head(commit, names, decode_card(Path(path).read_bytes(), target.name))
 
 
 def _stale(head: _Head, plan: Plan) -> list[str]:
     """Weights in the repository that the merge does not write: Transformers might load them instead of the new ones."""
-    made, is_merged = {file.name for file in plan.files}, is_ours(head.card)
+    made, is_merged = {file.name for file in plan.files}, has_pema_section(head.card)
     old = [name for name in head.files if "/" not in name and name.endswith(_STALE)]
     old += [name for name in head.files if is_merged and name.startswith(ADAPTERS + "/")]
     return [name for name in old if name not in made]
@@ -185,21 +185,25 @@ def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
 
     for file in merge.plan.files:
         written = None if merge.target is None or file.name == README else merge.target / file.name
-        yield CommitOperationAdd(file.name, opened(file, advance) if written is None else written)
+        yield CommitOperationAdd(file.name, opened(file, advance, merge.check_inputs) if written is None else written)
 
 
 def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "CommitInfo | None":
     """Commit all files on top of `head`; None where another commit came first."""
     from huggingface_hub import CommitOperationDelete
 
-    with bar("pushing", 2 * merge.plan.size, options.progress) as advance, _as_one_line(target.name), _one_bar():
+    with (
+        ProgressBar("pushing", 2 * merge.plan.size, options.progress) as bar,
+        _as_one_line(target.name),
+        _one_bar(),
+    ):
         deletions = [CommitOperationDelete(name, is_folder=False) for name in _stale(head, merge.plan)]
-        operations = [*_additions(merge, advance), *deletions]
+        operations = [*_additions(merge, bar.advance), *deletions]
         commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
         _upload(target, operations)
         merge.check_inputs()
         try:
-            made = patiently(lambda: commit(target.name, operations, parent_commit=head.commit))
+            made = with_retry(lambda: commit(target.name, operations, parent_commit=head.commit))
         except Exception as error:  # whatever kind of error the client has for it
             if is_conflict(error):
                 return None
@@ -217,7 +221,7 @@ def _upload(target: _Target, operations: list[Any]) -> None:
     from huggingface_hub import CommitOperationAdd
 
     files = [one for one in operations if isinstance(one, CommitOperationAdd)]
-    patiently(lambda: target.api.preupload_lfs_files(target.name, files, create_pr=target.create_pr))
+    with_retry(lambda: target.api.preupload_lfs_files(target.name, files, create_pr=target.create_pr))
 
 
 def _about(made: "CommitInfo") -> str:
@@ -248,6 +252,6 @@ def _as_one_line(name: str) -> Iterator[None]:
     except PemaError:
         raise
     except Exception as error:  # whatever the client makes of an answer that it does not expect
-        if ours := next((cause for cause in causes(error) if isinstance(cause, PemaError)), None):
+        if ours := next((cause for cause in iterate_causes(error) if isinstance(cause, PemaError)), None):
             raise ours from None
         raise MergeError(f"{name}: cannot be pushed to {explain(error, 'push')}") from error

@@ -2,14 +2,11 @@
 
 import contextlib
 import operator
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pema_adapters.errors import VocabularyError
-
-SECONDS_BEFORE_PROGRESS = 1.0
 
 
 def is_a(data: Any, library: str, name: str) -> bool:
@@ -51,16 +48,6 @@ def length(data: Any) -> int | None:
         return operator.length_hint(data) or None
     except TypeError:
         return None
-
-
-def progress_bar(total: int | None, progress: bool | None) -> Any:
-    """A tqdm bar that shows after a second, on a terminal or if `progress`; never if the Hub's are disabled."""
-    from tqdm import tqdm
-
-    off = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
-    disable = True if off else (None if progress is None else not progress)
-    options = {"unit": " rows", "unit_scale": True, "delay": SECONDS_BEFORE_PROGRESS}
-    return tqdm(total=total, desc="scanning", disable=disable, **options)
 
 
 @contextlib.contextmanager

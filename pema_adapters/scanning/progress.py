@@ -1,14 +1,24 @@
 """How far a scan has come: for the eyes of who waits, and for the disk, to go on from after an interruption."""
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
+from pema_adapters.io.progress import ProgressBar
 from pema_adapters.scanning.bitmap import Bitmap, GrowingBitmap, Grown
 
+SECONDS_BEFORE_BAR = 1.0
 SECONDS_BETWEEN_FIGURES = 0.5
 SECONDS_BETWEEN_STATES = 0.2  # a state is a copy of the bitmap: rarely enough to cost nothing
+
+
+def open_scan_bar(total: int | None, progress: bool | None) -> ProgressBar:
+    """Open the bar of a scan: it appears after a second, and never if the Hub's progress bars are disabled."""
+    is_disabled = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+    shown = False if is_disabled else progress
+    return ProgressBar("scanning", total, shown, unit=" rows", delay=SECONDS_BEFORE_BAR)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Steps:
     """Told after every step of a scan: a batch of text, a piece of a column, a row. They are the same each time."""
 
     bitmap: Bitmap
-    bar: Any = None
+    bar: ProgressBar | None = None
     keeper: Keeper | None = None
     columns: Iterable[str] = ()  # that were found so far
     split: int = 0
@@ -51,7 +61,7 @@ class Steps:
         bitmap.wake(state.grown)
         self.split, self.rows, self._skipped, self._tokens_before = state.split, state.rows, state.steps, bitmap.tokens
         if self.bar is not None:
-            self.bar.update(state.rows)
+            self.bar.advance(state.rows)
 
     def begin(self, split: int) -> int:
         """At the start of each split, in order: the number of its steps to skip."""
@@ -73,25 +83,25 @@ class Steps:
         self.rows += rows
         now = time.monotonic()
         if self.bar is not None:
-            self._show(rows, now)
+            self._show(self.bar, rows, now)
         if self.keeper is not None and now - self._kept >= SECONDS_BETWEEN_STATES:
             self._kept = now
             self._keep(self.keeper)
 
     def end(self) -> None:
         """After the last step."""
-        if self.bar is not None and not self.bar.disable:
-            self.bar.set_postfix_str(self.figures(time.monotonic()), refresh=False)
+        if self.bar is not None and self.bar.is_shown:
+            self.bar.set_status(self.figures(time.monotonic()))
 
     def _keep(self, keeper: Keeper) -> None:
         if isinstance(self.bitmap, GrowingBitmap):
             keeper.keep(State(self.split, self.number, self.rows, self.bitmap.at_rest(), tuple(self.columns)))
 
-    def _show(self, rows: int, now: float) -> None:
-        if not self.bar.disable and now - self._shown >= SECONDS_BETWEEN_FIGURES:
+    def _show(self, bar: ProgressBar, rows: int, now: float) -> None:
+        if bar.is_shown and now - self._shown >= SECONDS_BETWEEN_FIGURES:
             self._shown = now
-            self.bar.set_postfix_str(self.figures(now), refresh=False)
-        self.bar.update(rows)
+            bar.set_status(self.figures(now))
+        bar.advance(rows)
 
     def figures(self, now: float) -> str:
         """Tokens a second, without those of before an interruption, and K so far."""

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
 from pema_adapters.scanning.bitmap import Bitmap
-from pema_adapters.scanning.iteration import is_a, is_iterable, length, progress_bar, same_random_state, walk
-from pema_adapters.scanning.progress import Steps
+from pema_adapters.scanning.iteration import is_a, is_iterable, length, same_random_state, walk
+from pema_adapters.scanning.progress import Steps, open_scan_bar
 from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_num_proc, checked_vocab_size
 from pema_adapters.scanning.values import NotIdsError, integers
 
@@ -62,7 +62,7 @@ def scan(  # noqa: PLR0913 - the settings of one call, by name
     """
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
     bitmap = Bitmap(checked_vocab_size(vocab_size))
-    with progress_bar(length(data), progress) as bar, same_random_state(data):
+    with open_scan_bar(length(data), progress) as bar, same_random_state(data):
         scanner = Scanner(bitmap, columns, Steps(bitmap, bar), checked_num_proc(num_proc))
         scanner.any(data, ())
         scanner.steps.end()

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pema_adapters.scanning.bitmap import GrowingBitmap
-from pema_adapters.scanning.iteration import length, progress_bar
-from pema_adapters.scanning.progress import Keeper, State, Steps
+from pema_adapters.scanning.iteration import length
+from pema_adapters.scanning.progress import Keeper, State, Steps, open_scan_bar
 from pema_adapters.scanning.scanner import Scan, Scanner
 from pema_adapters.scanning.text_columns import Encoder, Plan
 from pema_adapters.scanning.tokenize import Encoded, as_it_was
@@ -59,7 +59,7 @@ def scan_text(  # noqa: PLR0913 - the settings of one call, by name
     num_proc = checked_num_proc(num_proc)
     plans = [encoder.planned(split, str(name)) for name, split in splits.items()]
     encoder.check(list(map(str, splits)))
-    with progress_bar(length(data), progress) as bar, as_it_was(encoder.tokenizer), Workers(num_proc) as workers:
+    with open_scan_bar(length(data), progress) as bar, as_it_was(encoder.tokenizer), Workers(num_proc) as workers:
         scan = _TextScan(
             encoder, workers, Scanner(bitmap, DEFAULT_COLUMNS, Steps(bitmap, bar, resuming, encoder.used), num_proc)
         )

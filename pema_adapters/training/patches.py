@@ -234,9 +234,9 @@ def _adapter_card(
     """adapters' own card names no base; one of rows without the base that they belong to is of no use."""
     original(model, folder, adapter_name, repo_id, *args, **kwargs)
     if _has_rows(model, adapter_name):
-        from pema_adapters.hub.adapter_card import complete
+        from pema_adapters.hub.adapter_card import add_pema_section
 
-        complete(Path(folder), adapter_name, repo_id)
+        add_pema_section(Path(folder), adapter_name, repo_id)
 
 
 def _has_rows(model: Any, adapter_name: str) -> bool:

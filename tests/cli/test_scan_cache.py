@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from pema_adapters.cli.scan import main
-from pema_adapters.io.cache_folder import Store
+from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning.cache import content_key
 from pema_adapters.scanning.cache.cached_scan import Data, cached_scan
 from pema_adapters.scanning.text_columns import Encoder
@@ -125,7 +125,7 @@ def test_a_file_is_read_once(folder, capsys, monkeypatch):
     os.utime("x.txt", (time.time() - 60,) * 2)
     scanned(capsys)
     assert len(entries(folder, "file")) == 1
-    monkeypatch.setattr(content_key, "sum_of_file", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(content_key, "sha256_file", lambda _: pytest.fail("it was read"))
     assert scanned(capsys)["from_cache"]
 
 
@@ -177,7 +177,7 @@ def test_data_sets_of_the_hub_go_by_their_fingerprint(folder):
     """What `load_dataset` gives lies in the cache of datasets, under a name that is no file here."""
     data, split = Data(("someone/texts",)), Dataset.from_dict({"text": ["a b"]})
     data.__dict__["loaded"] = {"someone/texts train": split}
-    store = Store(folder / "store")
+    store = CacheFolder(folder / "store")
     assert data.identity(store) == [[["someone/texts train", split._fingerprint]]]
     data.__dict__["loaded"] = {"someone/texts train": split.to_iterable_dataset()}
     assert data.identity(store) is None

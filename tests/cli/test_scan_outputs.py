@@ -241,7 +241,7 @@ def run_in_child(folder, *arguments, before="", **environment):
 
 def test_silent_without_a_terminal(folder, capsys):
     """Even a long scan, and even what datasets does before it."""
-    before = "import pema_adapters.scanning.iteration as k; k.SECONDS_BEFORE_PROGRESS = 0"
+    before = "import pema_adapters.scanning.progress as p; p.SECONDS_BEFORE_BAR = 0"
     done = run_in_child(folder, "--model", "large", before=before)
     assert (done.returncode, done.stderr) == (0, "")
     printed(capsys, "--tokenizer", "large")

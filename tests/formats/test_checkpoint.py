@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.tensor_names import canonical, match
+from pema_adapters.formats.tensor_names import canonicalize, map_canonical_names
 
 INDEX = "model.safetensors.index.json"
 MATRIX = torch.arange(40.0).reshape(10, 4)
@@ -110,7 +110,8 @@ def test_a_tensor_in_two_shards(sharded):
 def test_an_index_that_is_none(sharded, text):
     (sharded / INDEX).write_text(text)
     with pytest.raises(
-        FormatError, match=r"index.json: (no weight_map|not valid JSON|expected a JSON object, found list)"
+        FormatError,
+        match=r"index.json: (no weight_map|not valid JSON|expected a JSON object, found list)",
     ):
         Checkpoint.open(sharded)
 
@@ -224,7 +225,7 @@ def test_formats_are_preferred_as_by_transformers(tmp_path):
     ],
 )
 def test_names_of_output_files(single, name, expected):
-    assert Checkpoint.open(single).output_name(single / name) == expected
+    assert Checkpoint.open(single).safetensors_name(single / name) == expected
 
 
 E, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
@@ -283,12 +284,12 @@ def test_an_index_may_name_what_is_shared(tmp_path):
     ],
 )
 def test_canonical_names(name, prefix, expected):
-    assert canonical(name, prefix) == expected
+    assert canonicalize(name, prefix) == expected
 
 
 def test_match_prefers_the_prefixed_name():
-    assert match(["x", "bert.x", "y"], "bert") == {"x": "bert.x", "y": "y"}
-    assert match(["bert.x", "x"], "bert") == {"x": "bert.x"}
+    assert map_canonical_names(["x", "bert.x", "y"], "bert") == {"x": "bert.x", "y": "y"}
+    assert map_canonical_names(["bert.x", "x"], "bert") == {"x": "bert.x"}
 
 
 def test_a_tensor_in_two_spellings(tmp_path):

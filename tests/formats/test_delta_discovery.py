@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.delta_discovery import MARKER, find_delta
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST, find_delta
 
 
 def adapter(folder, name=None, method="pema"):
@@ -42,7 +42,7 @@ def test_up_to_two_levels_down(tmp_path, where, make):
 
 def test_not_three_levels_down(tmp_path):
     adapter(tmp_path / "run" / "a" / "b" / "task")
-    refused(tmp_path / "run", None, r"run: no delta here or one level below, or two; expected adapter_config.json with")
+    refused(tmp_path / "run", None, r"run: no delta here or up to two levels below; expected adapter_config.json with")
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_hidden_folders_are_left_out(tmp_path, hidden):
 
 def test_what_earlier_merges_wrote_is_left_out_with_all_below(tmp_path):
     merged = full(tmp_path / "run" / "merged")
-    (merged / MARKER).write_text("{}")
+    (merged / MERGE_MANIFEST).write_text("{}")
     adapter(merged / "task")
     adapter(merged / "adapters" / "task")
     refused(tmp_path / "run", None, "no delta here")
-    refused(merged, None, r"merged: what an earlier merge wrote .*, not a delta; give the folder of the adapter")
+    refused(merged, None, r"merged: the output of a merge .*, not a delta; give the adapter's folder")
     task = adapter(tmp_path / "run" / "checkpoint-1" / "task")
     assert find_delta(tmp_path / "run", None) == task
 
@@ -143,7 +143,11 @@ def test_what_cannot_be_read_does_not_stand_in_the_way(tmp_path):
 
 def test_no_folder(tmp_path):
     refused(
-        tmp_path / "nowhere", None, "nowhere: no such folder; expected the folder that save_adapter, save_delta or a"
+        tmp_path / "nowhere",
+        None,
+        "nowhere: no such folder; expected a folder written by save_adapter, save_delta or a",
     )
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", None, "file: is a file; expected the folder that save_adapter, save_delta or a Trainer")
+    refused(
+        tmp_path / "file", None, "file: is a file; expected a folder written by save_adapter, save_delta or a Trainer"
+    )

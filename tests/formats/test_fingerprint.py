@@ -35,7 +35,7 @@ def store(tmp_path):
 @pytest.fixture
 def taken(store):
     names = [name for name in state() if name != E]
-    return Fingerprint.take(store(state()), embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)
+    return Fingerprint.compute(store(state()), embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)
 
 
 def test_what_it_holds(taken):
@@ -153,7 +153,7 @@ class Counting:
 def test_shapes_are_asked_for_once_however_many_tensors_there_are(store):
     source = Counting(store(state() | {f"bert.layer.{i}.weight": torch.ones(2) for i in range(50)}))
     names = [name for name in source.checkpoint.tensors if name != E]
-    taken = Fingerprint.take(source, embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)
+    taken = Fingerprint.compute(source, embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)
     assert source.asked == 1
     taken.check(source, IDS, where="base")
     assert source.asked == 2

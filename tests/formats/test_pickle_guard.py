@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from pema_adapters.formats.pickle_guard import endless
+from pema_adapters.formats.pickle_guard import find_expansion_attack
 
 
 def saved(path, content):
@@ -29,17 +29,17 @@ def states():
 
 @pytest.mark.parametrize(("name", "content"), states())
 def test_what_torch_saves(tmp_path, name, content):
-    assert endless(saved(tmp_path / "x.bin", content)) is None
+    assert find_expansion_attack(saved(tmp_path / "x.bin", content)) is None
 
 
 def test_a_size_that_is_used_again():
-    assert endless(pickle.dumps([(3, 4), (size := (1, 2)), size, size], 2)) is None
+    assert find_expansion_attack(pickle.dumps([(3, 4), (size := (1, 2)), size, size], 2)) is None
 
 
 def test_growth_by_references():
     word = "x" * 10_000
-    assert endless(pickle.dumps([word, word], 2)) is None
-    assert "refers to the same value again and again" in endless(pickle.dumps([word] * 100, 2))
+    assert find_expansion_attack(pickle.dumps([word, word], 2)) is None
+    assert "refers to the same value again and again" in find_expansion_attack(pickle.dumps([word] * 100, 2))
 
 
 @pytest.mark.parametrize(
@@ -56,21 +56,21 @@ def test_growth_by_references():
     ],
 )
 def test_endless(code, what):
-    assert what in endless(b"\x80\x02" + code + b".")
+    assert what in find_expansion_attack(b"\x80\x02" + code + b".")
 
 
 @pytest.mark.parametrize("code", [b"", b"\x80\x02", b"\xfe.", b"X\xff\xff\xff\x7fabc.", b"cx\n"])
 def test_no_instructions(code):
     with pytest.raises(ValueError, match=r".+"):
-        endless(code)
+        find_expansion_attack(code)
 
 
 @pytest.mark.parametrize("code", [b".", b"000.", b"(((.", b"s.", b"R.", b"t.", b"h\x05."])
 def test_a_stack_that_is_too_short_is_left_to_the_unpickler(code):
-    assert endless(code) is None
+    assert find_expansion_attack(code) is None
 
 
 def test_many_items_are_not_deep():
     buffer = io.BytesIO()
     pickle.Pickler(buffer, 2).dump([[i] for i in range(5000)])
-    assert endless(buffer.getvalue()) is None
+    assert find_expansion_attack(buffer.getvalue()) is None

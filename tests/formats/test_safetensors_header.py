@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from pema_adapters.errors import FormatError
 from pema_adapters.formats import safetensors_header
 from pema_adapters.formats.safetensors_header import as_float32, encode_header, read_header, size_in_bytes
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 
 
 def written(path, header, data=b""):
@@ -31,7 +31,7 @@ def test_by_hand(tmp_path):
     assert header.data_start == path.stat().st_size - 8
     assert header.metadata == {"format": "pt"}
     (tensor,) = header.tensors.values()
-    assert tensor == Stored("a", "F32", (2,), header.source, header.data_start, 8)
+    assert tensor == StoredTensor("a", "F32", (2,), header.source, header.data_start, 8)
 
 
 TWO = b"12345678" * 2

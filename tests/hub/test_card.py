@@ -3,36 +3,36 @@
 import pytest
 
 from pema_adapters.errors import FormatError
-from pema_adapters.hub.card import VERSION, is_ours, written
+from pema_adapters.hub.card import VERSION, has_pema_section, render_card
 
 UNVERSIONED = "# Task\n\nMine.\n\n<!-- pema: begin -->\nold words\n<!-- pema: end -->\n\nAlso mine.\n"
 
 
 def test_a_section_says_its_version():
-    card = written("", "me/task", "New words.", {}, {})
+    card = render_card("", "me/task", "New words.", {}, {})
     assert f"<!-- pema: version {VERSION} -->" in card
 
 
 def test_a_section_without_version_is_replaced_and_other_text_stays():
-    card = written(UNVERSIONED, "me/task", "New words.", {}, {})
+    card = render_card(UNVERSIONED, "me/task", "New words.", {}, {})
     assert "old words" not in card
     assert card.index("Mine.") < card.index("New words.") < card.index("Also mine.")
-    assert is_ours(card)
+    assert has_pema_section(card)
 
 
 def test_writing_again_changes_nothing():
-    card = written(UNVERSIONED, "me/task", "New words.", {}, {})
-    assert written(card, "me/task", "New words.", {}, {}) == card
+    card = render_card(UNVERSIONED, "me/task", "New words.", {}, {})
+    assert render_card(card, "me/task", "New words.", {}, {}) == card
 
 
 @pytest.mark.parametrize("space", ["\n", " ", ""])
 def test_a_section_of_a_newer_version_is_refused(space):
     newer = UNVERSIONED.replace("begin -->", f"begin -->{space}<!-- pema: version {VERSION + 1} -->")
-    with pytest.raises(FormatError, match=r"me/task: README.md: written by a newer version .* upgrade it"):
-        written(newer, "me/task", "New words.", {}, {})
+    with pytest.raises(FormatError, match=r"me/task: README.md: written by a newer version .* upgrade pema-adapters"):
+        render_card(newer, "me/task", "New words.", {}, {})
 
 
 def test_a_section_of_version_zero_is_damaged():
     damaged = UNVERSIONED.replace("begin -->", "begin -->\n<!-- pema: version 0 -->")
     with pytest.raises(FormatError, match=r"me/task: README\.md: its version is '0'"):
-        written(damaged, "me/task", "New words.", {}, {})
+        render_card(damaged, "me/task", "New words.", {}, {})

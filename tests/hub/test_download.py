@@ -8,8 +8,8 @@ from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import FormatError, MergeError
-from pema_adapters.formats.delta_discovery import MARKER, find_delta
-from pema_adapters.hub.download import delta_from_hub, from_hub
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST, find_delta
+from pema_adapters.hub.download import download_base, download_delta
 from tests.hub import Account
 from tests.merging.conftest import T, noise, oracle, read
 
@@ -86,7 +86,7 @@ def test_weights_come_in_one_format(hub, publish, names, expected):
     }
     small = ["config.json", "tokenizer.json", "vocab.txt", "README.md"]
     commit = publish(*names, *small, "sub/config.json", contents=contents)
-    assert from_hub(TINY, None) == hub.cache / SNAPSHOTS / commit
+    assert download_base(TINY, None) == hub.cache / SNAPSHOTS / commit
     assert hub.downloaded(TINY) == sorted([*small, *expected])
 
 
@@ -106,28 +106,28 @@ def test_a_cache_counts_if_it_is_whole(hub, files, missing):
     before = hub.downloaded(TINY)
     if missing not in ("config.json", *files):
         hub.stop()
-        assert from_hub(TINY, None) == snapshot
+        assert download_base(TINY, None) == snapshot
         return
-    assert from_hub(TINY, None) == snapshot
+    assert download_base(TINY, None) == snapshot
     assert hub.downloaded(TINY) == sorted([*before, missing])
     (snapshot / missing).unlink()
     hub.stop()
     with pytest.raises(MergeError, match=r"; download it once with a network, or give a folder$"):
-        from_hub(TINY, None)
+        download_base(TINY, None)
 
 
 def test_who_loaded_a_model_gets_the_files_beside_it(hub, publish):
     publish("config.json", "model.safetensors", "tokenizer.json", "README.md")
     for name in ("config.json", "model.safetensors"):
         hf_hub_download(TINY, name)
-    found = sorted(path.name for path in from_hub(TINY, None).iterdir())
+    found = sorted(path.name for path in download_base(TINY, None).iterdir())
     assert found == hub.downloaded(TINY) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_a_repository_without_weights(hub, publish):
     publish("config.json", "tf_model.h5")
     with pytest.raises(MergeError, match=r"base someone/tiny: the Hub repository holds no model\.safetensors and no"):
-        from_hub(TINY, None)
+        download_base(TINY, None)
     assert hub.downloaded(TINY) == []
 
 
@@ -146,14 +146,14 @@ def test_a_repository_without_weights(hub, publish):
         (["run/config.json", "run/model.safetensors.index.json", "run/a.safetensors", "a.safetensors"],
          ["run/config.json", "run/model.safetensors.index.json", "run/a.safetensors"]),
         (["config.json", "pytorch_model.bin"], ["config.json", "pytorch_model.bin"]),
-        ([f"merged/{MARKER}", *(f"{at}/{name}" for at in ("merged", ".old", "task") for name in ADAPTER)],
+        ([f"merged/{MERGE_MANIFEST}", *(f"{at}/{name}" for at in ("merged", ".old", "task") for name in ADAPTER)],
          [f"task/{name}" for name in ADAPTER]),
     ],
 )  # fmt: skip
 def test_of_a_delta_only_the_delta_is_downloaded(hub, publish, names, expected):
     index = index_of(x="a.safetensors")
     commit = publish(*names, contents={name: index for name in names if name.endswith(".index.json")})
-    folder = delta_from_hub(TINY)
+    folder = download_delta(TINY)
     assert folder == hub.cache / SNAPSHOTS / commit
     assert hub.downloaded(TINY) == sorted(expected)
     assert all((folder / name).exists() for name in expected)
@@ -168,7 +168,7 @@ def test_a_repository_without_delta(hub, publish, names):
     with pytest.raises(
         MergeError, match=r"^delta someone/tiny: the Hub repository holds no delta, neither itself nor one"
     ):
-        delta_from_hub(TINY)
+        download_delta(TINY)
     assert hub.downloaded(TINY) == []
 
 
@@ -176,45 +176,45 @@ def test_a_repository_without_delta(hub, publish, names):
 def test_a_delta_from_the_cache(hub, make_base, make_adapter, tmp_path, where):
     make_adapter(make_base(), folder=f"run/{where}")
     commit = hub.publish(TINY, tmp_path / "run")
-    snapshot = delta_from_hub(TINY)
+    snapshot = download_delta(TINY)
     hub.stop()
     for revision in (None, "main", commit):
-        assert delta_from_hub(TINY, revision) == snapshot
+        assert download_delta(TINY, revision) == snapshot
     assert find_delta(snapshot, None).samefile(snapshot / where)
     with pytest.raises(MergeError, match=r"Connection refused"):
-        delta_from_hub(TINY, "v2")
+        download_delta(TINY, "v2")
     (snapshot / where / "adapter.safetensors").unlink()
     with pytest.raises(MergeError, match=r"Connection refused"):
-        delta_from_hub(TINY)
+        download_delta(TINY)
 
 
 def test_of_a_cached_delta_what_is_new_is_downloaded(hub, publish):
     publish(*ADAPTER)
-    old = delta_from_hub(TINY)
+    old = download_delta(TINY)
     new = publish(*ADAPTER, contents={"adapter.safetensors": b"new"})
-    assert delta_from_hub(TINY) == old.parent / new
+    assert download_delta(TINY) == old.parent / new
     assert hub.downloaded(TINY) == sorted([*ADAPTER, "adapter.safetensors"])
 
 
 def test_a_cached_delta_does_not_hide_what_the_hub_says(hub, publish):
     publish(*ADAPTER)
-    delta_from_hub(TINY)
+    download_delta(TINY)
     hub.repositories[TINY].private = True
     with pytest.raises(MergeError, match=r"not found, or private"):
-        delta_from_hub(TINY)
+        download_delta(TINY)
 
 
 def test_who_was_let_in(hub, monkeypatch):
     hub.publish("others/gated", {name: name.encode() for name in ADAPTER}, gated=True)
     hub.tokens["hf_let_in"] = Account("else", granted=("others/gated",))
     monkeypatch.setenv("HF_TOKEN", "hf_let_in")
-    assert (delta_from_hub("others/gated") / ADAPTER[1]).read_bytes() == ADAPTER[1].encode()
+    assert (download_delta("others/gated") / ADAPTER[1]).read_bytes() == ADAPTER[1].encode()
 
 
 def test_a_damaged_index(publish):
     publish("config.json", "model.safetensors.index.json")
     with pytest.raises(FormatError, match=r"model.safetensors.index.json: not valid JSON"):
-        from_hub(TINY, None)
+        download_base(TINY, None)
 
 
 def test_a_download_that_broke_off_goes_on(hub, make_base, make_adapter, tmp_path, monkeypatch):
@@ -244,15 +244,15 @@ def test_too_many_requests(hub, make_base):
     hub.publish(TINY, make_base().folder)
     hub.fail("GET .*/tree/", status=429, headers={"Retry-After": "7"}, times=2)
     hub.fail("GET .*/api/models/", status=429, headers={"Retry-After": "7"}, times=1)
-    from_hub(TINY, None)
+    download_base(TINY, None)
     assert hub.waits[:1] == [7.0]
 
 
 def test_a_hub_out_of_order_and_a_cache_that_holds_it(hub, make_base):
     hub.publish(TINY, make_base().folder)
-    folder = from_hub(TINY, None)
+    folder = download_base(TINY, None)
     hub.fail("/api/models/", status=503, times=99)
-    assert from_hub(TINY, None) == folder
+    assert download_base(TINY, None) == folder
 
 
 def test_the_modules_of_a_sentence_transformer_come_along(hub, make_base, make_adapter, tmp_path):

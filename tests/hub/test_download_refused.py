@@ -9,7 +9,7 @@ from huggingface_hub.utils import reset_sessions
 
 from pema_adapters.cli.merge import main
 from pema_adapters.errors import MergeError
-from pema_adapters.hub.download import delta_from_hub, from_hub
+from pema_adapters.hub.download import download_base, download_delta
 from tests.merging.conftest import oracle, read
 
 ADAPTER = ["adapter_config.json", "adapter.safetensors"]
@@ -93,7 +93,7 @@ def files_alone_fail(hub, monkeypatch):
 )
 def test_what_the_hub_refuses(hub, monkeypatch, arrange, what):
     arrange(hub, monkeypatch)
-    for kind, resolve in (("base", from_hub), ("delta", delta_from_hub)):
+    for kind, resolve in (("base", download_base), ("delta", download_delta)):
         with pytest.raises(
             MergeError, match=rf"^{kind} some/thing: no such folder, and cannot be downloaded .*{what}"
         ) as raised:
@@ -103,7 +103,7 @@ def test_what_the_hub_refuses(hub, monkeypatch, arrange, what):
 
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "", "/abs", "a b"])
 def test_what_is_no_hub_id(hub, name):
-    for kind, resolve in (("base", from_hub), ("delta", delta_from_hub)):
+    for kind, resolve in (("base", download_base), ("delta", download_delta)):
         with pytest.raises(MergeError, match=rf"^{kind} .*: no such folder, and not a Hub id"):
             resolve(name, None)
     assert not hub.requests
@@ -111,7 +111,7 @@ def test_what_is_no_hub_id(hub, name):
 
 @pytest.mark.parametrize("name", ["some/a--b", "some/thing.git", "some/thing-"])
 def test_what_the_client_takes_for_no_hub_id(hub, name):
-    for resolve in (from_hub, delta_from_hub):
+    for resolve in (download_base, download_delta):
         with pytest.raises(MergeError, match=rf"{name}: no such folder, and cannot .*'{name}'.*\); check the name$"):
             resolve(name, None)
 

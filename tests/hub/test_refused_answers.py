@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from pema_adapters.cli.merge import main
 from pema_adapters.errors import MergeError
-from pema_adapters.hub.download import delta_from_hub, from_hub
+from pema_adapters.hub.download import download_base, download_delta
 from pema_adapters.hub.errors import explain, is_unreachable
 from tests.merging.conftest import make_adapter, make_base  # noqa: F401 - fixtures
 
@@ -169,7 +169,7 @@ def test_a_base_is_of_one_commit_whatever_is_pushed_meanwhile(hub, pair):
     first = hub.publish(BASE, pair[0])
     newer = {path.name: path.read_bytes() for path in pair[0].iterdir()} | {"tokenizer.json": b'{"newer": true}'}
     hub.fail("HEAD", before=lambda: hub.publish(BASE, newer), skip=1)
-    folder = from_hub(BASE, None)
+    folder = download_base(BASE, None)
     assert folder.name == first
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in pair[0].iterdir())
     assert (folder / "tokenizer.json").read_bytes() == (pair[0] / "tokenizer.json").read_bytes()
@@ -179,16 +179,16 @@ def test_a_delta_is_of_one_commit(hub, pair):
     first = hub.publish("someone/task", pair[1])
     newer = {path.name: path.read_bytes() for path in pair[1].iterdir()} | {"README.md": b"new"}
     hub.fail("HEAD", before=lambda: hub.publish("someone/task", newer), skip=1)
-    assert delta_from_hub("someone/task").name == first
+    assert download_delta("someone/task").name == first
 
 
 def test_without_network_the_branch_is_what_was_downloaded(hub, pair):
     hub.publish(BASE, pair[0], revision="v2")
-    folder = from_hub(BASE, "v2")
+    folder = download_base(BASE, "v2")
     hub.stop()
-    assert from_hub(BASE, "v2") == folder
+    assert download_base(BASE, "v2") == folder
     with pytest.raises(MergeError, match="Connection refused"):
-        from_hub(BASE, None)
+        download_base(BASE, None)
 
 
 class TestOtherLibraries:

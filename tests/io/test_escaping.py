@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pema_adapters.io.escaping import (
     escape_markdown,
     escape_terminal,
-    markdown_code,
-    markdown_code_block,
-    python_literal,
+    format_code_block,
+    format_code_span,
+    format_python_literal,
 )
 
 HOSTILE = [
@@ -27,19 +27,19 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("escape", [escape_terminal, escape_markdown, markdown_code, python_literal])
+@pytest.mark.parametrize("escape", [escape_terminal, escape_markdown, format_code_span, format_python_literal])
 def test_one_printable_line(escape, text):
     assert escape(text).isprintable()
 
 
 @given(st.text(st.characters(codec=None)))
 def test_a_literal_is_the_text(text):
-    assert ast.literal_eval(python_literal(text)) == text
+    assert ast.literal_eval(format_python_literal(text)) == text
 
 
 def test_a_literal_of_a_file_name_that_is_not_utf_8():
     name = b"\xff".decode(errors="surrogateescape")
-    assert python_literal(name) == r'"\udcff"' and ast.literal_eval(python_literal(name)) == name
+    assert format_python_literal(name) == r'"\udcff"' and ast.literal_eval(format_python_literal(name)) == name
 
 
 def test_long_text_keeps_its_ends():
@@ -50,8 +50,8 @@ def test_long_text_keeps_its_ends():
     ("text", "code"), [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("```", "```` ``` ````"), (" a", "`  a `")]
 )
 def test_code_in_a_line(text, code):
-    assert markdown_code(text) == code
+    assert format_code_span(text) == code
 
 
 def test_a_code_block_is_not_ended_by_its_lines():
-    assert markdown_code_block(["a", "```", "b\nc"], "python") == ["````python", "a", "```", r"b\nc", "````"]
+    assert format_code_block(["a", "```", "b\nc"], "python") == ["````python", "a", "```", r"b\nc", "````"]

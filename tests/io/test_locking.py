@@ -10,13 +10,13 @@ import pytest
 
 from pema_adapters.errors import MergeError
 from pema_adapters.io import locking
-from pema_adapters.io.locking import lock_exclusive, lock_shared, locked
+from pema_adapters.io.locking import hold_lock, lock_exclusive, lock_shared
 
 HOLD = """
 import sys
 from pathlib import Path
-from pema_adapters.io.locking import locked
-with locked(Path(sys.argv[1]), sys.argv[2] == "exclusive", "is in use"):
+from pema_adapters.io.locking import hold_lock
+with hold_lock(Path(sys.argv[1]), sys.argv[2] == "exclusive", "is in use"):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -26,7 +26,7 @@ sys.modules["fcntl"] = None
 from pathlib import Path
 from pema_adapters.io import locking
 assert not locking.IS_AVAILABLE
-with locking.locked(Path(sys.argv[1]), True, "is in use"), locking.locked(Path(sys.argv[1]), True, "is in use"):
+with locking.hold_lock(Path(sys.argv[1]), True, "is in use"), locking.hold_lock(Path(sys.argv[1]), True, "is in use"):
     assert not locking.lock_exclusive(0)
 """
 
@@ -59,14 +59,14 @@ def hold(tmp_path):
 def test_two_processes(hold, tmp_path, first, second, both):
     process = hold(first)
     if both:
-        with locked(tmp_path, second == "exclusive", "is in use"):
+        with hold_lock(tmp_path, second == "exclusive", "is in use"):
             pass
     else:
-        with pytest.raises(MergeError) as refused, locked(tmp_path, second == "exclusive", "is in use; wait"):
+        with pytest.raises(MergeError) as refused, hold_lock(tmp_path, second == "exclusive", "is in use; wait"):
             pytest.fail("locked twice")
         assert str(refused.value) == f"{tmp_path}: is in use; wait"
     process.communicate()
-    with locked(tmp_path, True, "is in use"):
+    with hold_lock(tmp_path, True, "is in use"):
         pass
 
 
@@ -74,14 +74,14 @@ def test_a_killed_process_leaves_no_lock(hold, tmp_path):
     process = hold("exclusive")
     process.kill()
     process.wait()
-    with locked(tmp_path, True, "is in use"):
+    with hold_lock(tmp_path, True, "is in use"):
         pass
 
 
 def test_an_error_in_the_block_ends_the_lock(tmp_path):
-    with pytest.raises(KeyError), locked(tmp_path, True, "is in use"):
+    with pytest.raises(KeyError), hold_lock(tmp_path, True, "is in use"):
         raise KeyError
-    with locked(tmp_path, True, "is in use"):
+    with hold_lock(tmp_path, True, "is in use"):
         pass
 
 
@@ -104,12 +104,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(locking.fcntl, "flock", refuse)
-    with locked(tmp_path, True, "is in use"), locked(tmp_path, True, "is in use"):
+    with hold_lock(tmp_path, True, "is in use"), hold_lock(tmp_path, True, "is in use"):
         pass
 
 
 def test_other_errors_of_the_system_come_through(tmp_path):
-    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere", False, "is in use"):
+    with pytest.raises(FileNotFoundError), hold_lock(tmp_path / "nowhere", False, "is in use"):
         pass
     with pytest.raises(OSError, match="Bad file descriptor"):
         lock_shared(10**6)

@@ -12,7 +12,7 @@ import torch
 
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint
-from pema_adapters.formats.tensor_names import canonical
+from pema_adapters.formats.tensor_names import canonicalize
 
 V, D = 20, 4
 IDS = [2, 3, 4, 9, 17, 19]
@@ -168,7 +168,7 @@ def fingerprint_of(base, ids, vocab_size=None, names=None):
     source = base.source
     names = [name for name in source.tensors if "embeddings.word" not in name and "decoder" not in name and
              (not base.embedding.startswith("bert.") or name.startswith("bert."))] if names is None else names  # fmt: skip
-    taken = Fingerprint.take(source, embedding=base.embedding, prefix=base.prefix, vocab_size=vocab_size or V,
+    taken = Fingerprint.compute(source, embedding=base.embedding, prefix=base.prefix, vocab_size=vocab_size or V,
                              token_ids=np.asarray(ids), names=names)  # fmt: skip
     return T("U8", (len(taken.to_array()),), taken.to_array().tobytes())
 
@@ -250,7 +250,7 @@ def oracle(base, delta):
     heads = {n for n in delta.ordinary if not n.startswith("bert.") and "classifier" in n}
     add = "bert." if heads and not prefixed else ""
     merged = {add + name: tensor for name, tensor in base.tensors.items()}
-    names = {canonical(name, "bert"): name for name in merged}
+    names = {canonicalize(name, "bert"): name for name in merged}
     matrix = base.tensors[base.embedding]
     copies = [name for name, tensor in base.tensors.items() if tensor == matrix]
     size = D * len(matrix.data) // (V * D)
@@ -260,7 +260,7 @@ def oracle(base, delta):
     for name in copies:
         merged[add + name] = T(matrix.dtype, matrix.shape, bytes(data))
     for name, tensor in delta.ordinary.items():
-        key = canonical(name, "bert")
+        key = canonicalize(name, "bert")
         if key in names:
             merged[names[key]] = tensor.to(merged[names[key]].dtype)
         elif name in heads:

@@ -74,7 +74,7 @@ def sparse_pair(tmp_path, rows=100_000, dim=512, count=50_000):
         file.write(head)
         file.truncate(len(head) + 4 * rows * dim)
     ids = np.arange(count, dtype=np.int32) * (rows // count)
-    taken = Fingerprint.take(Checkpoint.open(base), embedding="wte.weight", prefix="", vocab_size=rows, token_ids=ids,
+    taken = Fingerprint.compute(Checkpoint.open(base), embedding="wte.weight", prefix="", vocab_size=rows, token_ids=ids,
                              names=[]).to_array()  # fmt: skip
     parts = [("fingerprint", "U8", taken.shape), ("token_ids", "I32", ids.shape), ("weight", "F32", (count, dim))]
     with (delta / "adapter.safetensors").open("wb") as file:

@@ -32,7 +32,7 @@ def disturb(folder, *faults, python_path=""):
         command, env=os.environ | {"PYTHONPATH": python_path}, capture_output=True, text=True, check=False
     )
     assert (folder / "found.json").exists(), done.stderr
-    found = {one["fault"]: one for one in json.loads((folder / "found.json").read_text())["faults"]}
+    found = {one["fault"]: one for one in json.loads((folder / "found.json").read_text())["figures"]["faults"]}
     assert set(found) == set(faults)
     assert done.returncode == int(any(one["wrong"] for one in found.values()))
     return found

@@ -144,7 +144,7 @@ def test_what_is_no_choice(steps, choice, capsys):
 def test_what_is_not_there(steps, tmp_path):
     assert refused(steps, 5) == f"{steps}: no checkpoint-5 here; found the steps 4, 8, 12"
     assert refused(steps / "checkpoint-4", "latest") == (
-        f"{steps}/checkpoint-4: no folder checkpoint-STEP here; --checkpoint takes a Trainer's output folder"
+        f"{steps}/checkpoint-4: no checkpoint-STEP folder here; --checkpoint needs a Trainer's output folder"
     )
     assert refused(tmp_path / "nowhere", "latest").startswith(f"{tmp_path}/nowhere: no such folder; expected a Trainer")
 
@@ -153,7 +153,8 @@ def test_no_state_to_name_the_best(steps):
     state = steps / "checkpoint-12" / "trainer_state.json"
     state.unlink(missing_ok=True)
     assert (
-        refused(steps, "best") == f"{state}: no such file to name the best checkpoint; choose a step with --checkpoint"
+        refused(steps, "best")
+        == f"{state}: no such file, which names the best checkpoint; choose a step with --checkpoint"
     )
 
 

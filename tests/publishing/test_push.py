@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapters
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from pema_adapters import PartialVocabulary, PEMAConfig, merge_checkpoint, push_merged_to_hub, shrink_embeddings
 from pema_adapters.cli.merge import main
 from pema_adapters.errors import FormatError, InputChangedError, MergeError
+from pema_adapters.publishing import push
 from tests.models import MIXED, USED, V, outputs
 from tests.training.test_shrink import COMPACTER, perturb
 
@@ -289,6 +291,29 @@ def test_the_base_changes_meanwhile(account, delta, base, tmp_path):
 
     account.fail("POST .*/repos/create", before=shorten)
     with pytest.raises(InputChangedError, match=r"mine/model.safetensors: .* it ends at byte 5,000 now"):
+        push_merged_to_hub(folder, delta, MERGED)
+    assert account.files(MERGED) == {}
+
+
+def test_the_base_changes_while_the_commit_is_made(account, delta, base, tmp_path, monkeypatch):
+    """The client reads small files last, after the weights are uploaded and all inputs are checked."""
+    folder = shutil.copytree(base.folder, tmp_path / "mine")
+    (folder / "notes.txt").write_text("old")
+    upload = push._upload
+
+    def upload_first(target, operations):
+        upload(target, operations)
+        stream = next(one for one in operations if one.path_in_repo == "notes.txt").path_or_fileobj.raw
+        read = stream.file.read
+
+        def replace_and_read(begin, end):
+            (folder / "notes.txt").write_text("new")
+            return read(begin, end)
+
+        stream.file = SimpleNamespace(read=replace_and_read, size=stream.file.size)
+
+    monkeypatch.setattr(push, "_upload", upload_first)
+    with pytest.raises(InputChangedError, match=r"notes\.txt: changed while it was in use"):
         push_merged_to_hub(folder, delta, MERGED)
     assert account.files(MERGED) == {}
 

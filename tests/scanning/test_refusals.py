@@ -154,7 +154,7 @@ def test_progress_bar(progress, switch, shown, monkeypatch, capfd):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", switch)
     ids_of(rows_of(RAGGED), progress=progress)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr("pema_adapters.scanning.iteration.SECONDS_BEFORE_PROGRESS", 0)
+    monkeypatch.setattr("pema_adapters.scanning.progress.SECONDS_BEFORE_BAR", 0)
     ids_of(dataset, progress=progress)
     err = capfd.readouterr().err
     assert ("4.00/4.00" in err) == shown

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pema_adapters.errors import FormatError, PemaError, VocabularyError
-from pema_adapters.io.cache_folder import Store
+from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning import progress, text_columns
 from pema_adapters.scanning.bitmap import GrowingBitmap
 from pema_adapters.scanning.cache.scan_store import Remembered
@@ -230,7 +230,7 @@ SPLITS = {
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=5), st.permutations(sorted(SPLITS)))
 def test_interrupted_anywhere_and_again(tmp_path_factory, after, order):
-    store, data = Store(tmp_path_factory.mktemp("store")), {name: SPLITS[name] for name in order}
+    store, data = CacheFolder(tmp_path_factory.mktemp("store")), {name: SPLITS[name] for name in order}
     whole = scan_text(data, Encoder(make_tokenizer()), vocab_size=V)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
@@ -245,7 +245,7 @@ def test_interrupted_anywhere_and_again(tmp_path_factory, after, order):
 
 def test_interrupted_between_states(tmp_path, monkeypatch):
     """What was marked since the last state is marked again, and counted once."""
-    data, store = Dataset.from_list(ROWS * 50), Store(tmp_path)
+    data, store = Dataset.from_list(ROWS * 50), CacheFolder(tmp_path)
     whole = scan_text(data, Encoder(make_tokenizer()), vocab_size=V)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
     with pytest.raises(KeyboardInterrupt, match="from row 4"):
@@ -265,16 +265,16 @@ def interrupt(_):
 def test_a_damaged_state_is_as_none(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
     with pytest.raises(KeyboardInterrupt, match="from row 4"):
-        interrupted_once(Store(tmp_path), Dataset.from_list(ROWS * 50), 2)
+        interrupted_once(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 2)
     entry = tmp_path / "partial-key"
     entry.write_bytes(entry.read_bytes()[:-9])
-    assert interrupted_once(Store(tmp_path), Dataset.from_list(ROWS * 50), 0).notes == ()
+    assert interrupted_once(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 0).notes == ()
 
 
 def test_nothing_to_go_on_from(tmp_path):
     """Before the first state, or where none can be written, Ctrl-C promises nothing."""
     (tmp_path / "file").touch()
-    remembered = Interrupted(Store(tmp_path / "file" / "store"), "key")
+    remembered = Interrupted(CacheFolder(tmp_path / "file" / "store"), "key")
     remembered.left = 1
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         scan_text(Dataset.from_list(ROWS), Encoder(make_tokenizer()), vocab_size=V, resuming=remembered)

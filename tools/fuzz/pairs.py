@@ -169,7 +169,7 @@ def fingerprint(tensors: dict[str, T], ids: tuple[int, ...], vocab_size: int) ->
         source = Checkpoint.open(Path(name, "base"))
         embedding = next(n for n in source.tensors if n.endswith(E))
         names = [n for n in source.tensors if n != embedding and not n.startswith("cls.")]
-        taken = Fingerprint.take(source, embedding=embedding, prefix=PREFIX, vocab_size=vocab_size,
+        taken = Fingerprint.compute(source, embedding=embedding, prefix=PREFIX, vocab_size=vocab_size,
                                  token_ids=np.asarray(ids), names=names)  # fmt: skip
         data = taken.to_array().tobytes()
     return T("U8", (len(data),), data)

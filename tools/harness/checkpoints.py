@@ -114,7 +114,7 @@ def _fingerprint(base: Path, ids: np.ndarray) -> np.ndarray:
     checkpoint = Checkpoint.open(base)
     names = [name for name in checkpoint.tensors if name != E]
     size = checkpoint.tensors[E].shape[0]
-    taken = Fingerprint.take(checkpoint, embedding=E, prefix="roberta", vocab_size=size, token_ids=ids, names=names)
+    taken = Fingerprint.compute(checkpoint, embedding=E, prefix="roberta", vocab_size=size, token_ids=ids, names=names)
     return taken.to_array()
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from pema_adapters.errors import FormatError, MergeError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, Method
-from pema_adapters.formats.delta import Delta, Rest
+from pema_adapters.formats.delta import Delta, RemainingAdapter
 from pema_adapters.formats.safetensors_header import FLOATS
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.merging.plan.dtype_cast import wide
 
 _PART = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<part>.+)")
@@ -29,7 +29,7 @@ class Adapted:
 
     module: str
     method: Mapping[str, Any]
-    parts: dict[str, Stored]
+    parts: dict[str, StoredTensor]
 
     @property
     def path(self) -> Path:
@@ -42,34 +42,34 @@ class Adapted:
         return wide(np.frombuffer(tensor.read(), np.uint8), tensor.dtype).reshape(tensor.shape)
 
 
-def weight_space(delta: Delta, fold: bool) -> tuple[list[Adapted], Rest]:
+def weight_space(delta: Delta, fold: bool) -> tuple[list[Adapted], RemainingAdapter]:
     """The layers to fold, and the adapter that remains without them.
 
     Methods that are not in weight space remain. Raises `MergeError` where nothing but a gated method is there: its
     gate depends on the input, so no weight can replace it.
     """
-    config = delta.rest.config
+    config = delta.remaining.config
     foldable = [method for method in config.methods if method.is_weight_space] if config else []
     if not fold or not foldable or config is None:
-        return [], delta.rest
+        return [], delta.remaining
     if any(method.is_gated for method in foldable):
         if len(foldable) < len(config.methods):
-            return [], delta.rest
+            return [], delta.remaining
         raise MergeError(
             f"{delta.folder}: adapter {delta.name!r} is gated (use_gating): its gate depends on the input, so it "
             "cannot be folded into weights; leave it an adapter beside the merged checkpoint with --no-fold"
         )
-    return _layers(delta, foldable), _without_weight_space(delta.rest.tensors, config)
+    return _layers(delta, foldable), _without_weight_space(delta.remaining.tensors, config)
 
 
-def _without_weight_space(tensors: dict[str, Stored], config: AdapterConfig) -> Rest:
+def _without_weight_space(tensors: dict[str, StoredTensor], config: AdapterConfig) -> RemainingAdapter:
     """The rest of an adapter whose weight-space methods are folded."""
     left = config.without(lambda method: method.is_weight_space)
     kept = {key: tensor for key, tensor in tensors.items() if not _folds(key, config.name)}
     if kept and left is None:
         path = next(iter(kept.values())).path
         raise FormatError(f"{path}: tensor {next(iter(kept))!r} is of no method that {ADAPTER_CONFIG} names")
-    return Rest(None, {}) if left is None else Rest(left, kept)
+    return RemainingAdapter(None, {}) if left is None else RemainingAdapter(left, kept)
 
 
 def _folds(key: str, name: str) -> bool:
@@ -78,9 +78,9 @@ def _folds(key: str, name: str) -> bool:
 
 
 def _layers(delta: Delta, methods: list[Method]) -> list[Adapted]:
-    layers: dict[str, dict[str, Stored]] = {}
-    shared: dict[str, Stored] = {}
-    for key, tensor in delta.rest.tensors.items():
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    shared: dict[str, StoredTensor] = {}
+    for key, tensor in delta.remaining.tensors.items():
         if not _folds(key, delta.name):
             continue
         if tensor.dtype not in FLOATS:
@@ -99,7 +99,7 @@ def _layers(delta: Delta, methods: list[Method]) -> list[Adapted]:
     ]
 
 
-def _needed(parts: dict[str, Stored], shared: dict[str, Stored]) -> dict[str, Stored]:
+def _needed(parts: dict[str, StoredTensor], shared: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """VeRA's matrices A and B are one pair for all layers."""
     if "vera_D" not in parts:
         return {}
@@ -109,7 +109,7 @@ def _needed(parts: dict[str, Stored], shared: dict[str, Stored]) -> dict[str, St
     return shared
 
 
-def _settings(module: str, parts: dict[str, Stored], methods: list[Method]) -> Mapping[str, Any]:
+def _settings(module: str, parts: dict[str, StoredTensor], methods: list[Method]) -> Mapping[str, Any]:
     """The settings of the method that made these parts; several methods may match if their settings agree."""
     path = next(iter(parts.values())).path
     unknown = parts.keys() - _PARTS
@@ -123,7 +123,7 @@ def _settings(module: str, parts: dict[str, Stored], methods: list[Method]) -> M
     return fitting[0]
 
 
-def _fits(parts: dict[str, Stored], settings: Mapping[str, Any]) -> bool:
+def _fits(parts: dict[str, StoredTensor], settings: Mapping[str, Any]) -> bool:
     is_vera = isinstance(settings.get("vera_d"), float) or isinstance(settings.get("vera_b"), float)
     is_scale = settings.get("composition_mode") == "scale"
     expected = {"vera_D", "vera_B"} if is_vera else {"lora_B"} if is_scale else {"lora_A", "lora_B"}

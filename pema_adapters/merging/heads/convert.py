@@ -11,7 +11,7 @@ from typing import Any
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.delta import HEAD_CONFIG, Head
 from pema_adapters.formats.safetensors_header import FLOATS
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.merging.heads.labels import label_settings, labels
 from pema_adapters.merging.heads.registry import DEFAULTS, HIDDEN, STANDARD, TIE, Family, Standard
 
@@ -45,7 +45,7 @@ class StandardHead:
     """
 
     model_class: str
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     config: dict[str, Any]
     prefix: str
     needs: tuple[str, ...] = ()
@@ -184,10 +184,10 @@ class _Pair:
         kind, count = self.found["head_type"], self.found.get("num_labels")
         return _PROBLEMS.get((kind, count)) or _PROBLEMS.get((kind, "any"))
 
-    def _renamed(self) -> dict[str, Stored]:
+    def _renamed(self) -> dict[str, StoredTensor]:
         """The head's tensors by their new names, without an output matrix of the base. Every one is checked."""
         left, expected = self._own(), self._expected()
-        made: dict[str, Stored] = {}
+        made: dict[str, StoredTensor] = {}
         is_of_base = self._is_lm and (self._says(TIE) or self.keeps_base_output)
         tied = f"{self._place(-1)}.weight" if is_of_base else ""
         for name, (new, shape) in expected.items():
@@ -218,7 +218,7 @@ class _Pair:
         places = _PLACES["vocab" if self._is_lm else "labels", len(self.standard.layers)]
         return f"heads.{self.head.config['name']}.{places[layer]}"
 
-    def _own(self) -> dict[str, Stored]:
+    def _own(self) -> dict[str, StoredTensor]:
         """All but the tensors of heads whose name begins with this one's, which `save_head` writes along."""
         start = f"heads.{self.head.config['name']}"
         found = self.head.tensors.items()
@@ -264,7 +264,7 @@ def _words(layers: int, activation: Any, norm: bool, pooler: bool | None, bias: 
     return ", ".join(made + ([] if bias else ["without output bias"]))
 
 
-def _checked(stored: Stored, shape: tuple[int, ...]) -> Stored:
+def _checked(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     if stored.shape != shape or stored.dtype not in FLOATS:
         raise FormatError(
             f"{stored.path}: tensor {stored.name!r} is {stored.dtype} {list(stored.shape)}; "

@@ -31,8 +31,8 @@ def place_output(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
     found, head = _FLEXIBLE.fullmatch(delta.untied), delta.head
     if found is None:
         return delta, []
-    if head is not None and head.output:
-        return replace(delta, untied=head.output), []
+    if head is not None and head.output_matrix:
+        return replace(delta, untied=head.output_matrix), []
     if head is not None and is_of_language_model(head):
         return replace(delta, untied=_last_layer(head), is_output_in_head=True), []
     name = _output_of_base(base, delta) if head is None else ""

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from pema_adapters.errors import InputChangedError, MergeError
-from pema_adapters.io.digest import BackgroundSha256
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.errors import InputChangedError, MergeError, PemaError
+from pema_adapters.io.digest import BackgroundSha256, sha256_file
 from pema_adapters.io.input_file import InputFile, check_unchanged
 from pema_adapters.io.interrupts import defer_interrupts
-from pema_adapters.io.locking import locked
+from pema_adapters.io.locking import hold_lock
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.in_place import undo_journal
 from pema_adapters.merging.in_place.change_set import INSTEAD, Todo, changing, todo_of
-from pema_adapters.merging.in_place.rollback import roll_back
+from pema_adapters.merging.in_place.rollback import plan_rollback, roll_back
 from pema_adapters.merging.in_place.undo_data import sample_outside
 from pema_adapters.merging.in_place.undo_journal import ARMED, DONE, PARTIAL, PATCHING
 from pema_adapters.merging.output.file_patcher import patching
@@ -60,7 +59,7 @@ def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
     check_free(base, todo.journal_size)
     expected = {file.name: _sum(file) for file in plan.files if verify and todo.touches(file.name)}
     undo_journal.discard(base)
-    is_done = False
+    is_done, armed = False, None
     try:
         armed = undo_journal.arm(base, todo, work.report)
         check_unchanged(work.files)
@@ -76,7 +75,7 @@ def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
     except BaseException as error:
         if is_done:
             raise _after_the_end(base, error) from None
-        _abandon(base, error)
+        _abandon(base, error, is_committed=armed is not None)
         if isinstance(error, KeyboardInterrupt):
             raise type(error)(f"{base} is as it was") from None
         if isinstance(error, OSError):
@@ -137,7 +136,12 @@ def roll_back_interrupted(base: Path) -> bool:
 def _restore(base: Path) -> dict[str, Any]:
     """Roll back, and say how far that got where it is stopped. Returns the report of the merge."""
     try:
-        return roll_back(base).report
+        rollback = plan_rollback(base)
+        try:
+            roll_back(base, rollback)
+        except PemaError as error:
+            raise MergeError(f"{error}; {_progress(base)}") from error
+        return rollback.journal.report
     except OSError as error:
         raise MergeError(f"{error.filename or base}: {error.strerror or error}; {_progress(base)}") from error
     except KeyboardInterrupt as error:
@@ -163,7 +167,7 @@ def undo(base: Path) -> dict[str, Any]:
     """
     if not base.is_dir():
         raise MergeError(f"{base}: no such folder; expected a base that was merged in place")
-    with locked(base, True, "another merge is changing or reading it; wait for that to end"):
+    with hold_lock(base, True, "another merge is changing or reading it; wait for that to end"):
         if not (base / ARMED).is_dir():
             undo_journal.discard(base)  # of an undo that was cut off at its very end
             raise MergeError(f"{base}: nothing to undo (it holds no {ARMED}); it was not merged in place, or is undone")
@@ -187,7 +191,8 @@ def _apply(work: InPlace, todo: Todo, advance: Advance) -> tuple[int, dict[str, 
         (base / old).replace(base / name)
     for number, file in enumerate(todo.new):
         path = base / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(Path(file.name).parents[:-1]):  # none of `base` itself, which somebody may have removed
+            (base / folder).mkdir(exist_ok=True)
         check_unchanged(found for found in work.files if found.path == path)
         (base / ARMED / "new" / str(number)).replace(path)
         written += file.size
@@ -228,21 +233,24 @@ def _verify(plan: Plan, base: Path, expected: dict[str, str], advance: Advance) 
             with path.open("rb") as written:
                 if hasattr(os, "posix_fadvise"):  # from the disk rather than from the page cache
                     os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if sum_of_file(path) != expected[file.name]:
+            if sha256_file(path) != expected[file.name]:
                 raise MergeError(f"{path}: is not what base and delta make; the disk lost a write, and it was put back")
         advance(file.size)
 
 
-def _abandon(base: Path, error: BaseException) -> None:
-    """Leave the base as it was. Raises `MergeError` where that fails too; the journal stays then."""
+def _abandon(base: Path, error: BaseException, is_committed: bool) -> None:
+    """Leave the base as it was. Raises `MergeError` where that fails too; the journal stays then.
+
+    is_committed: whether the journal was written, so that the base may have been changed.
+    """
     try:
         with defer_interrupts():
             if (base / ARMED).is_dir():
-                roll_back(base)
+                roll_back(base, plan_rollback(base))
+            elif is_committed:
+                raise MergeError("somebody removed the undo journal: fetch the base again")
             else:
                 undo_journal.discard(base)
-    except (OSError, MergeError) as other:
-        raise MergeError(
-            f"{base}: the merge failed ({error}), and the roll-back failed too ({other}); the journal {ARMED} is "
-            "intact: run --undo"
-        ) from error
+    except (OSError, PemaError) as other:
+        rest = f"; the journal {ARMED} is intact: run --undo" if (base / ARMED).is_dir() else ""
+        raise MergeError(f"{base}: the merge failed ({error}), and the roll-back failed too ({other}){rest}") from error

@@ -1,13 +1,13 @@
 """Putting a base back from its undo journal."""
 
 import errno
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from pema_adapters.errors import MergeError
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.io.digest import sha256_file
 from pema_adapters.merging.in_place.undo_data import digest_ranges, pieces, sample_outside, save_copy
 from pema_adapters.merging.in_place.undo_journal import (
     ARMED,
@@ -26,11 +26,20 @@ from pema_adapters.merging.output.writer import sync_folder
 from pema_adapters.merging.plan.segments import CHUNK
 
 
-def roll_back(base: Path) -> Journal:
-    """Put the base back as it was and remove the journal. After a crash at any step, just do it again.
+@dataclass(frozen=True)
+class Rollback:
+    """A journal that fits its base, and `{file: [begin, length] of its patched ranges}`."""
 
-    Raises `MergeError` before anything is touched where the journal is damaged, or where a file is not what the merge
-    left: somebody changed it since, and that would be lost.
+    journal: Journal
+    ranges: dict[str, np.ndarray]
+
+
+def plan_rollback(base: Path) -> Rollback:
+    """Read the journal of a base and compare the base with it; nothing is changed.
+
+    Raises:
+        MergeError: the journal is damaged, or a file is not what the merge left: somebody changed it since, and a
+            roll-back would lose the change.
     """
     journal = read_journal(base)
     _check_journal(base, journal)
@@ -39,6 +48,16 @@ def roll_back(base: Path) -> Journal:
     _check_samples(base, journal, ranges)
     _check_written(base, journal, ranges)
     _check_whole(base, journal)
+    return Rollback(journal, ranges)
+
+
+def roll_back(base: Path, rollback: Rollback) -> None:
+    """Restore the base and remove the journal. After a crash at any step it can be planned and done again.
+
+    Raises:
+        MergeError: somebody writes to the base at the same time.
+    """
+    journal, ranges = rollback.journal, rollback.ranges
     if journal.state == DONE:  # an undo that is cut off must be found unfinished
         write_journal(base / ARMED, replace(journal, state=PATCHING))
     _restore_names(base, journal)
@@ -49,13 +68,12 @@ def roll_back(base: Path) -> Journal:
     (base / ARMED).replace(base / PARTIAL)
     sync_folder(base)
     discard(base)
-    return journal
 
 
 def _check_journal(base: Path, journal: Journal) -> None:
     for name, (size, expected) in journal.sums.items():
         path = base / ARMED / name
-        if not path.is_file() or path.stat().st_size != size or sum_of_file(path) != expected:
+        if not path.is_file() or path.stat().st_size != size or sha256_file(path) != expected:
             raise damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
 
 
@@ -100,7 +118,7 @@ def _check_made(base: Path, journal: Journal, name: str) -> None:
 
 
 def _is_content(path: Path, digest: list[int | str]) -> bool:
-    return [path.stat().st_size, sum_of_file(path)] == digest
+    return [path.stat().st_size, sha256_file(path)] == digest
 
 
 def _where(base: Path, journal: Journal, name: str) -> Path:

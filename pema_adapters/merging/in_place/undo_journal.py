@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pema_adapters.errors import MergeError
-from pema_adapters.formats.checkpoint import MAX_JSON
+from pema_adapters.formats.json_object import MAX_JSON
 from pema_adapters.merging.in_place.change_set import Todo, is_safe
 from pema_adapters.merging.in_place.undo_data import (
     Digest,

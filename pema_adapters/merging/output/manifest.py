@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import read_json
-from pema_adapters.formats.delta_discovery import MARKER
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
+from pema_adapters.formats.json_object import read_json
 from pema_adapters.hub.card import README
 from pema_adapters.merging.report import MergeReport
 
@@ -36,13 +36,13 @@ def find_foreign_files(folder: Path, names: Collection[str]) -> str:
             a removal that was cut off may have taken the manifest.
     """
     try:
-        known = read_json(folder / MARKER).get("files") if (folder / MARKER).exists() else None
+        known = read_json(folder / MERGE_MANIFEST).get("files") if (folder / MERGE_MANIFEST).exists() else None
     except FormatError as error:
         return str(error)
     found = _files_in(folder)
     if not isinstance(known, dict):
-        return _describe("holds files that no merge wrote", sorted(found - {*names, MARKER}))
-    foreign = sorted(found - known.keys() - {MARKER})
+        return _describe("holds files that no merge wrote", sorted(found - {*names, MERGE_MANIFEST}))
+    foreign = sorted(found - known.keys() - {MERGE_MANIFEST})
     own = found & known.keys() - {README}  # the new card keeps what somebody wrote into the old one
     changed = sorted(name for name in own if not _is_unchanged(folder / name, known[name]))
     return _describe("holds files that no merge wrote", foreign) or _describe(CHANGED, changed)

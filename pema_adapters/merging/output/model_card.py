@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pema_adapters.formats.checkpoint import CONFIG, decode_json
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import Delta
-from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, is_ours, metadata, read_card, written
-from pema_adapters.hub.provenance import hub_id, hub_link, methods_of, origin, versions
-from pema_adapters.io.escaping import escape_markdown, markdown_code, markdown_code_block, python_literal
+from pema_adapters.formats.json_object import decode_json
+from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, has_pema_section, parse_metadata, read_card, render_card
+from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, methods_of, render_provenance
+from pema_adapters.io.escaping import escape_markdown, format_code_block, format_code_span, format_python_literal
 from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.planning.auxiliary_files import ADAPTERS
@@ -24,10 +25,10 @@ def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", opti
     """README.md of a merged checkpoint on the Hub. `existing`: the one in the repository, "" for none."""
     start = ["import transformers"]
     if merge.report.adapters_left:
-        snapshot = f"folder = huggingface_hub.snapshot_download({python_literal(repo_id)})"
+        snapshot = f"folder = huggingface_hub.snapshot_download({format_python_literal(repo_id)})"
         start = ["import adapters, huggingface_hub, transformers", snapshot]
-    lines = _loading(repo_id, merge, lambda name: f"folder + {python_literal(f'/{ADAPTERS}/{name}')}")
-    section = _section(inputs, merge.report, options, [*start, *lines], origin(inputs.delta))
+    lines = _loading(repo_id, merge, lambda name: f"folder + {format_python_literal(f'/{ADAPTERS}/{name}')}")
+    section = _section(inputs, merge.report, options, [*start, *lines], render_provenance(inputs.delta))
     return _card(existing, repo_id, section, inputs, merge.report)
 
 
@@ -38,29 +39,29 @@ def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "Option
     depend on where the folder lies, nor on its name. Sums of the delta would take a pass over it, and are left out.
     """
     existing = read_card(folder)
-    if not is_ours(existing):
+    if not has_pema_section(existing):
         existing = f"# {escape_markdown(_base_name(inputs))}, fine-tuned"
     start = "import adapters, transformers" if merge.report.adapters_left else "import transformers"
-    lines = _loading(".", merge, lambda name: python_literal(f"./{ADAPTERS}/{name}"))
-    section = _section(inputs, merge.report, options, [f"{start}  # in this folder", *lines], [versions()])
+    lines = _loading(".", merge, lambda name: format_python_literal(f"./{ADAPTERS}/{name}"))
+    section = _section(inputs, merge.report, options, [f"{start}  # in this folder", *lines], [format_versions()])
     return _card(existing, str(folder), section, inputs, merge.report)
 
 
 def _base_name(inputs: "Inputs") -> str:
     """Its Hub id, else the name of its folder."""
-    return hub_id(inputs.base_name, inputs.delta) or Path(inputs.base_name).resolve().name
+    return find_hub_id(inputs.base_name, inputs.delta) or Path(inputs.base_name).resolve().name
 
 
 def _card(existing: str, name: str, section: str, inputs: "Inputs", report: MergeReport) -> str:
-    trained = metadata(read_card(inputs.delta.folder))
+    trained = parse_metadata(read_card(inputs.delta.folder))
     ours = {
         "library_name": LIBRARY,
-        "base_model": hub_id(inputs.base_name, inputs.delta),
+        "base_model": find_hub_id(inputs.base_name, inputs.delta),
         "base_model_relation": "finetune",
         "tags": _tags(inputs.delta, report),
         **{key: trained.get(key) for key in ("datasets", "metrics")},
     }
-    return written(existing, name, section, ours, metadata(read_card(inputs.base_folder)))
+    return render_card(existing, name, section, ours, parse_metadata(read_card(inputs.base_folder)))
 
 
 def _tags(delta: Delta, report: MergeReport) -> list[str]:
@@ -77,11 +78,11 @@ def _section(
         "",
         "Load it:",
         "",
-        *markdown_code_block(loading, "python"),
+        *format_code_block(loading, "python"),
         "",
         "Made with:",
         "",
-        *markdown_code_block([_command(inputs, options)]),
+        *format_code_block([_command(inputs, options)]),
         "",
         *provenance,
     ]
@@ -90,9 +91,9 @@ def _section(
 
 def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
-    base = hub_id(inputs.base_name, delta)
+    base = find_hub_id(inputs.base_name, delta)
     methods = escape_markdown(", ".join(methods_of(delta)))
-    what = "full fine-tuning" if delta.kind == "full" else f"the adapter {markdown_code(delta.name)} ({methods})"
+    what = "full fine-tuning" if delta.kind == "full" else f"the adapter {format_code_span(delta.name)} ({methods})"
     of = f" of {hub_link(base)}" if base else ""
     facts = [f"A complete checkpoint{of}, fine-tuned: {what}.", ""]
     if report.rows_merged:
@@ -101,7 +102,7 @@ def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
         facts.append(f"- The adapter's updates of {report.tensors_folded:,} weights were folded in.")
     how = "byte for byte" if dtype == "auto" else f"in {dtype}"
     facts.append(f"- {report.tensors_changed:,} tensors changed; {report.tensors_copied:,} are the base's, {how}.")
-    left = (markdown_code(f"{ADAPTERS}/{name}") for name in report.adapters_left)
+    left = (format_code_span(f"{ADAPTERS}/{name}") for name in report.adapters_left)
     return facts + [f"- {folder} stays an adapter: load it as well." for folder in left]
 
 

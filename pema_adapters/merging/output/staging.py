@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pema_adapters.errors import MergeError, PemaError
-from pema_adapters.formats.delta_discovery import MARKER
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
 from pema_adapters.io.interrupts import defer_interrupts
 from pema_adapters.io.locking import lock_exclusive
 from pema_adapters.merging.output.manifest import find_foreign_files
@@ -52,9 +52,9 @@ def _check_earlier_output(target: Path, overwrite: bool) -> bool:
         raise MergeError(f"output {target} is a file; expected a folder that does not exist yet")
     if not target.exists() or not any(target.iterdir()):
         return False
-    if not (target / MARKER).is_file():
+    if not (target / MERGE_MANIFEST).is_file():
         raise MergeError(
-            f"output {target} exists and was not written by a merge (it holds no {MARKER}); "
+            f"output {target} exists and was not written by a merge (it holds no {MERGE_MANIFEST}); "
             "choose another folder with --output"
         )
     if not overwrite:

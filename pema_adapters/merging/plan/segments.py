@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.io.input_file import Bytes, InputFile
 from pema_adapters.merging.plan.dtype_cast import Rounding, cast
 
@@ -108,7 +108,7 @@ class Cast:
     origin = None
 
     @classmethod
-    def of(cls, tensor: Stored, dtype: str, rounding: Rounding) -> "Cast":
+    def of(cls, tensor: StoredTensor, dtype: str, rounding: Rounding) -> "Cast":
         """A tensor of the delta, rounded to `dtype`."""
         where = f"{tensor.path}: tensor {tensor.name!r}"
         return cls(stored_bytes(tensor, of_base=False), tensor.dtype, dtype, rounding, where)
@@ -181,7 +181,7 @@ class Rows:
                 yield offset, block[low:high]
 
 
-def stored_bytes(tensor: Stored, *, of_base: bool) -> Copy | Literal:
+def stored_bytes(tensor: StoredTensor, *, of_base: bool) -> Copy | Literal:
     """The bytes of a tensor where they lie; in memory, where a pickle has them in another order."""
     if tensor.start is None:
         return Literal(tensor.read())

@@ -4,14 +4,15 @@ from pathlib import Path
 
 from pema_adapters.errors import reading
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG
-from pema_adapters.formats.checkpoint import CONFIG, INDEX
+from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import HEAD_CONFIG, Delta
-from pema_adapters.formats.delta_discovery import MARKER
-from pema_adapters.formats.modules_json import MODULES, module_paths
+from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
+from pema_adapters.formats.modules_json import MODULES, read_module_paths
 from pema_adapters.formats.safetensors_header import encode_header
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.weights import INDEX
 from pema_adapters.io.input_file import InputFile
-from pema_adapters.io.links import check_link
+from pema_adapters.io.safe_paths import check_link
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.plan.segments import Copy, Literal, joined, stored_bytes
 from pema_adapters.merging.planning.config_files import json_file
@@ -42,12 +43,12 @@ def carried_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
 
 def _is_carried(path: Path) -> bool:
     name = path.name
-    own = {CONFIG, INDEX, MARKER, ADAPTER_CONFIG, HEAD_CONFIG, "trainer_state.json"}
+    own = {CONFIG, INDEX, MERGE_MANIFEST, ADAPTER_CONFIG, HEAD_CONFIG, "trainer_state.json"}
     return not (name.startswith(".") or path.suffix in WEIGHTS or name.endswith(".index.json") or name in own)
 
 
 def _modules(folder: Path) -> list[Path]:
-    return [folder / name for name in module_paths(folder / MODULES) if (folder / name).is_dir()]
+    return [folder / name for name in read_module_paths(folder / MODULES) if (folder / name).is_dir()]
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -70,9 +71,9 @@ def left_files(delta: Delta) -> list[PlannedFile]:
         return []
     folder = f"{ADAPTERS}/{delta.name}"
     files = []
-    if delta.rest.config is not None:
-        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.rest.config.content))
-        files.append(weights_file(f"{folder}/adapter.safetensors", delta.rest.tensors))
+    if delta.remaining.config is not None:
+        files.append(json_file(f"{folder}/{ADAPTER_CONFIG}", delta.remaining.config.content))
+        files.append(weights_file(f"{folder}/adapter.safetensors", delta.remaining.tensors))
     if delta.head is not None and not delta.head.is_static:
         files.append(json_file(f"{folder}/{HEAD_CONFIG}", delta.head.config))
         files.append(weights_file(f"{folder}/model_head.safetensors", delta.head.tensors))
@@ -83,7 +84,7 @@ def left_files(delta: Delta) -> list[PlannedFile]:
     return files
 
 
-def weights_file(name: str, tensors: dict[str, Stored]) -> PlannedFile:
+def weights_file(name: str, tensors: dict[str, StoredTensor]) -> PlannedFile:
     """A safetensors file of tensors as they are."""
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
     return PlannedFile(name, joined([Literal(header), *(stored_bytes(t, of_base=False) for t in tensors.values())]))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.delta import Delta
-from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, first_file
-from pema_adapters.hub.download import HUB_ID, from_hub
+from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_first_file
+from pema_adapters.hub.download import HUB_ID, download_base
 from pema_adapters.io.escaping import escape_terminal
 
 
@@ -77,7 +77,7 @@ def _folder_of(recorded: str) -> Path | None:
     """The folder of that name, or in the current folder of its last part, if it holds weights."""
     for folder in (Path(recorded), Path(Path(recorded).name)):
         try:
-            if folder.name and first_file(folder, FULL_WEIGHTS) is not None:
+            if folder.name and find_first_file(folder, FULL_WEIGHTS) is not None:
                 return folder
         except OSError:  # too long for a name, say
             continue
@@ -93,7 +93,7 @@ def _describe(recorded: str, name: str, given: str | None) -> str:
 
 def _download(name: str, recorded: str, request: BaseRequest) -> Path:
     try:
-        return from_hub(name, request.revision, request.token)
+        return download_base(name, request.revision, request.token)
     except MergeError as error:
         if not recorded or recorded == name:
             raise
@@ -105,6 +105,6 @@ def _download_recorded(recorded: str, request: BaseRequest) -> Path:
         relative = "" if Path(recorded).is_absolute() else ", relative to where the training ran"
         raise MergeError(f"the delta was trained on {recorded}, a folder that is not here{relative}; give --base")
     try:
-        return from_hub(recorded, request.revision, request.token)
+        return download_base(recorded, request.revision, request.token)
     except MergeError as error:
         raise MergeError(f"the delta was trained on {recorded}; give --base, for {error}") from error

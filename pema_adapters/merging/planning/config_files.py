@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from pema_adapters.formats.checkpoint import CONFIG, INDEX, Checkpoint
+from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.delta import Delta, Head
+from pema_adapters.formats.weights import INDEX
 from pema_adapters.merging.heads.labels import labels
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.plan.segments import Copy, Literal
@@ -29,8 +30,8 @@ def config_file(base: Checkpoint, delta: Delta, layout: Layout) -> PlannedFile |
     made = dict(base.config)
     if delta.kind == "full":
         made = _with_model(made, delta.config)
-    elif delta.static_head is not None and delta.static_head.settings is not None:
-        made = _with_settings(made, delta.static_head.settings)
+    elif delta.static_head is not None and delta.static_head.config_changes is not None:
+        made = _with_settings(made, delta.static_head.config_changes)
     elif delta.static_head is not None:
         made = _with_head(made, delta.static_head)
     if layout.names.embedding and layout.vocab_size > base.tensors[layout.names.embedding].shape[0]:

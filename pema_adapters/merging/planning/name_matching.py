@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.delta import Delta
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.tensor_names import EMBEDDINGS, canonical, match
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.tensor_names import EMBEDDINGS, canonicalize, map_canonical_names
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Names:
 
     def in_base(self, name: str) -> str | None:
         """The base's name of a tensor of the delta, None if it has no such tensor."""
-        return self.stored.get(canonical(name, self.prefix))
+        return self.stored.get(canonicalize(name, self.prefix))
 
     def in_output(self, stored: str) -> str:
         """The output's name of a tensor of the base."""
@@ -61,7 +61,7 @@ def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -
         own_base = not delta.embedding.startswith(prefix + ".") if guessed else delta.own_base
         names = Names(prefix, embedding, stored, own_base, is_prefixed, add_prefix=False)
     untied = [delta.untied] if delta.untied and not delta.is_output_in_head else []
-    new_heads = [n for n in (*delta.ordinary, *untied) if not names.is_inside(n) and names.in_base(n) is None]
+    new_heads = [n for n in (*delta.checkpoint_tensors, *untied) if not names.is_inside(n) and names.in_base(n) is None]
     in_class = delta.head.prefix if delta.head and delta.head.prefix is not None else names.prefix
     return replace(names, add_prefix=bool(new_heads) and bool(in_class) and not names.is_prefixed)
 
@@ -76,7 +76,14 @@ def _without_rows(base: Checkpoint, modules: Collection[str]) -> Names:
         )
     prefix = _difference(found, wanted) or _first_part(base, wanted)
     own_base = bool(prefix) and not wanted.startswith(prefix + ".")
-    return Names(prefix, "", match(base.tensors, prefix), own_base, found.startswith(prefix + "."), add_prefix=False)
+    return Names(
+        prefix,
+        "",
+        map_canonical_names(base.tensors, prefix),
+        own_base,
+        found.startswith(prefix + "."),
+        add_prefix=False,
+    )
 
 
 def _first_part(base: Checkpoint, name: str) -> str:
@@ -110,10 +117,10 @@ def _same_bytes(base: Checkpoint, name: str, other: str, step: int = 8 << 20) ->
     return all(left.read(*part) == right.read(*part) for part in ranges)
 
 
-def _located(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, dict[str, str]]:
+def _located(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
     """The prefix, E as stored, and `{canonical name: stored name}`."""
     if delta.fingerprint is not None:
-        stored = delta.fingerprint.locate(base.tensors.keys())
+        stored = delta.fingerprint.match_names(base.tensors.keys())
         if delta.embedding not in stored:
             raise BaseMismatchError(f"{base.folder}: no tensor {delta.embedding!r}, which the delta's base has")
         embedding = stored[delta.embedding]
@@ -122,7 +129,7 @@ def _located(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, 
     return _guessed(base, delta, weight)
 
 
-def _guessed(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, dict[str, str]]:
+def _guessed(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
     """The same for a delta without fingerprint, by the name of its rows, or by how embeddings are usually called."""
     wanted = delta.embedding
     names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _usual(base, weight)
@@ -133,14 +140,14 @@ def _guessed(base: Checkpoint, delta: Delta, weight: Stored) -> tuple[str, str, 
             f"{delta.folder}, whose rows are {list(weight.shape)}, found {found}"
         )
     prefix = delta.prefix or _difference(names[0], wanted)
-    return prefix, names[0], match(base.tensors, prefix)
+    return prefix, names[0], map_canonical_names(base.tensors, prefix)
 
 
 def _is_called(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted) or wanted.endswith("." + name)
 
 
-def _usual(base: Checkpoint, weight: Stored) -> list[str]:
+def _usual(base: Checkpoint, weight: StoredTensor) -> list[str]:
     return [
         tensor.name
         for tensor in base.tensors.values()

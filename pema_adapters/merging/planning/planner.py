@@ -39,7 +39,7 @@ def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> 
     """Check that the delta belongs to the base, and plan every file of the output."""
     notes = _check_config(base) + _check_base(base, delta, choices.allow_base_mismatch)
     layers, rest = weight_space(delta, choices.fold)
-    delta, about_head = _with_standard_head(base, replace(delta, rest=rest))
+    delta, about_head = _with_standard_head(base, replace(delta, remaining=rest))
     delta, about_output = place_output(base, delta)
     if delta.weight is None and not layers:
         raise MergeError(
@@ -143,7 +143,7 @@ def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) 
 
 
 def _hindrance_of_language_model(names: tuple[str, ...], delta: Delta) -> str:
-    if delta.rest.config is not None and any(method.is_invertible for method in delta.rest.config.methods):
+    if delta.remaining.config is not None and any(method.is_invertible for method in delta.remaining.config.methods):
         return "the adapter is invertible, and undone before the head"
     if any(name.endswith("decoder.bias") for name in names):
         return "the base stores the bias of its output twice"
@@ -168,7 +168,7 @@ def _about_values(delta: Delta) -> list[str]:
 
 
 def _about_left(delta: Delta) -> list[str]:
-    if delta.rest.config is None:
+    if delta.remaining.config is None:
         return []
-    methods = ", ".join(method.name for method in delta.rest.config.methods)
+    methods = ", ".join(method.name for method in delta.remaining.config.methods)
     return [f"the other weights of adapter {delta.name!r} stay an adapter, in adapters/{delta.name}: {methods}"]

@@ -8,7 +8,7 @@ from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.safetensors_header import FLOATS
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import EMBEDDINGS
 
 
@@ -48,7 +48,7 @@ def _size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     return fingerprint.vocab_size
 
 
-def _check_config(base: Checkpoint, matrix: Stored | None) -> None:
+def _check_config(base: Checkpoint, matrix: StoredTensor | None) -> None:
     """Raise `FormatError` where config.json tells another V than the matrix has: nothing would load the output."""
     if "vocab_size" not in base.config:
         return

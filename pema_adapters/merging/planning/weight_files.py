@@ -10,7 +10,7 @@ from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES, FLOATS
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import OUTPUT_BIASES, OUTPUT_MATRICES
 from pema_adapters.merging.folding.adapter_layers import Adapted
 from pema_adapters.merging.folding.folded_weight import FoldCache, Folded, folded_bias
@@ -69,7 +69,7 @@ class Layout:
 
     def output_name(self, path: Path) -> str:
         """What the output calls a file of `entries`."""
-        return self._files.names.get(path) or self.base.output_name(path)
+        return self._files.names.get(path) or self.base.safetensors_name(path)
 
     def _sorted(self, entries: dict[Path, list[Entry]], new: list[Entry], is_apart: bool) -> Files:
         if not new:
@@ -100,7 +100,7 @@ class Layout:
         made = {name: self._spliced(self.base.tensors[name], self.delta.weight) for name in matrices}
         return made | self._grown_biases(embedding.shape[0], matrices)
 
-    def _spliced(self, matrix: Stored, weight: Stored) -> Entry:
+    def _spliced(self, matrix: StoredTensor, weight: StoredTensor) -> Entry:
         dtype = self._dtype_of(matrix)
         row_bytes = matrix.shape[1] * DTYPE_BYTES[dtype]
         segment = Rows(self._kept(matrix), self._as_dtype(weight, dtype), self.delta.token_ids, row_bytes)
@@ -112,7 +112,7 @@ class Layout:
         if not added:
             return {}
         self.notes.append(f"the vocabulary grew from {old} to {self.vocab_size} tokens")
-        done = {*matrices, *(self.names.in_base(name) for name in self.delta.ordinary)}
+        done = {*matrices, *(self.names.in_base(name) for name in self.delta.checkpoint_tensors)}
         rest = [tensor for tensor in self.base.tensors.values() if tensor.name not in done]
         for tensor in rest:
             if tensor.name.endswith(OUTPUT_MATRICES) and tensor.shape[:1] == (old,):
@@ -123,7 +123,7 @@ class Layout:
         biases = [t for t in rest if t.name.endswith(OUTPUT_BIASES) and t.shape in ((old,), (1, old))]
         return {bias.name: self._longer(bias, added) for bias in biases}
 
-    def _longer(self, bias: Stored, added: int) -> Entry:
+    def _longer(self, bias: StoredTensor, added: int) -> Entry:
         dtype = self._dtype_of(bias)
         zeros = Literal(bytes(added * DTYPE_BYTES[dtype]))
         return Entry(bias.name, dtype, (*bias.shape[:-1], self.vocab_size), (self._kept(bias), zeros))
@@ -149,12 +149,12 @@ class Layout:
                 made[bias.name] = Entry(bias.name, dtype, bias.shape, (Literal(data),))
         return made
 
-    def _fold(self, layer: Adapted, weight: Stored, cache: FoldCache) -> Folded:
+    def _fold(self, layer: Adapted, weight: StoredTensor, cache: FoldCache) -> Folded:
         raw, where = stored_bytes(weight, of_base=True), f"{weight.path}: tensor {weight.name!r}"
         transposed, dtype = self._is_transposed(layer.module), self._dtype_of(weight)
         return Folded(raw, weight.dtype, weight.shape, layer, transposed, dtype, self.rounding, where, cache)
 
-    def _adapted(self, layer: Adapted, part: str) -> Stored | None:
+    def _adapted(self, layer: Adapted, part: str) -> StoredTensor | None:
         stored = self.names.in_base(f"{layer.module}.{part}")
         return None if stored is None else self.base.tensors[stored]
 
@@ -163,14 +163,14 @@ class Layout:
         types = [config.get("model_type") for config in (self.base.config, self.delta.config)]
         return "gpt2" in types and module.endswith(CONV1D)
 
-    def _dtype_of(self, tensor: Stored) -> str:
+    def _dtype_of(self, tensor: StoredTensor) -> str:
         """The dtype that a tensor of the base has in the output."""
         return self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
-    def _untouched(self, tensor: Stored) -> Entry:
+    def _untouched(self, tensor: StoredTensor) -> Entry:
         return Entry(tensor.name, self._dtype_of(tensor), tensor.shape, (self._kept(tensor),))
 
-    def _kept(self, tensor: Stored) -> Segment:
+    def _kept(self, tensor: StoredTensor) -> Segment:
         """The bytes of a tensor of the base, in the output's dtype."""
         raw, dtype = stored_bytes(tensor, of_base=True), self._dtype_of(tensor)
         if dtype == tensor.dtype:
@@ -180,7 +180,7 @@ class Layout:
     def _replaced(self) -> dict[str, Entry]:
         """The base's tensors that the delta brings whole, in the base's dtype."""
         made = {}
-        for tensor in self.delta.ordinary.values():
+        for tensor in self.delta.checkpoint_tensors.values():
             stored = self.names.in_base(tensor.name)
             if stored is not None and stored != self.names.embedding:
                 if stored in made:
@@ -188,7 +188,7 @@ class Layout:
                 made[stored] = self._replacement(tensor, self.base.tensors[stored])
         return made
 
-    def _replacement(self, tensor: Stored, old: Stored) -> Entry:
+    def _replacement(self, tensor: StoredTensor, old: StoredTensor) -> Entry:
         if tensor.shape != old.shape:
             if self.names.is_inside(tensor.name):
                 raise MergeError(
@@ -201,7 +201,9 @@ class Layout:
 
     def _new(self) -> list[Entry]:
         """Tensors that the base lacks (heads, mostly), in the delta's dtype; not those that Transformers ties again."""
-        missing = [tensor for tensor in self.delta.ordinary.values() if self.names.in_base(tensor.name) is None]
+        missing = [
+            tensor for tensor in self.delta.checkpoint_tensors.values() if self.names.in_base(tensor.name) is None
+        ]
         names = {tensor.name: self.names.new(tensor.name) for tensor in missing}
         return [self._added(t, names[t.name]) for t in missing if names[t.name] not in self.base.shared]
 
@@ -221,11 +223,11 @@ class Layout:
             return []
         return [Entry(name, self._dtype_of(matrix), matrix.shape, (self._kept(matrix),))]
 
-    def _added(self, tensor: Stored, name: str) -> Entry:
+    def _added(self, tensor: StoredTensor, name: str) -> Entry:
         dtype = self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
         return Entry(name, dtype, tensor.shape, (self._as_dtype(tensor, dtype),))
 
-    def _as_dtype(self, tensor: Stored, dtype: str) -> Segment:
+    def _as_dtype(self, tensor: StoredTensor, dtype: str) -> Segment:
         if tensor.dtype == dtype:
             return stored_bytes(tensor, of_base=False)
         if tensor.dtype not in FLOATS or dtype not in FLOATS:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pema_adapters.io.cache_folder import Store
+from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning.cache.content_key import (
     identity_of_dataset,
     identity_of_path,
@@ -36,7 +36,7 @@ class Data:
         """As `load_data` gives them."""
         return load_data(list(self.names), self.trust_remote_code)
 
-    def identity(self, store: Store) -> list[Any] | None:
+    def identity(self, store: CacheFolder) -> list[Any] | None:
         """What tells whether it is the same data; None where nothing does."""
         try:
             found = [self._identity_of(name, store) for name in dict.fromkeys(self.names)]
@@ -44,7 +44,7 @@ class Data:
             return None
         return None if None in found else found
 
-    def _identity_of(self, name: str, store: Store) -> list[Any] | None:
+    def _identity_of(self, name: str, store: CacheFolder) -> list[Any] | None:
         if Path(name).exists():
             return identity_of_path(Path(name), store)
         splits = {key: split for key, split in self.loaded.items() if key == name or key.startswith(f"{name} ")}
@@ -70,14 +70,14 @@ def note_of(source: str) -> str:
     return FROM_CACHE.format(source)
 
 
-def store() -> Store:
+def store() -> CacheFolder:
     """Where all of it is kept."""
     from huggingface_hub import constants
 
-    return Store(Path(constants.HF_HOME) / "pema")
+    return CacheFolder(Path(constants.HF_HOME) / "pema")
 
 
-def _remembered(store: Store, data: list[Any] | None, encoder: Encoder, vocab_size: int) -> Remembered | None:
+def _remembered(store: CacheFolder, data: list[Any] | None, encoder: Encoder, vocab_size: int) -> Remembered | None:
     """What is known of a scan; None where nothing tells whether it is the same."""
     tokenizer = identity_of_tokenizer(encoder.tokenizer) if data is not None else None
     if data is None or tokenizer is None:

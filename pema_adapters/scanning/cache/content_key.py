@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pema_adapters.io.cache_folder import Store
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.io.cache_folder import CacheFolder
+from pema_adapters.io.digest import sha256_file
 
 RECENT = 2e9  # nanoseconds: a file may change again within one tick of its clock, and keep its time
 
 
-def identity_of_path(path: Path, store: Store) -> list[Any]:
+def identity_of_path(path: Path, store: CacheFolder) -> list[Any]:
     """Names and content of a file, or of all files below a folder but hidden ones.
 
     Raises:
@@ -68,7 +68,7 @@ def _files_of(tokenizer: Any) -> list[list[str]]:
     """A tokenizer in Python: the content of the files that it saves."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return [[name, sum_of_file(Path(folder, name))] for name in _names(Path(folder))]
+        return [[name, sha256_file(Path(folder, name))] for name in _names(Path(folder))]
 
 
 def sum_of(value: Any) -> str:
@@ -76,14 +76,14 @@ def sum_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _content(path: Path, store: Store) -> str:
+def _content(path: Path, store: CacheFolder) -> str:
     """The SHA-256 of a file, read only where the file is not known as it is."""
     entry = f"file-{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}"
     state = _state(path)
     known = store.read(entry)
     if known is not None and (found := known.decode().split("\n")) and found[0] == state:
         return found[1]
-    content = sum_of_file(path)
+    content = sha256_file(path)
     if _state(path) == state and path.stat().st_mtime_ns < time.time_ns() - RECENT:
         store.write(entry, f"{state}\n{content}".encode())
     return content

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pema_adapters.io.cache_folder import Store
+from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning.bitmap import Grown
 from pema_adapters.scanning.progress import State
 from pema_adapters.scanning.scanner import Scan
@@ -22,7 +22,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Remembered:
     """One scan, by the sum of all that it depends on. Also what `scan_text` takes to resume."""
 
-    store: Store
+    store: CacheFolder
     key: str
     _state: State | None = field(default=None, init=False)
     _written: float = field(default_factory=time.monotonic, init=False)
@@ -74,7 +74,7 @@ class Remembered:
         return _write(self.store, f"partial-{self.key}", facts, arrays)
 
 
-def _read(store: Store, name: str) -> tuple[dict[str, Any], Arrays] | None:
+def _read(store: CacheFolder, name: str) -> tuple[dict[str, Any], Arrays] | None:
     from safetensors.numpy import load
 
     content = store.read(name)
@@ -84,7 +84,7 @@ def _read(store: Store, name: str) -> tuple[dict[str, Any], Arrays] | None:
     return json.loads(facts), load(arrays)
 
 
-def _write(store: Store, name: str, facts: dict[str, Any], arrays: Arrays) -> bool:
+def _write(store: CacheFolder, name: str, facts: dict[str, Any], arrays: Arrays) -> bool:
     from safetensors.numpy import save
 
     return store.write(name, json.dumps(facts).encode() + b"\n" + save(arrays))

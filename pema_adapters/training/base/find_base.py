@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
-from pema_adapters.formats.checkpoint import INDEX, PICKLE, PICKLE_INDEX, SINGLE, Checkpoint, WeightFiles
+from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.tensor_names import match
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.tensor_names import map_canonical_names
+from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, WeightFiles
 from pema_adapters.training.base.mapped_rows import TORCH_DTYPES, BaseRows, blocks
 from pema_adapters.training.upstream import private_names as _upstream
 
@@ -101,17 +102,17 @@ class StoredMatrix:
         paths = tuple(map(Path, files))
         is_pickled = any(path.suffix != ".safetensors" for path in paths)
         try:
-            checkpoint = Checkpoint.of_files(paths[0].parent, WeightFiles(paths, None, None, is_pickled))
+            checkpoint = Checkpoint.from_files(paths[0].parent, WeightFiles(paths, None, None, is_pickled))
         except FormatError:
             return None
-        tensor = checkpoint.tensors.get(match(checkpoint.tensors, prefix).get(name, ""))
+        tensor = checkpoint.tensors.get(map_canonical_names(checkpoint.tensors, prefix).get(name, ""))
         if tensor is None or tensor.shape != shape or not _is_readable(tensor):
             return None
         return cls(checkpoint, prefix, name, BaseRows.of(tensor))
 
     def is_among(self, names: Iterable[str]) -> bool:
         """Whether the matrix is one of the `names` of tensors, with the prefix of the base model or without it."""
-        return self.name in match(names, self.prefix)
+        return self.name in map_canonical_names(names, self.prefix)
 
     def base_of(self, model: Any) -> Base:
         """The base of a model that got all other weights from this checkpoint a moment ago.
@@ -119,7 +120,7 @@ class StoredMatrix:
         Only `load_model` may call this: nothing is compared, for nothing can have changed yet.
         """
         live = LiveModel(model, self.name, absent=(len(self.rows), self.rows.dim))
-        return _stored_base(self.checkpoint, live, match(self.checkpoint.tensors, live.prefix), self.rows)
+        return _stored_base(self.checkpoint, live, map_canonical_names(self.checkpoint.tensors, live.prefix), self.rows)
 
 
 def find_checkpoint(model: Any) -> Checkpoint | None:
@@ -213,7 +214,7 @@ def _without_quantization(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> Base | None:
-    stored = match(checkpoint.tensors, live.prefix)
+    stored = map_canonical_names(checkpoint.tensors, live.prefix)
     if live.embedding not in stored:
         return None
     tensor = checkpoint.tensors[stored[live.embedding]]
@@ -252,7 +253,7 @@ def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
     return on_disk.followed_by(weight[count:].detach().cpu().clone())
 
 
-def _is_readable(tensor: Stored) -> bool:
+def _is_readable(tensor: StoredTensor) -> bool:
     """Whether rows can be read where they lie: their dtype is known, and they lie one after another."""
     return tensor.dtype in TORCH_DTYPES and tensor.start is not None
 
@@ -266,7 +267,7 @@ def _same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name:
 
 
 def _take(source: TensorSource, embedding: str, prefix: str, vocab_size: int, names: list[str]) -> Fingerprint:
-    return Fingerprint.take(
+    return Fingerprint.compute(
         source, embedding=embedding, prefix=prefix, vocab_size=vocab_size, token_ids=np.empty(0, np.int32), names=names
     )
 

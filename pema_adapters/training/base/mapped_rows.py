@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.io.input_file import InputFile
 
 BLOCK_BYTES = 32 << 20
@@ -51,7 +51,7 @@ class BaseRows:
         self._tail: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: Stored) -> BaseRows:
+    def of(cls, tensor: StoredTensor) -> BaseRows:
         """The rows of a two-dimensional tensor in a file of weights."""
         rows, dim = tensor.shape
         assert tensor.start is not None
@@ -125,7 +125,7 @@ class BaseRows:
         """
         own, weights = self._file.path.name, folder.iterdir() if folder.is_dir() else ()
         found = (path for path in weights if path.name == own or WEIGHTS.fullmatch(path.name))
-        return next((path for path in found if self._file.identity.is_of(path)), None)
+        return next((path for path in found if self._file.identity.is_same_file(path)), None)
 
     def _block(self, first: int, last: int) -> Tensor:
         """The rows from `first` to `last`, copied by the system: cutting the file meanwhile is an error, no SIGBUS."""

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.delta import Head
-from pema_adapters.formats.stored_tensor import Stored
-from pema_adapters.formats.weights_file import read_tensors
+from pema_adapters.formats.stored_tensor import StoredTensor
+from pema_adapters.formats.weights import read_tensors
 from pema_adapters.merging.heads.convert import StandardHead, standard_head
 from pema_adapters.merging.heads.labels import label_settings, labels
 from pema_adapters.merging.heads.registry import DEFAULTS, STANDARD
@@ -197,7 +197,7 @@ def made(kind="classification", shape=(3, D), config=None, tensors=None, name="t
     full = {"config": found if config is None else config, "name": name}
     tensors = {"heads.task.1.weight": shape, "heads.task.1.bias": shape[:1], **(tensors or {})}
     source = SimpleNamespace(path=Path("run/model_head.safetensors"))
-    return Head(full, {n: Stored(n, "F32", s, source, 0, 0) for n, s in tensors.items() if s})
+    return Head(full, {n: StoredTensor(n, "F32", s, source, 0, 0) for n, s in tensors.items() if s})
 
 
 def lm(kind, **settings):

@@ -8,7 +8,7 @@ import pytest
 
 from pema_adapters import merge_checkpoint, undo_merge
 from pema_adapters.errors import MergeError
-from pema_adapters.io.files import sum_of_file
+from pema_adapters.io.digest import sha256_file
 from pema_adapters.merging.in_place import execute, undo_journal
 from tests.merging.conftest import T, noise
 from tests.merging.in_place.test_execute import content
@@ -83,7 +83,7 @@ def test_an_interrupted_merge_is_not_rolled_back_over_another_model(pair, monkey
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(execute, "_abandon", lambda *args: None)
+        patch.setattr(execute, "_abandon", lambda *args, **options: None)
         patch.setattr(undo_journal, "finish", stop)
         merge_checkpoint(base, delta, in_place=True)
     fine_tune(base / WEIGHTS)
@@ -132,7 +132,7 @@ def forge(base, ranges=None, **fields):
     found = json.loads((folder / "journal.json").read_bytes())["journal"]
     if ranges is not None:
         np.save(folder / "ranges.npy", ranges)
-        found["sums"]["ranges.npy"] = [(folder / "ranges.npy").stat().st_size, sum_of_file(folder / "ranges.npy")]
+        found["sums"]["ranges.npy"] = [(folder / "ranges.npy").stat().st_size, sha256_file(folder / "ranges.npy")]
     found |= fields
     content = {"version": 2, "sha256": undo_journal._sum(found), "journal": found}
     (folder / "journal.json").write_text(json.dumps(content))

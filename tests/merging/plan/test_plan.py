@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pema_adapters.errors import MergeError
-from pema_adapters.formats.stored_tensor import Stored
+from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging.plan import plan, segments
 from pema_adapters.merging.plan.dtype_cast import Rounding, cast
@@ -45,7 +45,7 @@ def test_runs_are_bounded_by_the_chunk(source, monkeypatch):
 
 @given(begin=st.integers(0, 60), end=st.integers(0, 60), chunk=st.integers(1, 60))
 def test_a_file_gives_any_range_whatever_the_segments(source, begin, end, chunk):
-    halves = Stored("x", "F32", (2, 2), source, None, 16, np.array([1, 2, 3, 4], "<f4").view(np.uint8))
+    halves = StoredTensor("x", "F32", (2, 2), source, None, 16, np.array([1, 2, 3, 4], "<f4").view(np.uint8))
     parts = [Literal(b"head"), Literal(b""), rows_over(source), Copy(source, 0, 7), Cast.of(halves, "F16", Rounding())]
     whole = b"head" + b"defaaabbbmnocccddd" + bytes(range(7)) + np.array([1, 2, 3, 4], "<f2").tobytes()
     file = PlannedFile("x", tuple(parts))

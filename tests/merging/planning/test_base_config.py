@@ -68,7 +68,7 @@ ADAPTERS = [
     ({"name": 3}, "adapter_config.json: expected the name of the adapter, found 3"),
     *(({"name": name}, "cannot be the name of a folder") for name in ("", "/etc/passwd", "../task", "a/b")),
     ({"config": None}, "adapter_config.json: config holds null; expected a method, or a union of methods"),
-    ({"config": {"architecture": "union", "configs": 3}}, "a union of methods whose configs are 3; expected a list"),
+    ({"config": {"architecture": "union", "configs": 3}}, '"configs" of the union is 3; expected a list'),
 ]
 
 

@@ -13,7 +13,7 @@ from tests.merging.conftest import T, noise, oracle, read
 
 @pytest.fixture
 def home(tmp_path):
-    """Files of the user, outside of the base."""
+    """Files of the user, outside the base."""
     folder = tmp_path / "home"
     (folder / "keys").mkdir(parents=True)
     (folder / "keys" / "id").write_text("a private key")
@@ -104,9 +104,7 @@ def a_file_like_those_of_the_cache(base, home):
 def test_a_link_that_leaves_the_base_is_refused(pair, home, hub, monkeypatch, arrange):
     base, delta = pair
     link = arrange(base, home)
-    expected = (
-        rf"^{link}: is a link to /.*, outside of .* or hidden in it, and would be copied .*; replace it by a copy"
-    )
+    expected = rf"^{link}: is a link to /.*, outside .* or hidden in it, and would be copied .*; replace it with a copy"
     with pytest.raises(FormatError, match=expected):
         merge_checkpoint(base.folder, delta.folder)
     assert not (delta.folder / "merged").exists()

@@ -177,7 +177,7 @@ def test_an_ordinary_checkpoint_as_delta(make_base, tmp_path):
 def test_folders_that_hold_no_delta(make_base, tmp_path):
     base = make_base().folder
     (tmp_path / "empty").mkdir()
-    refused(tmp_path, FormatError, "empty: no delta here or one level below", base, tmp_path / "empty")
+    refused(tmp_path, FormatError, "empty: no delta here or up to two levels below", base, tmp_path / "empty")
     refused(tmp_path, FormatError, "nowhere: no such folder", base, tmp_path / "nowhere")
 
 
@@ -213,11 +213,11 @@ def test_config_and_weights_that_disagree(make_base, make_adapter, tmp_path):
     base = make_base()
     rest = {"bert.adapters.task.x": T.of([1.0])}
     for changes, config, text in (
-        ({"rest": rest, "folder": "a"}, "pema", "names no other method beside PEMA, but the weights hold some of it"),
+        ({"rest": rest, "folder": "a"}, "pema", "names no method besides PEMA, but the weights hold others"),
         (
             {"folder": "b"},
             {"configs": ["pema", "seq_bn"]},
-            "names more method beside PEMA, but the weights hold none of it",
+            "names methods besides PEMA, but the weights hold none",
         ),
     ):
         delta = make_adapter(base, **changes).folder

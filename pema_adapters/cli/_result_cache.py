@@ -19,7 +19,7 @@ NOT_FIGURES = {"json", "num_proc", "cache", "save", "plot"}
 """Options on which the figures do not depend."""
 
 
-class Answers:
+class ResultCache:
     """The answer to one question, if it can be remembered.
 
     Made before the answer is found, so that what changes meanwhile is not taken for what was read.
@@ -30,7 +30,7 @@ class Answers:
         self._store = store()
         self._key = self._identity()
 
-    def known(self) -> Figures | None:
+    def lookup(self) -> Figures | None:
         """The figures that were found before; none where files are to be written, which need more than figures."""
         wants_files = self._options.save or self._options.plot
         content = None if wants_files or self._key is None else self._store.read(f"answer-{self._key}")
@@ -42,7 +42,7 @@ class Answers:
             one["notes"] = [note_of(str(self._store.folder))]
         return figures
 
-    def remember(self, figures: Figures) -> None:
+    def save(self, figures: Figures) -> None:
         """Keep the answer, unless a file has changed meanwhile."""
         if self._key is not None and self._identity() == self._key:
             self._store.write(f"answer-{self._key}", json.dumps(figures).encode())

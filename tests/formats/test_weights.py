@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.weights_file import read_tensors
+from pema_adapters.formats.weights import read_tensors
 
 WHOLE = torch.arange(12.0).reshape(3, 4)
 TENSORS = {"a": WHOLE, "half": WHOLE.bfloat16(), "none": torch.empty(0, 3), "one": torch.tensor(7)}
