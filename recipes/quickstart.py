@@ -129,7 +129,7 @@ def silence() -> None:
 
 
 def load_data(options: argparse.Namespace) -> DatasetDict:
-    """Splits train and test with columns text and label."""
+    """Load splits train and test with columns text and label."""
     if options.dataset is None:
         return stdlib_docstrings.load()
     data = load_dataset(options.dataset)
@@ -215,7 +215,7 @@ def time_steps(models: dict[Run, PreTrainedModel], batches: list[Any]) -> None:
 
 
 def state_bytes(parameters: Iterable[torch.nn.Parameter], optimizer: Any) -> int:
-    """Weights, gradients and optimizer state of what is trained."""
+    """Sum weights, gradients and optimizer state of trained parameters, in bytes."""
     weights = sum(p.numel() * p.element_size() for p in parameters)
     moments = sum(
         value.numel() * value.element_size()
@@ -234,7 +234,7 @@ def merge(options: argparse.Namespace) -> Path:
 
 
 def compare(model: PreTrainedModel, merged: Path, experiment: Experiment) -> float:
-    """The largest difference of a logit between the trained model and the merged one, over 64 test texts."""
+    """Return the largest difference of a logit between the trained model and the merged one, over 64 test texts."""
     loaded = AutoModelForSequenceClassification.from_pretrained(merged)
     adapters.init(loaded)
     loaded.load_adapter(str(merged / "adapters" / TASK), set_active=True, use_safetensors=True)

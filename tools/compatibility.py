@@ -37,7 +37,7 @@ HEAD_KINDS = ("classification", *LM_HEADS)
 
 
 def cells(models: Sequence[str], methods: Sequence[str], heads: Sequence[str]) -> list[list[Cell]]:
-    """The cells to try, in groups that share a checkpoint."""
+    """Return the cells to try, in groups that share a checkpoint."""
     groups = [[Cell(model, ALONE, heads[0])] for model in models if model in WITHOUT_TEXT]
     for model in (each for each in models if each in FAMILIES):
         kinds = [head for head in heads if head in FAMILIES[model].head_kinds()]

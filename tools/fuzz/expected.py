@@ -107,16 +107,16 @@ def expected_output(inputs: Inputs) -> dict[str, T]:
         return _with_ordinary(dict(inputs.base), inputs, next(iter(inputs.base), ""), "bert")
     ids, rows, print_ = _parts(inputs)
     if print_:
-        prefix, embedding = print_["prefix"], _located(inputs.base, print_["embedding"], print_["prefix"])
+        prefix, embedding = print_["prefix"], _locate(inputs.base, print_["embedding"], print_["prefix"])
     else:
-        prefix, embedding = _guessed(inputs)
+        prefix, embedding = _guess_names(inputs)
     if print_:
         prefix = embedding.removesuffix(print_["embedding"]).removesuffix(".") or prefix
     merged = dict(inputs.base)
     matrix = merged[embedding]
     size = max(matrix.shape[0], (ids[-1] + 1) if ids else 0)
     for name in [embedding, *_copies(inputs, embedding)]:
-        merged[name] = _spliced(matrix, ids, rows, size)
+        merged[name] = _splice(matrix, ids, rows, size)
     for name, tensor in inputs.base.items():
         if name.endswith(BIASES) and tensor.shape in ((matrix.shape[0],), (1, matrix.shape[0])):
             zeros = bytes((size - matrix.shape[0]) * len(tensor.data) // matrix.shape[0])
@@ -124,7 +124,7 @@ def expected_output(inputs: Inputs) -> dict[str, T]:
     return _with_ordinary(merged, inputs, embedding, prefix)
 
 
-def _guessed(inputs: Inputs) -> tuple[str, str]:
+def _guess_names(inputs: Inputs) -> tuple[str, str]:
     """Prefix and E without a fingerprint: by the name of the rows, and by E's usual name."""
     rows = _stem(inputs)
     if inputs.is_adapter:
@@ -163,7 +163,7 @@ def _canonical(name: str, prefix: str) -> str:
     return name
 
 
-def _located(base: dict[str, T], wanted: str, prefix: str) -> str:
+def _locate(base: dict[str, T], wanted: str, prefix: str) -> str:
     """The name of E in the base: with the prefix, without, or with another."""
     for name in (f"{prefix}.{wanted}", wanted):
         if name in base:
@@ -178,7 +178,7 @@ def _copies(inputs: Inputs, embedding: str) -> list[str]:
             if name != embedding and tensor == matrix and (tied or name.endswith(EMBEDDINGS))]  # fmt: skip
 
 
-def _spliced(matrix: T, ids: list[int], rows: T, size: int) -> T:
+def _splice(matrix: T, ids: list[int], rows: T, size: int) -> T:
     width = len(matrix.data) // matrix.shape[0] if matrix.shape[0] else D * WIDTHS[matrix.dtype]
     data = bytearray(matrix.data) + bytes((size - matrix.shape[0]) * width)
     made = cast(rows, matrix.dtype)

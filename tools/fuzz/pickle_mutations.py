@@ -206,7 +206,7 @@ def _flip(found: dict[str, bytes], random: Random) -> None:
     found[table] = bytes(data)
 
 
-def _patched(file: bytes, random: Random, number: Number, value: int) -> bytes:
+def _patch(file: bytes, random: Random, number: Number, value: int) -> bytes:
     """A number of a local header, of a directory entry or of the end, replaced."""
     signature, at, form = number
     places = [i for i in range(len(file)) if file.startswith(signature, i)]
@@ -239,7 +239,7 @@ def _zips() -> None:
             for value in (0, 1, 8, most):
                 number = signature, at, form
                 add("zip", f"{where} +{at} = {value}", lambda file, random, number=number, value=value:
-                    _patched(file, random, number, value), is_pickle)  # fmt: skip
+                    _patch(file, random, number, value), is_pickle)  # fmt: skip
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         add("zip", f"compressed {compression}", lambda file, random, kind=compression:
             archive(records(file), kind), is_pickle)  # fmt: skip

@@ -24,7 +24,7 @@ class Parsed:
 
     def encode(self) -> bytes:
         text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in self.entries) + "}"
-        return framed(text.encode(), self.data)
+        return frame(text.encode(), self.data)
 
     def names(self) -> set[str]:
         return {name for name, _ in self.tensors()}
@@ -33,7 +33,7 @@ class Parsed:
         return [item for item in self.entries if item[0] != "__metadata__"]
 
 
-def framed(header: bytes, data: bytes) -> bytes:
+def frame(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
@@ -67,7 +67,7 @@ def text_mutation(name: str, change: Callable[[bytes], bytes]) -> None:
 
     def make(file: bytes, random: Random) -> bytes:
         end = 8 + int.from_bytes(file[:8], "little")
-        return framed(change(file[8:end]), file[end:])
+        return frame(change(file[8:end]), file[end:])
 
     add("header text", name, make, is_safetensors)
 

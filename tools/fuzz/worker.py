@@ -96,12 +96,12 @@ def _judge(root: Path, files: Files, options: Options) -> Outcome:
         check_message(root, "" if options.in_place else options.path, str(error))
         return Outcome("refused", str(error))
     if options.in_place:
-        return Outcome("merged", remark=_checked_in_place(root, files, report))
+        return Outcome("merged", remark=_check_in_place(root, files, report))
     check_inputs(root, files, {"out"})
     return Outcome("merged", remark=check_output(root, DTYPES[options.dtype], report))
 
 
-def _checked_in_place(root: Path, files: Files, report: Report) -> str:
+def _check_in_place(root: Path, files: Files, report: Report) -> str:
     """The base is the output now; what it was is laid beside it, for the oracle and to compare it with an undo."""
     from pema_adapters.merging.api import undo_merge
 
@@ -129,10 +129,10 @@ def _by_call(root: Path, options: Options) -> Report:
     except PemaError as error:
         raise Refused(str(error)) from None
     except BaseException as error:
-        raise Escape(_traced(error)) from None
+        raise Escape(_format_traceback(error)) from None
 
 
-def _traced(error: BaseException) -> str:
+def _format_traceback(error: BaseException) -> str:
     lines = traceback.format_exception(error)
     return "".join(lines[-3:])[-1500:]
 
@@ -150,7 +150,7 @@ def _by_command(root: Path, options: Options) -> Report:
             code = main(command)
             out.flush()
     except BaseException as exception:
-        raise Escape("from the command: " + _traced(exception)) from None
+        raise Escape("from the command: " + _format_traceback(exception)) from None
     error.seek(0)
     said = error.read()
     if code == 0 and not said:
