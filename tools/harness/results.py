@@ -63,13 +63,14 @@ def describe_run(tool: str) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return CPU model, cores, memory, load and system."""
+    """Return CPU model, cores, memory, the limit of threads, load and system."""
     cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")]
     return {
         "cpu": next(iter(cpu), platform.machine()),
         "cores": os.cpu_count(),
         "memory_bytes": next(iter(memory), None),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
     }
