@@ -170,6 +170,8 @@ def _without_journal(state: State) -> State:
 def _is_excused(case: Case, state: State) -> bool:
     """Whether the run named what it left, or could not help it."""
     fault, run = case.fault, case.run
+    if fault.action == "replace-base" and run.where.startswith("rename ") and "/.pema-undo/new/" in run.where:
+        return True  # within our own rename of a checked file: no portable call compares and renames at once
     left = state.keys() - case.expected.before[0].keys()
     is_journaled = "base/.pema-undo" in state
     if any(name.split("/")[-1] in run.errors for name in left) or (is_journaled and JOURNALED.search(run.errors)):
