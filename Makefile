@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all test-minimum lint demo bench build clean
+.PHONY: help test test-all test-minimum lint demo bench results build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.bench: $(VENV)/.base
 	$(INSTALL) -e '.[bench]'
 	@touch $@
+
+results: $(VENV)/.bench  ## Write the tables of tools/README.md and recipes/README.md from tools/results
+	$(BIN)/python tools/render_results.py
 
 $(VENV)/.release: $(VENV)/.base
 	$(INSTALL) -e '.[release]'
