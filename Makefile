@@ -35,9 +35,6 @@ $(VENV)/.bench: $(VENV)/.base
 	$(INSTALL) -e '.[bench]'
 	@touch $@
 
-results: $(VENV)/.bench  ## Write the tables of tools/README.md and recipes/README.md from tools/results
-	$(BIN)/python tools/render_results.py
-
 $(VENV)/.release: $(VENV)/.base
 	$(INSTALL) -e '.[release]'
 	@touch $@
@@ -64,6 +61,9 @@ bench: $(VENV)/.bench  ## Measure scan, loading, training step, artifact, merge 
 	$(BIN)/python tools/bench_merge.py
 	$(BIN)/python tools/bench_merge_memory.py --sizes 0.3 1 3
 	$(BIN)/python tools/bench_push.py
+
+results: $(VENV)/.bench  ## Write the tables of tools/README.md and recipes/README.md from tools/results
+	$(BIN)/python tools/render_results.py
 
 build: $(VENV)/.release  ## Build the distributions, and check what PyPI would show
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""Hundreds of damaged data files: each is refused in one line that names it, or scanned right.
+"""Scan hundreds of damaged data files: each is refused in one line that names it, or scanned right.
 
     python tools/fuzz_arrow.py [--mutations 1000] [--seed 0] [--only NUMBER ...] [--limit SECONDS] [--json FILE]
 
@@ -34,7 +34,7 @@ from harness.results import write_results
 V = 300
 ROWS = 60
 KINDS = ("refused", "scanned", "escaped")
-DOORS = ("from_dataset", "stream", "pema-scan")
+READERS = ("from_dataset", "stream", "pema-scan")
 COLUMNS = ("list", "nulls", "large list", "fixed-size list", "nested", "Array2D")
 WORDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 255, 1000)
 LONG_WORDS = (0, 1, 2**62, 2**63, 2**64 - 1, 1000)
@@ -53,7 +53,7 @@ class Source:
 
 
 def rows_of(column: str) -> tuple[list[Any], Any]:
-    """Values of a column and their feature."""
+    """Return values of a column and their feature."""
     from datasets import Array2D, LargeList, List, Value
 
     random = Random(7)
@@ -73,7 +73,7 @@ def rows_of(column: str) -> tuple[list[Any], Any]:
 
 
 def write_sources(folder: Path) -> list[Source]:
-    """A data set of each column in each format, in two batches."""
+    """Write a data set of each column in each format, in two batches."""
     import datasets
 
     sources = []
@@ -95,14 +95,14 @@ def write_sources(folder: Path) -> list[Source]:
 
 
 def flatten(value: Any) -> list[int]:
-    """All integers in nested lists, None left out."""
+    """Yield all integers in nested lists, without None."""
     if isinstance(value, list):
         return [one for part in value for one in flatten(part)]
     return [] if value is None else [int(value)]
 
 
 def arrow_values(file: Path) -> tuple[tuple[int, int], ...]:
-    """Where in an Arrow file the bodies of the batches are: from the first buffer to the last one of each."""
+    """Return the ranges of the batches' bodies in an Arrow file, from the first buffer to the last of each."""
     import pyarrow as pa
 
     content = pa.py_buffer(file.read_bytes())
@@ -118,7 +118,7 @@ def _storage(array: Any) -> Any:
 
 
 def parquet_values(file: Path) -> tuple[tuple[int, int], ...]:
-    """Where in a Parquet file the pages of all columns are: encoded and compressed, lengths and ids in one."""
+    """Return the ranges of the pages of all columns in a Parquet file, lengths and ids in one."""
     import pyarrow.parquet as pq
 
     groups = pq.ParquetFile(file).metadata
@@ -128,7 +128,7 @@ def parquet_values(file: Path) -> tuple[tuple[int, int], ...]:
 
 
 def damage(content: bytes, random: Random) -> tuple[str, bytes]:
-    """One mutation, and its name."""
+    """Return the name of one mutation, and the mutated content."""
     changed, kind = bytearray(content), random.choice(("bit", "byte", "word", "long word", "stretch", "zeros", "cut"))
     at = random.randrange(len(content) - 16)
     if kind == "bit":
@@ -159,7 +159,7 @@ def is_unguarded(source: Source, content: bytes) -> bool:
 
 
 def read_by_arrow(source: Source) -> frozenset[int]:
-    """The ids that Arrow itself reads, slowly."""
+    """Return the ids that Arrow itself reads, slowly."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -173,22 +173,22 @@ def read_by_arrow(source: Source) -> frozenset[int]:
     return frozenset(flatten([_storage(chunk).to_pylist() for chunk in found.column("input_ids").chunks]))
 
 
-def scan(source: Source, door: str, folder: Path) -> frozenset[int]:
-    """The ids that we find, or the error that we raise."""
+def scan(source: Source, reader: str, folder: Path) -> frozenset[int]:
+    """Return the ids that pema_adapters finds, or raise its error."""
     import datasets
 
     from pema_adapters import PartialVocabulary
     from pema_adapters.errors import FormatError, PemaError
 
-    if door == "pema-scan":
+    if reader == "pema-scan":
         return scan_by_command(source, folder)
     try:
         if source.file.suffix == ".parquet":
-            options = {"streaming": True} if door == "stream" else {"cache_dir": str(folder / "cache")}
+            options = {"streaming": True} if reader == "stream" else {"cache_dir": str(folder / "cache")}
             data = datasets.load_dataset("parquet", data_files=[str(source.file)], split="train", **options)
         else:
             data = datasets.load_from_disk(str(source.folder))
-            data = data.to_iterable_dataset() if door == "stream" else data
+            data = data.to_iterable_dataset() if reader == "stream" else data
     except Exception as error:  # the caller's own line, not ours
         raise FormatError(f"not loaded: {type(error).__name__}") from error
     finally:
@@ -218,15 +218,15 @@ def scan_by_command(source: Source, folder: Path) -> frozenset[int]:
     raise FormatError(text)
 
 
-def judge(source: Source, content: bytes, door: str, folder: Path) -> tuple[str, str]:
-    """Kind and text of an outcome."""
+def judge(source: Source, content: bytes, reader: str, folder: Path) -> tuple[str, str]:
+    """Return kind and text of an outcome."""
     from pema_adapters.errors import PemaError
 
     source.file.unlink()  # a map of the last case may be open
     source.file.write_bytes(content)
     try:
-        found = scan(source, door, folder)
-        is_excused = is_unguarded(source, content) or door == "stream" or source.file.suffix == ".parquet"
+        found = scan(source, reader, folder)
+        is_excused = is_unguarded(source, content) or reader == "stream" or source.file.suffix == ".parquet"
         if found == source.ids or (is_excused and found == read_by_arrow(source)):
             return "scanned", ""
         return "escaped", f"a wrong vocabulary: {sorted(found ^ source.ids)[:9]} more or less"
@@ -237,7 +237,7 @@ def judge(source: Source, content: bytes, door: str, folder: Path) -> tuple[str,
 
 
 def work(pipe: Connection, folder: Path, seed: int) -> None:
-    """A process of its own, which a case may kill: answers numbers with outcomes."""
+    """In a process of its own, which a case may kill: answer numbers with outcomes."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import datasets
@@ -253,16 +253,16 @@ def work(pipe: Connection, folder: Path, seed: int) -> None:
     sources = write_sources(folder / str(os.getpid()))
     while (number := pipe.recv()) is not None:
         random = Random(f"{seed} {number}")
-        source, door = sources[number % len(sources)], DOORS[number // len(sources) % len(DOORS)]
+        source, reader = sources[number % len(sources)], READERS[number // len(sources) % len(READERS)]
         name, content = (
-            damage(source.content, random) if number >= len(sources) * len(DOORS) else ("none", source.content)
+            damage(source.content, random) if number >= len(sources) * len(READERS) else ("none", source.content)
         )
-        pipe.send((f"{source.name.split(',')[0]}, {door}", f"{number}: {source.name}, {door}, {name}"))
-        pipe.send(judge(source, content, door, folder))
+        pipe.send((f"{source.name.split(',')[0]}, {reader}", f"{number}: {source.name}, {reader}, {name}"))
+        pipe.send(judge(source, content, reader, folder))
 
 
 class Worker:
-    """The process; started again after a case that killed it."""
+    """The process of the cases; restarted after a case that killed it."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options

@@ -71,10 +71,10 @@ def check(mode: Mode, place: Place, reference: Reference, tally: Tally, moment: 
     """After a kill: check the state, run again, check again."""
     state = mode.state(place, reference.target)
     tally.states[state] += 1
-    wrong = [f"changed: {', '.join(touched)}"] if (touched := place.touched()) else []
+    wrong = [f"changed: {', '.join(touched)}"] if (touched := place.find_changed()) else []
     wrong += ["the target is neither absent nor complete"] if state == "WRONG" else []
     wrong += _after_rerun(mode, place, reference, mode.again(place, state))
-    wrong += [f"changed by the next run: {', '.join(touched)}"] if (touched := place.touched()) else []
+    wrong += [f"changed by the next run: {', '.join(touched)}"] if (touched := place.find_changed()) else []
     for line in wrong:
         print(f"WRONG {mode.name}, killed {moment}, state {state!r}: {line}", flush=True)
         tally.wrong.append(f"{moment}: {line}")

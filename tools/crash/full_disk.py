@@ -14,7 +14,7 @@ from harness.checkpoints import MERGE
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
-    """A file system of that size, in memory; None where this process may not mount one."""
+    """Mount a file system of that size in memory; yields None where this process may not."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
                              capture_output=True, check=False).returncode == 0  # fmt: skip

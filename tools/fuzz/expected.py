@@ -1,4 +1,4 @@
-"""What base and delta make, in memory: read by the safetensors library and torch, never by the package under test."""
+"""The expected output of a merge, computed with the safetensors library and torch, not the package under test."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class Escape(Exception):
-    """Something that must not happen did."""
+    """A case escaped: the message says what must not happen."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_first(folder: Path, *names: str) -> dict[str, T]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, T]:
-    """As Transformers does: one safetensors file, or its shards, or one pickle, or its shards."""
+    """Read a checkpoint as Transformers does: one safetensors file, its shards, one pickle, or its shards."""
     for single, index in (("model.safetensors", "model.safetensors.index.json"),
                           ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # fmt: skip
         if (folder / single).is_file():
@@ -75,7 +75,7 @@ def read_checkpoint(folder: Path) -> dict[str, T]:
 
 
 def read(path: Path) -> dict[str, T]:
-    """All tensors of a file, by the library whose format it is."""
+    """Read all tensors of a file with the library of its format."""
     import safetensors
 
     if path.suffix == ".bin":
@@ -102,7 +102,7 @@ def _read_pickle(path: Path) -> dict[str, T]:
 
 
 def expected_output(inputs: Inputs) -> dict[str, T]:
-    """`{name in the output: tensor}`; what is folded into a weight is not in it."""
+    """Return `{name in the output: tensor}`, without folding."""
     if _stem(inputs) + "token_ids" not in inputs.delta:
         return _with_ordinary(dict(inputs.base), inputs, next(iter(inputs.base), ""), "bert")
     ids, rows, print_ = _parts(inputs)
@@ -125,7 +125,7 @@ def expected_output(inputs: Inputs) -> dict[str, T]:
 
 
 def _guess_names(inputs: Inputs) -> tuple[str, str]:
-    """Prefix and E without a fingerprint: by the name of the rows, and by E's usual name."""
+    """Return prefix and E without a fingerprint: by the name of the rows, and by E's usual name."""
     rows = _stem(inputs)
     if inputs.is_adapter:
         width = inputs.delta[rows + "weight"].shape[1]
@@ -137,14 +137,14 @@ def _guess_names(inputs: Inputs) -> tuple[str, str]:
 
 
 def _stem(inputs: Inputs) -> str:
-    """What the names of the rows begin with; nothing an output could have where there are none."""
+    """Return the prefix of the rows' names; without rows, one that no output has."""
     part = ".pema.adapters." if inputs.is_adapter else ""
     names = (name.removesuffix("token_ids") for name in inputs.delta if name.endswith(".token_ids"))
     return next((name for name in names if part in f".{name}" and name + "weight" in inputs.delta), "no rows.")
 
 
 def _parts(inputs: Inputs) -> tuple[list[int], T, dict[str, Any]]:
-    """Token ids, rows, fingerprint."""
+    """Return token ids, rows and fingerprint."""
     import torch
 
     stem = _stem(inputs)
@@ -164,7 +164,7 @@ def _canonical(name: str, prefix: str) -> str:
 
 
 def _locate(base: dict[str, T], wanted: str, prefix: str) -> str:
-    """The name of E in the base: with the prefix, without, or with another."""
+    """Return the name of E in the base: with the prefix, without, or with another."""
     for name in (f"{prefix}.{wanted}", wanted):
         if name in base:
             return name
@@ -208,7 +208,7 @@ def cast(tensor: T, dtype: str) -> T:
 
 
 def _with_ordinary(merged: dict[str, T], inputs: Inputs, embedding: str, prefix: str) -> dict[str, T]:
-    """The backbone weights and the static head laid over; all names with the prefix where a new head needs it."""
+    """Add the backbone weights and the static head; prefix all names where a new head needs it."""
     inside = prefix + "."
     parts = tuple(_stem(inputs) + part for part in ("token_ids", "weight", "fingerprint"))
     if inputs.is_adapter:
@@ -238,7 +238,7 @@ def _with_ordinary(merged: dict[str, T], inputs: Inputs, embedding: str, prefix:
 
 
 def folded_weight(inputs: Inputs, name: str) -> Any:
-    """The weight `name` of the base with the adapter's LoRA in it, float64; None where the sum is another one."""
+    """Return the weight `name` of the base with LoRA folded in, float64; None for other kinds of LoRA."""
     module = name.removeprefix("bert.").removesuffix(".weight")
     parts = {
         key.rpartition(".")[2]: tensor

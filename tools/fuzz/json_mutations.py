@@ -57,7 +57,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def change_json(family: str, name: str, change: Callable[[Any, Random], Any], ending: str = ".json") -> None:
-    """`change` alters the content of files whose path ends so."""
+    """Add a mutation: `change` alters the content of files whose path ends so."""
 
     def make(text: bytes, random: Random) -> bytes:
         content = json.loads(text)
@@ -72,7 +72,7 @@ def _set(field: str, value: Any) -> Callable[[Any, Random], Any]:
 
 
 def places(content: Any) -> Iterator[tuple[Any, Any]]:
-    """`(container, key)` of every value inside."""
+    """Yield `(container, key)` of every value inside."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in list(items):
         yield content, key

@@ -17,7 +17,7 @@ Make = Callable[[bytes, Random], "Node | None"]
 
 @dataclass(frozen=True)
 class Mutation:
-    """`make` gives what is put in place of a file; `suits`: which files it is for, by path and content."""
+    """A mutation: `make` returns the replacement of a file; `suits` tells its files, by path and content."""
 
     family: str
     name: str
@@ -51,14 +51,14 @@ def is_any(path: str, data: bytes) -> bool:
 
 
 def label(value: Any) -> str:
-    """A short name of a value."""
+    """Return a short name of a value."""
     text = ascii(value)
     return text if len(text) <= 40 else f"{text[:30]}... ({len(text)})"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is merged; `path`: the mutated file."""
+    """Options of a merge; `path`: the mutated file."""
 
     path: str = "base/"
     allow_base_mismatch: bool = False
@@ -80,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """One mutated pair of inputs, and how they are merged."""
+    """One mutated pair of inputs, and the options of its merge."""
 
     number: int
     pair: str
@@ -90,12 +90,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What was done, in words."""
+        """Describe the case in words."""
         return f"#{self.number} [{self.pair}] {self.options.path}: {self.mutation.family}: {self.mutation.name}"
 
 
 def order(seed: int, family: str | None = None) -> list[Mutation]:
-    """All mutations (of a family), shuffled: the first `n` cases are a fair sample, whatever `n` is."""
+    """Return all mutations (of a family), shuffled: the first `n` cases are a fair sample for any `n`."""
     for module in MODULES:
         import_module(module)
     chosen = [mutation for mutation in MUTATIONS if family is None or mutation.family == family]
@@ -104,7 +104,7 @@ def order(seed: int, family: str | None = None) -> list[Mutation]:
 
 
 def make_case(pairs: dict[str, Files], mutations: list[Mutation], seed: int, number: int) -> Case:
-    """Case `number` of `seed`. At first each mutation has its turn; then each family does, however many it has."""
+    """Make case `number` of `seed`: first each mutation once, then each family in turn."""
     random = Random(f"{seed}:{number}")
     if number < len(mutations):
         mutation = mutations[number]

@@ -1,4 +1,4 @@
-"""Mutations of what makes a delta a delta: token ids, rows, fingerprint. The file around them stays sound."""
+"""Mutations of token ids, rows and fingerprint of a delta; the file around them stays valid."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ INT32 = 2**31
 
 
 def holds(part: str) -> Callable[[str, bytes], bool]:
-    """Files with token ids and, beside them, this part of the rows."""
+    """Return a test for files with token ids and this part of the rows."""
 
     def suits(path: str, data: bytes) -> bool:
         if not is_safetensors(path, data):
@@ -27,7 +27,7 @@ def holds(part: str) -> Callable[[str, bytes], bool]:
 
 
 def part_mutation(family: str, name: str, part: str, change: Callable[[T, Random], T]) -> None:
-    """`change` gives another tensor in place of the rows' `part`."""
+    """Add a mutation: `change` returns another tensor for the rows' `part`."""
 
     def make(file: bytes, random: Random) -> bytes:
         tensors = unpack(file)
@@ -126,7 +126,7 @@ FIELDS = ("embedding", "prefix", "vocab_size", "base_vocab_size", "rows", "tenso
 
 
 def print_mutation(name: str, change: Callable[[dict[str, Any], Random], Any]) -> None:
-    """`change` alters the fingerprint's JSON."""
+    """Add a mutation: `change` alters the fingerprint's JSON."""
 
     def changed(tensor: T, random: Random) -> T:
         found = json.loads(tensor.data)

@@ -1,4 +1,4 @@
-"""The process that merges mutated inputs, one case after another; whoever started it watches the clock.
+"""The process that merges mutated inputs, one case after another; its parent watches the time.
 
 It says what it is about to do before it does it, so that a crash, a hang or a kill has a name.
 """
@@ -31,7 +31,7 @@ DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """kind: "refused", "merged" or "escaped". text: the message, or what went wrong. remark: worth a word.
+    """The outcome of a case: "refused", "merged" or "escaped", the message or failure, and a remark.
 
     fatal: the process cannot go on.
     """
@@ -102,7 +102,7 @@ def _judge(root: Path, files: Files, options: Options) -> Outcome:
 
 
 def _check_in_place(root: Path, files: Files, report: Report) -> str:
-    """The base is the output now; what it was is laid beside it, for the oracle and to compare it with an undo."""
+    """Check a merge in place: as an output of a copy of the base, and against it after an undo."""
     from pema_adapters.merging.api import undo_merge
 
     (root / "base").rename(root / "out")
@@ -161,7 +161,7 @@ def _by_command(root: Path, options: Options) -> Report:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever had in memory."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
