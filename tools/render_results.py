@@ -40,7 +40,7 @@ def render_block(name: str) -> str:
     """Return table and origin of a result file."""
     saved = read_results(RESULTS / f"{name}.json")
     if RECONSTRUCTED in saved:
-        table = format_table(saved["table"]["header"], saved["table"]["rows"])
+        table = saved.get("markdown") or format_table(saved["table"]["header"], saved["table"]["rows"])
         return "\n\n".join(
             filter(None, [saved.get("caption"), table, saved.get("remark"), describe_reconstruction(saved)])
         )

@@ -34,8 +34,8 @@ def write_results(options: argparse.Namespace, figures: Mapping[str, Any], name:
     """Write the result file where the options ask for it.
 
     Args:
-        options: of make_parser: `json`, a path or None; `save`, whether to write to tools/results; `checkout`, as it was
-            when the run began.
+        options: of make_parser: `json`, a path or None; `save`, whether to write to tools/results; `checkout`, that of
+            the beginning of the run.
         figures: anything that JSON takes; paths become their names.
         name: of the file in tools/results; default: that of the command.
     """
