@@ -1,4 +1,4 @@
-"""The list of mutations, and those that suit any file.
+"""The registry of mutations, and mutations that suit any file.
 
 A mutation takes the bytes of one input file and gives what lies there instead: other bytes, a link, a pipe, a folder,
 nothing. Mutation number `i` of a seed is always the same, so a number is all it takes to see an escape again.
