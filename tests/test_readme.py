@@ -31,21 +31,40 @@ def environment(tmp_path):
     return {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def test_the_code_and_the_merge_print_what_is_written(tmp_path, environment):
-    code, growing = blocks("python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    expected = blocks()
-    trained = run([sys.executable, "-W", "error::UserWarning", "-c", code + growing], tmp_path, environment)
-    assert trained == next(block for block in expected if block.startswith("PartialVocabulary"))
-    example = next(block for block in expected if block.startswith("$"))
-    command, *lines = example.splitlines()
+def test_code_and_commands_do_what_is_written(tmp_path, environment):
+    training, loading, full = blocks("python")
+    merge = next(block for block in blocks() if block.startswith("$ pema-merge"))
+    trained = run([sys.executable, "-c", training], tmp_path, environment)
+    assert re.search(r"^PartialVocabulary\(\d+ of 30,522 rows, \d\d\.\d% less\)$", trained, re.MULTILINE), trained
+    command, *lines = merge.splitlines()
     printed = run(command.removeprefix("$ ").split(), tmp_path, environment)
     for line in lines:
         assert line in printed.splitlines(), printed
-    assert (tmp_path / "merged" / "model.safetensors").exists()
+    run([sys.executable, "-c", loading + "assert model.active_adapters"], tmp_path, environment)
+    run([sys.executable, "-c", training.partition("model = ")[0] + ARGUMENTS + full], tmp_path, environment)
+    run(["pema-merge", "--delta", "run-full"], tmp_path, environment)
+    assert (tmp_path / "run-full" / "merged" / "model.safetensors").exists()
+
+
+ARGUMENTS = 'arguments = TrainingArguments("out", max_steps=2, report_to="none")\n'
+
+
+def test_links_lead_to_files_and_headings():
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        name, _, heading = link.partition("#")
+        if name.startswith("http"):
+            continue
+        page = REPOSITORY / name if name else REPOSITORY / "README.md"
+        assert page.exists(), link
+        if heading:
+            text = page.read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors | set(re.findall(r'id="([^"]+)"', text)), link
 
 
 def run(command, folder, environment):
+    environment = environment | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
