@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pema_adapters.errors import FormatError, VocabularyError
 from pema_adapters.formats.versions import UNVERSIONED, check_version
 from pema_adapters.io.atomic_write import replace_file
-from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_vocab_size
+from pema_adapters.scanning.validation import DEFAULT_COLUMNS, validate_vocab_size
 
 FORMAT = "pema-vocabulary"
 VERSION = 1
@@ -41,8 +41,8 @@ class PartialVocabulary:
     __slots__ = ("_token_ids", "_vocab_size")
 
     def __init__(self, token_ids: Iterable[int] | npt.ArrayLike, vocab_size: int) -> None:
-        self._vocab_size = checked_vocab_size(vocab_size)
-        self._token_ids = _sorted_ids(token_ids, self._vocab_size)
+        self._vocab_size = validate_vocab_size(vocab_size)
+        self._token_ids = _sort_ids(token_ids, self._vocab_size)
 
     @classmethod
     def from_dataset(  # noqa: PLR0913 - the settings of one call, by name
@@ -157,7 +157,7 @@ class PartialVocabulary:
             raise FormatError(f"{path}: a damaged vocabulary file: {error}") from error
 
 
-def _sorted_ids(token_ids: Any, vocab_size: int) -> TokenIds:
+def _sort_ids(token_ids: Any, vocab_size: int) -> TokenIds:
     if not hasattr(token_ids, "__array__"):
         token_ids = list(token_ids)
     elif hasattr(token_ids, "detach"):  # a torch tensor, wherever it lies
@@ -165,7 +165,7 @@ def _sorted_ids(token_ids: Any, vocab_size: int) -> TokenIds:
     ids = np.asarray(token_ids)
     if ids.size and ids.dtype.kind not in "iu":
         raise VocabularyError(f"token ids are integers, found {ids.dtype} (first: {ids.flat[0]!r})")
-    ids = _unique(ids.reshape(-1))
+    ids = _sort_unique(ids.reshape(-1))
     if ids.size and not (ids[0] >= 0 and ids[-1] < vocab_size):
         found = ids[0] if ids[0] < 0 else ids[-1]
         raise VocabularyError(
@@ -176,7 +176,7 @@ def _sorted_ids(token_ids: Any, vocab_size: int) -> TokenIds:
     return ids
 
 
-def _unique(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _sort_unique(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """np.unique, but free for ids that increase already, and sorting: NumPy's hash table is far slower."""
     if np.all(ids[1:] > ids[:-1]):
         return ids
@@ -202,7 +202,7 @@ def _read_file(path: Path) -> tuple[TokenIds, int]:
             f"{path}: not a vocabulary file: found the tensors {shown or '(none)'} and the format "
             f"{metadata.get('format')!r}, expected the tensor token_ids and {FORMAT!r}"
         )
-    return _checked_content(path, ids, metadata.get("vocab_size", ""))
+    return _validate_content(path, ids, metadata.get("vocab_size", ""))
 
 
 def _check_version(path: Path, metadata: dict[str, str]) -> None:
@@ -212,7 +212,7 @@ def _check_version(path: Path, metadata: dict[str, str]) -> None:
         check_version(int(found) if is_number else found, VERSION, where=f"{path}: ")
 
 
-def _checked_content(path: Path, ids: npt.NDArray[Any], vocab_size: str) -> tuple[TokenIds, int]:
+def _validate_content(path: Path, ids: npt.NDArray[Any], vocab_size: str) -> tuple[TokenIds, int]:
     if ids.dtype != np.int32 or ids.ndim != 1:
         raise FormatError(f"{path}: token_ids is {ids.dtype} {list(ids.shape)}, expected int32 [K]")
     if not np.all(ids[1:] > ids[:-1]):

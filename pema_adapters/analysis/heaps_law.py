@@ -46,9 +46,9 @@ class Curve:
     vocab_size: int
 
 
-def heaps_law(points: Points) -> HeapsLaw | None:
+def fit_heaps_law(points: Points) -> HeapsLaw | None:
     """Fit the end of a curve of points (tokens, distinct ids): least squares of logarithms; None for one point."""
-    fitted = _fitted(points)
+    fitted = _select_tail(points)
     if len(fitted) < 2:
         return None
     tokens, distinct = np.log(np.array(fitted, dtype=np.float64)).T
@@ -56,26 +56,26 @@ def heaps_law(points: Points) -> HeapsLaw | None:
     return HeapsLaw(float(np.exp(log_factor)), float(exponent))
 
 
-def _fitted(points: Points) -> Points:
+def _select_tail(points: Points) -> Points:
     fitted = [point for point in points if point[0] * FITTED_SPAN >= points[-1][0]]
     return fitted if len(fitted) > 1 else points[-2:]
 
 
-def format_of(path: str) -> str:
+def check_figure_path(path: str) -> str:
     """The format of a figure at `path`, e.g. "png". Refuses what cannot be written, before any work is done.
 
     Raises:
         PemaError: matplotlib is not installed.
         FormatError: a suffix that matplotlib has no format for, or nothing can be written there.
     """
-    found = known_format(path)
+    found = parse_figure_format(path)
     check_replaceable(Path(path))
     return found
 
 
-def known_format(path: str) -> str:
+def parse_figure_format(path: str) -> str:
     """The same by the name alone, of a figure whose folder is still to come."""
-    formats = _figure().canvas.get_supported_filetypes()
+    formats = _create_figure().canvas.get_supported_filetypes()
     kind = Path(path).suffix[1:].lower()
     if kind not in formats:
         found = Path(path).suffix or "no suffix"
@@ -83,35 +83,35 @@ def known_format(path: str) -> str:
     return kind
 
 
-def drawn(kind: str, curves: Iterable[Curve]) -> bytes:
+def render_figure(kind: str, curves: Iterable[Curve]) -> bytes:
     """A figure as a file of a format: distinct against all tokens, Heaps' law dashed and V dotted, for each curve."""
-    figure, content = _figure(), io.BytesIO()
+    figure, content = _create_figure(), io.BytesIO()
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="tokens", ylabel="distinct tokens")
     for number, curve in enumerate(curves):
-        _draw(axes, curve, f"C{number}")
+        _plot_curve(axes, curve, f"C{number}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)  # beside the curves
     figure.savefig(content, format=kind, dpi=150)
     return content.getvalue()
 
 
-def _draw(axes: Any, curve: Curve, color: str) -> None:
+def _plot_curve(axes: Any, curve: Curve, color: str) -> None:
     tokens, distinct = zip(*curve.points, strict=True) if curve.points else ((), ())
-    axes.plot(tokens, distinct, color=color, marker=".", label=_plain(Path(curve.name).name or curve.name))
-    law = heaps_law(curve.points)
+    axes.plot(tokens, distinct, color=color, marker=".", label=_escape_label(Path(curve.name).name or curve.name))
+    law = fit_heaps_law(curve.points)
     if law is not None:
         label = f"Heaps' law, K = {law.factor:.3g} n^{law.exponent:.3f}"
-        ends = [point[0] for point in _fitted(curve.points)]
+        ends = [point[0] for point in _select_tail(curve.points)]
         axes.plot(ends, [law(n) for n in ends], color=color, linestyle="--", label=label)
     axes.axhline(curve.vocab_size, color=color, linestyle=":", label=f"V = {curve.vocab_size:,}")
 
 
-def _plain(name: str) -> str:
+def _escape_label(name: str) -> str:
     """Without a meaning to matplotlib, which leaves out names that begin with _ and reads $ as mathematics."""
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
-def _figure() -> Any:
+def _create_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

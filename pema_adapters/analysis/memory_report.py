@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rates:
+class BytesPerParam:
     """Bytes: of a weight, its gradient, its two moments; and of the step counter of a tensor."""
 
     weight: int
@@ -39,13 +39,17 @@ class Rates:
     step: int
 
 
-OPTIMIZERS: Mapping[str, Rates] = {
-    "adamw_fp32": Rates(4, 4, 8, 4),
-    "adamw_bf16": Rates(2, 2, 4, 4),
-    "adamw_8bit": Rates(4, 4, 2, 0),
+OPTIMIZERS: Mapping[str, BytesPerParam] = {
+    "adamw_fp32": BytesPerParam(4, 4, 8, 4),
+    "adamw_bf16": BytesPerParam(2, 2, 4, 4),
+    "adamw_8bit": BytesPerParam(4, 4, 2, 0),
 }
 
-GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of classes that train with their head
+GENERATIVE_SUFFIXES = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "ForConditionalGeneration",
+)  # ends of classes that train with their head
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,8 @@ def memory_report(
     embedding = input_embedding(model)
     used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     is_tied = has_tied_head(model, embedding)
-    counted = _Counted.of(model, embedding)
-    after = counted.with_rows(len(used), keeps_matrix=is_tied)
+    counted = ParamCounts.count(model, embedding)
+    after = counted.shrink(len(used), keeps_matrix=is_tied)
     return MemoryReport(
         model=given if isinstance(given, str) else model.name_or_path or type(model).__name__,
         built=type(model).__name__,
@@ -164,8 +168,8 @@ def memory_report(
         parameters_saved=counted.held - after.held,
         trained_parameters_saved=counted.trained - after.trained,
         has_tied_head=is_tied,
-        before=counted.memory(OPTIMIZERS[optimizer]),
-        after=after.memory(OPTIMIZERS[optimizer]),
+        before=counted.compute_memory(OPTIMIZERS[optimizer]),
+        after=after.compute_memory(OPTIMIZERS[optimizer]),
     )
 
 
@@ -189,7 +193,7 @@ def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bo
         )
     name = config if isinstance(config, str) else config.name_or_path or type(config).__name__
     config = load_config(config, trust_remote_code) if isinstance(config, str) else config
-    kind = model_class or _class_of(config)
+    kind = model_class or _select_class(config)
     if not trust_remote_code:
         refuse_hub_kernel(config, name)
     try:
@@ -201,11 +205,11 @@ def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bo
         raise FormatError(f"{name}: no {kind.__name__} can be built of this config: {error}") from error
 
 
-def _class_of(config: Any) -> Any:
+def _select_class(config: Any) -> Any:
     import transformers
 
     trained = (getattr(config, "architectures", None) or [""])[0]
-    own = getattr(transformers, trained, None) if trained.endswith(GENERATES) else None
+    own = getattr(transformers, trained, None) if trained.endswith(GENERATIVE_SUFFIXES) else None
     return own or transformers.AutoModel
 
 
@@ -214,7 +218,7 @@ def _is_model(thing: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Counted:
+class ParamCounts:
     """Parameters held, parameters and tensors that train, and what of them is the matrix E [V, d]."""
 
     held: int
@@ -225,7 +229,7 @@ class _Counted:
     trains_matrix: bool
 
     @classmethod
-    def of(cls, model: Any, embedding: nn.Embedding) -> _Counted:
+    def count(cls, model: Any, embedding: nn.Embedding) -> ParamCounts:
         """Each parameter once. E counts with V rows, shrunk or not, and is trained unless its weight is frozen."""
         others = [parameter for parameter in model.parameters() if parameter is not embedding.weight]
         trained = [parameter for parameter in others if parameter.requires_grad]
@@ -240,10 +244,10 @@ class _Counted:
             trains_matrix=trains,
         )
 
-    def with_rows(self, rows: int, keeps_matrix: bool) -> _Counted:
+    def shrink(self, rows: int, keeps_matrix: bool) -> ParamCounts:
         """With K rows in the place of E, or beside it, frozen, where a head needs it."""
         partial = rows * self.dim
-        return _Counted(
+        return ParamCounts(
             held=self.held + partial - (0 if keeps_matrix else self.matrix),
             trained=self.trained + (partial - self.matrix) * self.trains_matrix,
             trained_tensors=self.trained_tensors,
@@ -252,7 +256,7 @@ class _Counted:
             trains_matrix=self.trains_matrix,
         )
 
-    def memory(self, rates: Rates) -> Memory:
+    def compute_memory(self, rates: BytesPerParam) -> Memory:
         """In bytes."""
         states = rates.moments * self.trained + rates.step * self.trained_tensors
         return Memory(rates.weight * self.held, rates.gradient * self.trained, states)

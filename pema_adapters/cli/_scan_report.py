@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from pema_adapters.analysis.heaps_law import Curve, heaps_law
+from pema_adapters.analysis.heaps_law import Curve, fit_heaps_law
 from pema_adapters.analysis.memory_report import OPTIMIZERS, build_on_meta, memory_report
 from pema_adapters.errors import PemaError
 from pema_adapters.hub.pretrained import count_tokenizer_rows, load_tokenizer, read_embedding_shape
-from pema_adapters.scanning.cache.cached_scan import Data, cached_scan, note_of
+from pema_adapters.scanning.cache.cached_scan import DataSource, format_cache_note, scan_with_cache
 from pema_adapters.scanning.scanner import Scan
 from pema_adapters.scanning.text_columns import Encoder
 from pema_adapters.vocabulary import PartialVocabulary
@@ -69,16 +69,16 @@ def scan_target(subject: ScanTarget, options: argparse.Namespace) -> ScanResult:
     """Read all the data with one tokenizer, unless that was done before."""
     encoder = Encoder(subject.tokenizer, tuple(options.text_column), options.max_length)
     data, how = (
-        Data(tuple(options.data), options.trust_remote_code),
+        DataSource(tuple(options.data), options.trust_remote_code),
         {"num_proc": options.num_proc, "use_cache": options.cache},
     )
-    scan, cache = cached_scan(data, encoder, subject.vocab_size, **how)
+    scan, cache = scan_with_cache(data, encoder, subject.vocab_size, **how)
     return ScanResult(subject, scan, PartialVocabulary(scan.token_ids, subject.vocab_size), cache)
 
 
 def compute_metrics(found: ScanResult, options: argparse.Namespace) -> dict[str, Any]:
     """What the table and `--json` show, ready for JSON."""
-    vocabulary, law = found.vocabulary, heaps_law(found.scan.growth)
+    vocabulary, law = found.vocabulary, fit_heaps_law(found.scan.growth)
     figures: dict[str, Any] = {
         "tokenizer": found.target.name,
         "data": options.data,
@@ -90,7 +90,7 @@ def compute_metrics(found: ScanResult, options: argparse.Namespace) -> dict[str,
         "growth": [list(point) for point in found.scan.growth],
         "heaps_law": None if law is None else asdict(law),
         "from_cache": bool(found.cache),
-        "notes": [*found.scan.notes, *([note_of(found.cache)] if found.cache else [])],
+        "notes": [*found.scan.notes, *([format_cache_note(found.cache)] if found.cache else [])],
     }
     if options.unused is not None:
         pad = found.target.tokenizer.pad_token_id

@@ -150,19 +150,19 @@ def _compute(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _check_outputs(options: argparse.Namespace) -> str:
     """The format of the figure, if there is to be one; refused where a file could not be written."""
-    from pema_adapters.analysis.heaps_law import format_of
+    from pema_adapters.analysis.heaps_law import check_figure_path
     from pema_adapters.io.atomic_write import check_replaceable
 
     if options.save:
         check_replaceable(Path(options.save))
-    return format_of(options.plot) if options.plot else ""
+    return check_figure_path(options.plot) if options.plot else ""
 
 
 def _write(found: Sequence["ScanResult"], figure_format: str, options: argparse.Namespace) -> None:
-    from pema_adapters.analysis.heaps_law import drawn
+    from pema_adapters.analysis.heaps_law import render_figure
     from pema_adapters.io.atomic_write import replace_file
 
-    figure = drawn(figure_format, [one.curve for one in found]) if options.plot else b""
+    figure = render_figure(figure_format, [one.curve for one in found]) if options.plot else b""
     if options.save:
         found[0].vocabulary.save(options.save)
     if options.plot:

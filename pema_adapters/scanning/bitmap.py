@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from pema_adapters.scanning.values import Integers
 
-BLOCK = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
+BLOCK_SIZE = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
 POINT_RATIO = 10**0.1  # from one point of a growth curve to the next: ten for each power of ten
 
-Packed = npt.NDArray[np.uint8]  # a bit for each id, np.packbits
+PackedBits = npt.NDArray[np.uint8]  # a bit for each id, np.packbits
 
 
 class Bitmap:
@@ -20,45 +20,45 @@ class Bitmap:
         self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
         self.tokens = 0
         self.before = 0  # of the tokens, those that other bitmaps count
-        self._index = np.empty(BLOCK, dtype=np.intp)
+        self._index = np.empty(BLOCK_SIZE, dtype=np.intp)
 
     def mark(self, ids: Integers, skip_negative: bool) -> int | None:
         """Mark 1-D ids of any integer type; at the first block with an id outside [0, V), return that id.
 
         Marking comes before checking: it waits less for memory, and the check then finds the block in the cache.
         """
-        for start in range(0, len(ids), BLOCK):
-            block = ids[start : start + BLOCK]
-            if skip_negative and not self._fits(block):
+        for start in range(0, len(ids), BLOCK_SIZE):
+            block = ids[start : start + BLOCK_SIZE]
+            if skip_negative and not self._is_in_range(block):
                 block = block[block >= 0]
             try:
-                self.seen[self._as_index(block)] = True
+                self.seen[self._to_index(block)] = True
             except IndexError:
-                return self._first_wrong(block)
-            if not self._fits(block):  # NumPy counts negative ids from the end
-                return self._first_wrong(block)
+                return self._find_out_of_range(block)
+            if not self._is_in_range(block):  # NumPy counts negative ids from the end
+                return self._find_out_of_range(block)
             self.tokens += len(block)
         return None
 
-    def distinct(self) -> int:
+    def count_distinct(self) -> int:
         """K so far."""
         return int(np.count_nonzero(self.seen))
 
-    def begun(self, tokens: int) -> "Bitmap":
-        """An empty bitmap for later data, so many tokens behind the end of this one; `join` them in order."""
+    def fork(self, tokens: int) -> "Bitmap":
+        """An empty bitmap for later data, so many tokens behind the end of this one; `merge` them in order."""
         bitmap = Bitmap(len(self.seen))
         bitmap.tokens = bitmap.before = self.tokens + tokens
         return bitmap
 
-    def join(self, part: "Bitmap") -> None:
-        """Take over what a `begun` bitmap has seen, as if its ids had been marked here."""
+    def merge(self, part: "Bitmap") -> None:
+        """Take over what a forked bitmap has seen, as if its ids had been marked here."""
         self.seen |= part.seen
         self.tokens += part.tokens - part.before
 
-    def _first_wrong(self, block: Integers) -> int:
+    def _find_out_of_range(self, block: Integers) -> int:
         return int(block[(block < 0) | (block >= len(self.seen))][0])
 
-    def _as_index(self, block: Integers) -> npt.NDArray[np.intp]:
+    def _to_index(self, block: Integers) -> npt.NDArray[np.intp]:
         """The block in NumPy's own index type: cast within the cache, faster than leaving the cast to NumPy."""
         index = self._index[: len(block)]
         if block.dtype == index.dtype:
@@ -66,16 +66,16 @@ class Bitmap:
         index[...] = block
         return index
 
-    def _fits(self, block: Integers) -> bool:
+    def _is_in_range(self, block: Integers) -> bool:
         """One pass for both bounds: read as unsigned, a negative number is larger than any V."""
         return not block.size or int(block.view(f"u{block.itemsize}").max()) < len(self.seen)
 
 
 @dataclass(frozen=True)
-class Grown:
+class BitmapState:
     """A `GrowingBitmap` at rest: what it takes to go on."""
 
-    seen: Packed
+    seen: PackedBits
     tokens: int
     points: tuple[tuple[int, int], ...]
 
@@ -102,57 +102,57 @@ class GrowingBitmap(Bitmap):
 
     def growth(self) -> tuple[tuple[int, int], ...]:
         """Pairs (tokens, distinct ids among them), increasing; the last is what there is now."""
-        at_the_end = (self.tokens, self.distinct())
+        at_the_end = (self.tokens, self.count_distinct())
         return (*self._points, *([at_the_end] if self.tokens and self._points[-1] != at_the_end else []))
 
-    def begun(self, tokens: int) -> "GrowingBitmap":
-        """As `Bitmap.begun`; it keeps what was seen at its points, for `join` to count."""
-        bitmap = _Part(len(self.seen))
+    def fork(self, tokens: int) -> "GrowingBitmap":
+        """As `Bitmap.fork`; it keeps what was seen at its points, for `merge` to count."""
+        bitmap = _ForkedBitmap(len(self.seen))
         bitmap.tokens = bitmap.before = self.tokens + tokens
         bitmap._next = self._next
         while bitmap._next <= bitmap.tokens:
-            bitmap._next = _after(bitmap._next)
+            bitmap._next = _next_point(bitmap._next)
         return bitmap
 
-    def join(self, part: Bitmap) -> None:
-        """As `Bitmap.join`, with the points on the way."""
-        if isinstance(part, _Part):
+    def merge(self, part: Bitmap) -> None:
+        """As `Bitmap.merge`, with the points on the way."""
+        if isinstance(part, _ForkedBitmap):
             for tokens, seen in part.snapshots:
-                self._points.append((tokens, int(np.count_nonzero(self.seen | _unpacked(seen, len(self.seen))))))
+                self._points.append((tokens, int(np.count_nonzero(self.seen | _unpack_bits(seen, len(self.seen))))))
             self._next = part._next
-        super().join(part)
+        super().merge(part)
 
-    def at_rest(self) -> Grown:
+    def snapshot(self) -> BitmapState:
         """A copy to go on from."""
-        return Grown(np.packbits(self.seen), self.tokens, tuple(self._points))
+        return BitmapState(np.packbits(self.seen), self.tokens, tuple(self._points))
 
-    def wake(self, state: Grown) -> None:
+    def restore(self, state: BitmapState) -> None:
         """Go on from a copy; a bitmap of the same V."""
-        self.seen[:] = _unpacked(state.seen, len(self.seen))
+        self.seen[:] = _unpack_bits(state.seen, len(self.seen))
         self.tokens, self._points = state.tokens, list(state.points)
-        self._next = _after(self._points[-1][0]) if self._points else 1
+        self._next = _next_point(self._points[-1][0]) if self._points else 1
 
     def _add_point(self) -> None:
-        self._points.append((self.tokens, self.distinct()))
-        self._next = _after(self.tokens)
+        self._points.append((self.tokens, self.count_distinct()))
+        self._next = _next_point(self.tokens)
 
 
-class _Part(GrowingBitmap):
+class _ForkedBitmap(GrowingBitmap):
     """Keeps all that was seen at its points, where its parent counts."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self.snapshots: list[tuple[int, Packed]] = []
+        self.snapshots: list[tuple[int, PackedBits]] = []
 
     def _add_point(self) -> None:
         self.snapshots.append((self.tokens, np.packbits(self.seen)))
-        self._next = _after(self.tokens)
+        self._next = _next_point(self.tokens)
 
 
-def _after(tokens: int) -> int:
+def _next_point(tokens: int) -> int:
     """Where the point after one at `tokens` is."""
     return max(tokens + 1, round(tokens * POINT_RATIO))
 
 
-def _unpacked(bits: Packed, count: int) -> npt.NDArray[np.bool_]:
+def _unpack_bits(bits: PackedBits, count: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(bits, count=count).view(np.bool_)

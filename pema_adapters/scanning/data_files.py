@@ -12,20 +12,20 @@ from pema_adapters.errors import FormatError, PemaError
 from pema_adapters.hub.pretrained import NEEDS_CODE
 from pema_adapters.scanning.limits import check_limits
 
-_AS_IT_IS = {"keep_default_na": False}  # a text may be "null" or "NA"
+_KEEP_NA = {"keep_default_na": False}  # a text may be "null" or "NA"
 BUILDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # suffix -> builder of datasets, its options
     ".txt": ("text", {}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", _AS_IT_IS),
-    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_AS_IT_IS}),  # a quotation mark is a letter there
+    ".csv": ("csv", _KEEP_NA),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, **_KEEP_NA}),  # a quotation mark is a letter there
     ".parquet": ("parquet", {"batch_size": 1_000}),  # default: a whole row group
 }
 
-_KNOWN = f"{', '.join(BUILDERS)}, or .gz behind these"
-_SPEAKING = (OSError, ValueError, EOFError, zlib.error)  # whose messages need no name before them
-_OF_MODELS = ("*.safetensors", "pytorch_model*.bin", "tokenizer_config.json")
-NOT_DATA = ("dataset_infos.json",)  # what tells of data beside it
+_SUPPORTED = f"{', '.join(BUILDERS)}, or .gz behind these"
+_SELF_EXPLANATORY = (OSError, ValueError, EOFError, zlib.error)  # whose messages need no name before them
+_MODEL_FILES = ("*.safetensors", "pytorch_model*.bin", "tokenizer_config.json")
+METADATA_FILES = ("dataset_infos.json",)  # what tells of data beside it
 
 
 def load_data(names: list[str], trust_remote_code: bool = False) -> dict[str, Any]:
@@ -41,16 +41,16 @@ def load_data(names: list[str], trust_remote_code: bool = False) -> dict[str, An
         FormatError: nothing there, or not readable as what the name promises.
     """
     found: dict[str, Any] = {}
-    for name in [one for given in names for one in _parts_of(given)]:
-        with reading_data(name), _naming_remote_code(name, trust_remote_code):
-            data = _load(name, trust_remote_code)
+    for name in [one for given in names for one in _expand_folder(given)]:
+        with translate_errors(name), _suggest_remote_code(name, trust_remote_code):
+            data = _load_one(name, trust_remote_code)
         splits = data if isinstance(data, Mapping) else {"": data}
         found.update({f"{name} {split}".rstrip(): part for split, part in splits.items()})
     return found
 
 
 @contextmanager
-def reading_data(name: str) -> Iterator[None]:
+def translate_errors(name: str) -> Iterator[None]:
     """Turn what goes wrong in `datasets` into a FormatError that names the data.
 
     Any exception: of damaged data, Arrow and datasets raise what they happen to stumble over, KeyError and TypeError
@@ -61,13 +61,13 @@ def reading_data(name: str) -> Iterator[None]:
     except PemaError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, _SPEAKING) and str(error) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, _SELF_EXPLANATORY) and str(error) else f"{type(error).__name__}: "
         said = " ".join(str(error).split())
         raise FormatError(f"{name}: cannot be read as a data set: {kind}{said}") from error
 
 
 @contextmanager
-def _naming_remote_code(name: str, trust_remote_code: bool) -> Iterator[None]:
+def _suggest_remote_code(name: str, trust_remote_code: bool) -> Iterator[None]:
     """Refuse a loading script with the option that allows it, in versions of datasets that still run them."""
     try:
         yield
@@ -77,10 +77,10 @@ def _naming_remote_code(name: str, trust_remote_code: bool) -> Iterator[None]:
         raise FormatError(f"{name}: the data set {NEEDS_CODE}") from error
 
 
-def read_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
+def iterate_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
     """The items of a stream of `datasets`; what goes wrong in it is a FormatError that names the data."""
     while True:
-        with reading_data(name):
+        with translate_errors(name):
             try:
                 item = next(items)
             except StopIteration:
@@ -88,49 +88,49 @@ def read_stream(items: Iterator[Any], name: str) -> Iterator[Any]:
         yield item
 
 
-def _parts_of(name: str) -> list[str]:
+def _expand_folder(name: str) -> list[str]:
     """The data in a folder of such; else the name itself."""
     folder = Path(name)
-    if not folder.is_dir() or _is_saved(folder):
+    if not folder.is_dir() or _is_saved_dataset(folder):
         return [name]
-    if (folder / "config.json").is_file() and any(any(folder.glob(one)) for one in _OF_MODELS):
+    if (folder / "config.json").is_file() and any(any(folder.glob(one)) for one in _MODEL_FILES):
         raise FormatError(
-            f"{name}: the folder of a model or tokenizer; expected data: {_KNOWN}, or what save_to_disk wrote"
+            f"{name}: the folder of a model or tokenizer; expected data: {_SUPPORTED}, or what save_to_disk wrote"
         )
-    found = [str(path) for path in _data_in(folder)]
+    found = [str(path) for path in _find_data(folder)]
     if not found:
-        raise FormatError(f"{name}: a folder without data; expected {_KNOWN}, or what save_to_disk wrote")
+        raise FormatError(f"{name}: a folder without data; expected {_SUPPORTED}, or what save_to_disk wrote")
     return found
 
 
-def _data_in(folder: Path) -> Iterator[Path]:
+def _find_data(folder: Path) -> Iterator[Path]:
     """Data files and saved data sets, sorted by name; not what is hidden, nor behind links to folders."""
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        if path.is_file() and _suffix(path) in BUILDERS and path.name not in NOT_DATA:
+        if path.is_file() and _find_suffix(path) in BUILDERS and path.name not in METADATA_FILES:
             yield path
         elif path.is_dir() and not path.is_symlink():
-            yield from [path] if _is_saved(path) else _data_in(path)
+            yield from [path] if _is_saved_dataset(path) else _find_data(path)
 
 
-def _is_saved(folder: Path) -> bool:
+def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _load(name: str, trust_remote_code: bool) -> Any:
+def _load_one(name: str, trust_remote_code: bool) -> Any:
     import datasets
 
     path = Path(name)
     if path.is_file():
-        return _file(path)
+        return _load_file(path)
     if path.is_dir():
-        return _saved(name)
+        return _load_saved(name)
     if path.suffix in {*BUILDERS, ".gz"} or path.is_absolute():
         raise FormatError(f"{name}: no such file or folder")
     repository, _, configuration = name.partition(":")
     return datasets.load_dataset(repository, configuration or None, trust_remote_code=trust_remote_code)
 
 
-def _saved(name: str) -> Any:
+def _load_saved(name: str) -> Any:
     import datasets
 
     try:
@@ -139,12 +139,12 @@ def _saved(name: str) -> Any:
         raise FormatError(f"{name}: a saved data set with a split without rows; save those that have some") from None
 
 
-def _file(path: Path) -> Any:
+def _load_file(path: Path) -> Any:
     import datasets
 
-    suffix = _suffix(path)
+    suffix = _find_suffix(path)
     if suffix not in BUILDERS:
-        raise FormatError(f"{path}: found {suffix or 'no suffix'}, expected one of {_KNOWN}")
+        raise FormatError(f"{path}: found {suffix or 'no suffix'}, expected one of {_SUPPORTED}")
     if "::" in str(path):
         raise FormatError(f"{path}: datasets takes '::' in a name for a chain of addresses; rename the file")
     if not path.stat().st_size:
@@ -158,6 +158,6 @@ def _file(path: Path) -> Any:
         return datasets.Dataset.from_dict({})
 
 
-def _suffix(path: Path) -> str:
+def _find_suffix(path: Path) -> str:
     """The suffix that tells the format, in small letters: that before .gz."""
     return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pema_adapters.errors import FormatError, reading
 
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream, https://arrow.apache.org/docs/format
-WRITTEN_BY_DATASETS = ("dataset_info.json", "state.json")  # beside its files, which it always ends with END_OF_STREAM
+DATASETS_METADATA = ("dataset_info.json", "state.json")  # beside its files, which it always ends with END_OF_STREAM
 
 _UINT16, _UINT32, _INT32, _INT64 = map(struct.Struct, ("<H", "<I", "<i", "<q"))
 _HEADER_TYPE, _HEADER, _BODY_LENGTH = 1, 2, 3  # fields of a Message, in Arrow's Message.fbs
@@ -44,7 +44,7 @@ def check_columns(data: Any, names: list[str], name: str) -> None:
     """
     files = [Path(file["filename"]) for file in data.cache_files]
     for file in files:
-        _check_end(file)
+        _check_stream_end(file)
     for column in names:
         for chunk in data.data.column(column).chunks:
             check_array(chunk, f"{name}, column {column!r}", files)
@@ -59,7 +59,7 @@ def check_array(array: pa.Array, where: str, files: list[Path] | None = None) ->
         if isinstance(array, pa.ExtensionArray):
             array.storage.validate(full=True)
     except (pa.ArrowException, ValueError) as error:
-        in_files = f" (from {_names(files)})" if files else ""
+        in_files = f" (from {_format_files(files)})" if files else ""
         raise FormatError(f"{where}{in_files}: damaged Arrow data: {error}; {_REMEDY}") from error
 
 
@@ -72,21 +72,21 @@ def _check_indices(indices: pa.ChunkedArray, row_count: int, name: str) -> None:
             )
 
 
-def _check_end(path: Path) -> None:
+def _check_stream_end(path: Path) -> None:
     """Refuse a file of `datasets` that was cut between two batches, or reads its ids from elsewhere in the file."""
-    if not any((path.parent / name).is_file() for name in WRITTEN_BY_DATASETS):
+    if not any((path.parent / name).is_file() for name in DATASETS_METADATA):
         return  # a stream by somebody else may end without a mark
     with reading(path), path.open("rb") as file:
         file.seek(-min(len(END_OF_STREAM), path.stat().st_size), 2)
         end = file.read()
-    if end != END_OF_STREAM or not _is_laid_out_as_written(path):
+    if end != END_OF_STREAM or not _is_contiguous(path):
         raise FormatError(
             f"{path}: damaged: the Arrow stream does not end where the file ends, or its buffers are not in order; "
             f"{_REMEDY}"
         )
 
 
-def _is_laid_out_as_written(path: Path) -> bool:
+def _is_contiguous(path: Path) -> bool:
     """Whether a stream ends where its file ends, and the buffers of each batch follow one another in the file.
 
     Arrow reads a buffer from wherever a damaged header says, and takes a length of zero for the end of the stream.
@@ -95,9 +95,9 @@ def _is_laid_out_as_written(path: Path) -> bool:
         at = 0
         try:
             while (length := _UINT32.unpack_from(content, at + 4)[0]) != 0:
-                message = _Table.at(content, at + 8)
-                body = message.integer(_BODY_LENGTH)
-                if not _is_in_order(message, body):
+                message = _FlatBufferTable.follow_offset(content, at + 8)
+                body = message.read_int64(_BODY_LENGTH)
+                if not _has_ordered_buffers(message, body):
                     return False
                 at += 8 + length + body
         except (struct.error, ValueError):
@@ -105,18 +105,18 @@ def _is_laid_out_as_written(path: Path) -> bool:
         return at + len(END_OF_STREAM) == len(content)
 
 
-def _is_in_order(message: "_Table", body: int) -> bool:
+def _has_ordered_buffers(message: "_FlatBufferTable", body: int) -> bool:
     """Whether the buffers of a message fill its body in order, up to padding."""
-    if message.byte(_HEADER_TYPE) != _RECORD_BATCH:
+    if message.read_byte(_HEADER_TYPE) != _RECORD_BATCH:
         return body == 0
-    batch = message.table(_HEADER)
-    begins, sizes = batch.pairs(_BUFFERS).T
+    batch = message.read_table(_HEADER)
+    begins, sizes = batch.read_pairs(_BUFFERS).T
     gaps = np.append(begins, body) - np.append(0, begins + sizes)
     return bool((sizes >= 0).all() and (gaps >= 0).all() and (gaps < _PADDING).all())
 
 
 @dataclass(frozen=True)
-class _Table:
+class _FlatBufferTable:
     """A table of FlatBuffers, the format of Arrow's headers: where it lies, and where its fields are listed."""
 
     content: mmap.mmap
@@ -124,12 +124,12 @@ class _Table:
     fields: int
 
     @classmethod
-    def at(cls, content: mmap.mmap, place: int) -> "_Table":
+    def follow_offset(cls, content: mmap.mmap, place: int) -> "_FlatBufferTable":
         """The table that an offset at a place points to."""
         start = place + _UINT32.unpack_from(content, place)[0]
         return cls(content, start, start - _INT32.unpack_from(content, start)[0])
 
-    def place(self, field: int) -> int:
+    def locate_field(self, field: int) -> int:
         """Where the field of a number is. Raises ValueError where there is none."""
         entry = 4 + 2 * field
         known = _UINT16.unpack_from(self.content, self.fields)[0] > entry
@@ -138,31 +138,31 @@ class _Table:
             raise ValueError(f"no field {field}")
         return self.start + int(offset)
 
-    def byte(self, field: int) -> int:
+    def read_byte(self, field: int) -> int:
         """A field of 8 bits."""
-        return self.content[self.place(field)]
+        return self.content[self.locate_field(field)]
 
-    def integer(self, field: int) -> int:
+    def read_int64(self, field: int) -> int:
         """A field of 64 bits, not negative; 0, which is not written, where there is none."""
         try:
-            place = self.place(field)
+            place = self.locate_field(field)
         except ValueError:
             return 0
         if (found := int(_INT64.unpack_from(self.content, place)[0])) < 0:
             raise ValueError(f"field {field} is negative")
         return found
 
-    def table(self, field: int) -> "_Table":
+    def read_table(self, field: int) -> "_FlatBufferTable":
         """A field that is a table."""
-        return self.at(self.content, self.place(field))
+        return self.follow_offset(self.content, self.locate_field(field))
 
-    def pairs(self, field: int) -> npt.NDArray[np.int64]:
+    def read_pairs(self, field: int) -> npt.NDArray[np.int64]:
         """A field that is a list of pairs of 64 bits, [n, 2]."""
-        place = self.place(field)
+        place = self.locate_field(field)
         start = place + _UINT32.unpack_from(self.content, place)[0]
         count = _UINT32.unpack_from(self.content, start)[0]
         return np.frombuffer(self.content[start + 4 : start + 4 + 16 * count], "<i8").reshape(-1, 2)
 
 
-def _names(files: list[Path]) -> str:
+def _format_files(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1:,} more files"

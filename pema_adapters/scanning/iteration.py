@@ -9,7 +9,7 @@ from typing import Any
 from pema_adapters.errors import VocabularyError
 
 
-def is_a(data: Any, library: str, name: str) -> bool:
+def is_instance_of(data: Any, library: str, name: str) -> bool:
     """Whether data are an instance of library.name; a library that is not loaded cannot have made them."""
     kind = getattr(sys.modules.get(library), name, None)
     return isinstance(kind, type) and isinstance(data, kind)
@@ -20,7 +20,7 @@ def is_iterable(data: Any) -> bool:
     return hasattr(data, "__iter__") or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
 
 
-def walk(data: Any, name: str) -> Iterator[Any]:
+def iterate(data: Any, name: str) -> Iterator[Any]:
     """The items of data; `name` is what an error calls them.
 
     Raises:
@@ -37,12 +37,12 @@ def walk(data: Any, name: str) -> Iterator[Any]:
     return (data[number] for number in range(len(data)))  # these need not end with an IndexError
 
 
-def length(data: Any) -> int | None:
+def estimate_length(data: Any) -> int | None:
     """What a progress bar counts up to: rows of data sets, items of other iterables; None if not known."""
-    if is_a(data, "datasets", "Dataset"):
+    if is_instance_of(data, "datasets", "Dataset"):
         return len(data)
     if isinstance(data, Mapping):
-        parts = [length(part) for part in data.values()]
+        parts = [estimate_length(part) for part in data.values()]
         return None if None in parts else sum(part for part in parts if part)
     try:
         return operator.length_hint(data) or None
@@ -51,7 +51,7 @@ def length(data: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def same_random_state(data: Any) -> Iterator[None]:
+def preserve_random_state(data: Any) -> Iterator[None]:
     """Undo what walking data draws from torch: a DataLoader takes a seed, which would change the training."""
     torch: Any = sys.modules.get("torch")
     if torch is None:

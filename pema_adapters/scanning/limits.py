@@ -23,8 +23,8 @@ MAX_PAGES = 1 << 30
 
 _GZIP = b"\x1f\x8b"
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
-_STEPS = np.zeros(256, dtype=np.int64)
-_STEPS[[*b"[{"]], _STEPS[[*b"]}"]] = 1, -1
+_DEPTH_STEPS = np.zeros(256, dtype=np.int64)
+_DEPTH_STEPS[[*b"[{"]], _DEPTH_STEPS[[*b"]}"]] = 1, -1
 
 
 def check_limits(path: Path, suffix: str) -> None:
@@ -41,17 +41,17 @@ def check_limits(path: Path, suffix: str) -> None:
         _check_parquet(path)
         return
     is_json = suffix in (".json", ".jsonl")
-    checks = [_line_check(path, MAX_JSON_LINE if is_json else MAX_LINE)]
+    checks = [_make_line_check(path, MAX_JSON_LINE if is_json else MAX_LINE)]
     if is_json:
-        checks.append(_depth_check(path))
+        checks.append(_make_depth_check(path))
     elif suffix in (".csv", ".tsv"):
-        checks.append(_column_check(path, b"\t" if suffix == ".tsv" else b","))
-    for chunk in _chunks(path):
+        checks.append(_make_column_check(path, b"\t" if suffix == ".tsv" else b","))
+    for chunk in _read_chunks(path):
         for check in checks:
             check(chunk)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _read_chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         is_compressed = file.read(len(_GZIP)) == _GZIP
         file.seek(0)
@@ -60,7 +60,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _line_check(path: Path, limit: int) -> Callable[[bytes], None]:
+def _make_line_check(path: Path, limit: int) -> Callable[[bytes], None]:
     """Count the bytes since the last line break."""
     length = 0
 
@@ -79,7 +79,7 @@ def _line_check(path: Path, limit: int) -> Callable[[bytes], None]:
     return check
 
 
-def _depth_check(path: Path) -> Callable[[bytes], None]:
+def _make_depth_check(path: Path) -> Callable[[bytes], None]:
     """Count open brackets outside of strings."""
     depth, quotes, rest = 0, 0, b""
 
@@ -91,7 +91,7 @@ def _depth_check(path: Path) -> Callable[[bytes], None]:
         text = text[: len(text) - cut].replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE)
         marks = np.frombuffer(text, dtype=np.uint8)
         before = quotes + np.cumsum(marks == ord('"'))
-        depths = depth + np.cumsum(np.where(before % 2, 0, _STEPS[marks]))
+        depths = depth + np.cumsum(np.where(before % 2, 0, _DEPTH_STEPS[marks]))
         if not len(marks):
             return
         if int(depths.max()) > MAX_JSON_DEPTH:
@@ -101,7 +101,7 @@ def _depth_check(path: Path) -> Callable[[bytes], None]:
     return check
 
 
-def _column_check(path: Path, separator: bytes) -> Callable[[bytes], None]:
+def _make_column_check(path: Path, separator: bytes) -> Callable[[bytes], None]:
     """Count the separators of the first line."""
     found, is_over = 1, False
 

@@ -20,15 +20,21 @@ import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
 from pema_adapters.scanning.bitmap import Bitmap
-from pema_adapters.scanning.iteration import is_a, is_iterable, length, same_random_state, walk
-from pema_adapters.scanning.progress import Steps, open_scan_bar
-from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_num_proc, checked_vocab_size
-from pema_adapters.scanning.values import NotIdsError, integers
+from pema_adapters.scanning.iteration import (
+    estimate_length,
+    is_instance_of,
+    is_iterable,
+    iterate,
+    preserve_random_state,
+)
+from pema_adapters.scanning.progress import ScanProgress, open_scan_bar
+from pema_adapters.scanning.validation import DEFAULT_COLUMNS, validate_num_proc, validate_vocab_size
+from pema_adapters.scanning.values import NotIdsError, iterate_integers
 
-BATCH = 1_000  # rows asked for at a time, where a transform or a stream makes them
+BATCH_ROWS = 1_000  # rows asked for at a time, where a transform or a stream makes them
 
-Wrong = tuple[Any, int] | None  # the first piece that does not fit, and its id
-Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. ("data[1]", "split 'train'")
+InvalidId = tuple[Any, int] | None  # the first piece that does not fit, and its id
+Location = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. ("data[1]", "split 'train'")
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,14 @@ def scan(  # noqa: PLR0913 - the settings of one call, by name
     Rows that a data set picks more than once (through its indices mapping) are read and counted once.
     """
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
-    bitmap = Bitmap(checked_vocab_size(vocab_size))
-    with open_scan_bar(length(data), progress) as bar, same_random_state(data):
-        scanner = Scanner(bitmap, columns, Steps(bitmap, bar), checked_num_proc(num_proc))
-        scanner.any(data, ())
-        scanner.steps.end()
+    bitmap = Bitmap(validate_vocab_size(vocab_size))
+    with open_scan_bar(estimate_length(data), progress) as bar, preserve_random_state(data):
+        scanner = Scanner(bitmap, columns, ScanProgress(bitmap, bar), validate_num_proc(num_proc))
+        scanner.scan_any(data, ())
+        scanner.progress.finish()
     for note in scanner.notes:
         warnings.warn(note, stacklevel=3)  # at the caller of PartialVocabulary.from_dataset
-    return scanner.result(optional)
+    return scanner.build_result(optional)
 
 
 @dataclass
@@ -77,73 +83,76 @@ class Scanner:
 
     bitmap: Bitmap
     columns: tuple[str, ...]
-    steps: Steps
+    progress: ScanProgress
     num_proc: int = 1
     notes: dict[str, None] = field(default_factory=dict)
     found: set[str] = field(default_factory=set)
     present: dict[str, None] = field(default_factory=dict)  # every column there was, in order
 
-    def any(self, data: Any, where: Where) -> None:
+    def scan_any(self, data: Any, where: Location) -> None:
         """Data of any kind."""
-        if is_a(data, "datasets", "Dataset"):
-            self.dataset(data, where or ((f"split {str(data.split)!r}",) if data.split else ()))
-        elif isinstance(data, Mapping) and self.is_splits(data):
+        if is_instance_of(data, "datasets", "Dataset"):
+            self.scan_dataset(data, where or ((f"split {str(data.split)!r}",) if data.split else ()))
+        elif isinstance(data, Mapping) and self.is_split_dict(data):
             for name, part in data.items():
-                self.any(part, (*where, f"split {str(name)!r}"))
+                self.scan_any(part, (*where, f"split {str(name)!r}"))
         elif isinstance(data, Mapping):
-            self.row(data, where, partial(_row_of_batch, 0))
-        elif is_a(data, "datasets", "IterableDataset") and data.features is not None:
-            self.alone("a stream")
-            self.stream(data, where)
+            self.scan_row(data, where, partial(_format_row, 0))
+        elif is_instance_of(data, "datasets", "IterableDataset") and data.features is not None:
+            self.warn_not_splittable("a stream")
+            self.scan_stream(data, where)
         else:
-            self.items(data, where)
+            self.scan_items(data, where)
 
-    def dataset(self, data: Any, where: Where) -> None:
+    def scan_dataset(self, data: Any, where: Location) -> None:
         """A `datasets.Dataset`: below every format but a transform lies the same table."""
         from pema_adapters.scanning import arrow, integrity
 
         is_transformed = data.format["type"] == "custom"
         columns = [name for name in data.data.column_names if is_transformed or name in self.columns]
-        integrity.check_columns(data, columns, _name_of(where))
+        integrity.check_columns(data, columns, format_location(where))
         if is_transformed:
-            self.alone("a data set with a transform")
-            for start in range(0, len(data), BATCH):
-                self.row(data[start : start + BATCH], where, partial(_row_of_batch, start))
-                self.steps.done(min(BATCH, len(data) - start))
+            self.warn_not_splittable("a data set with a transform")
+            for start in range(0, len(data), BATCH_ROWS):
+                self.scan_row(data[start : start + BATCH_ROWS], where, partial(_format_row, start))
+                self.progress.advance(min(BATCH_ROWS, len(data) - start))
             return
         indices = None if data._indices is None else data._indices.column(0)
-        picked = arrow.picked_rows(indices, data.data.num_rows)
-        self.table(data.data, where, partial(arrow.picked_as, indices), picked)
+        picked = arrow.build_row_mask(indices, data.data.num_rows)
+        self.scan_table(data.data, where, partial(arrow.find_dataset_row, indices), picked)
 
-    def stream(self, data: Any, where: Where) -> None:
+    def scan_stream(self, data: Any, where: Location) -> None:
         """A `datasets.IterableDataset` with features, as Arrow tables."""
         from pema_adapters.scanning import integrity
-        from pema_adapters.scanning.data_files import read_stream
+        from pema_adapters.scanning.data_files import iterate_stream
 
-        tables = read_stream(data.with_format("arrow").iter(BATCH), _name_of(where))
-        for first, table in zip(count(0, BATCH), tables):
-            for name in self.columns_in(table.column_names):
+        tables = iterate_stream(data.with_format("arrow").iter(BATCH_ROWS), format_location(where))
+        for first, table in zip(count(0, BATCH_ROWS), tables):
+            for name in self.select_columns(table.column_names):
                 for chunk in table.column(table.column_names.index(name)).chunks:
-                    integrity.check_array(chunk, f"{_name_of(where)}, column {name!r}")
-            self.table(table, where, partial(add, first))
+                    integrity.check_array(chunk, f"{format_location(where)}, column {name!r}")
+            self.scan_table(table, where, partial(add, first))
 
-    def table(self, table: Any, where: Where, number_of: Callable[[int], int], picked: Any = None) -> None:
+    def scan_table(self, table: Any, where: Location, number_of: Callable[[int], int], picked: Any = None) -> None:
         """An Arrow table; `number_of` turns its rows' positions into the numbers that the caller knows."""
         from pema_adapters.scanning import arrow
 
-        for order, name in enumerate(self.columns_in(table.column_names)):
+        for order, name in enumerate(self.select_columns(table.column_names)):
             column = table.column(table.column_names.index(name))
-            if not arrow.is_integers(column.type):
+            if not arrow.is_integer_type(column.type):
                 self.refuse_type((*where, f"column {name!r}"), f"type {column.type}")
-            pieces = (piece for piece in arrow.pieces(column, picked) if not self.steps.skips())
-            for part, found in self.marked(pieces, name):
+            pieces = (piece for piece in arrow.iterate_slices(column, picked) if not self.progress.skip_step())
+            for part, found in self.mark_slices(pieces, name):
                 if found is not None:
                     piece, wrong = found
-                    row = arrow.first_row(piece.array, lambda part: self.wrong_id(part, name) is not None)  # noqa: B023
-                    self.refuse_id((*where, f"column {name!r}", f"row {number_of(piece.row_of(row))}"), wrong)
-                self.steps.done(0 if order else sum(len(piece.array) for piece in part), len(part))
+                    row = arrow.find_first_invalid_row(
+                        piece.array,
+                        lambda part: self.mark_array(part, name) is not None,  # noqa: B023
+                    )
+                    self.refuse_id((*where, f"column {name!r}", f"row {number_of(piece.table_row(row))}"), wrong)
+                self.progress.advance(0 if order else sum(len(piece.array) for piece in part), len(part))
 
-    def marked(self, pieces: Iterable[Any], column: str) -> Iterator[tuple[list[Any], Wrong]]:
+    def mark_slices(self, pieces: Iterable[Any], column: str) -> Iterator[tuple[list[Any], InvalidId]]:
         """Mark pieces of an Arrow column, and give them back in order, some at a time, with what does not fit."""
         from pema_adapters.scanning import arrow
 
@@ -152,82 +161,82 @@ class Scanner:
                 yield [piece], _mark_pieces(self.bitmap, [piece], column)
             return
         with ThreadPoolExecutor(self.num_proc) as pool:  # NumPy works without Python's lock
-            waiting: deque[_Begun] = deque()
-            for part in arrow.parts(pieces):
+            waiting: deque[_PendingSlices] = deque()
+            for part in arrow.group_slices(pieces):
                 if len(waiting) == 2 * self.num_proc:
-                    yield self.joined(waiting.popleft())
-                tokens = sum(arrow.count(piece.array) for piece in part)
-                bitmap = self.bitmap.begun(sum(begun.tokens for begun in waiting))
-                waiting.append(_Begun(part, bitmap, tokens, pool.submit(_mark_pieces, bitmap, part, column)))
+                    yield self.merge_pending(waiting.popleft())
+                tokens = sum(arrow.count_integers(piece.array) for piece in part)
+                bitmap = self.bitmap.fork(sum(begun.tokens for begun in waiting))
+                waiting.append(_PendingSlices(part, bitmap, tokens, pool.submit(_mark_pieces, bitmap, part, column)))
             while waiting:
-                yield self.joined(waiting.popleft())
+                yield self.merge_pending(waiting.popleft())
 
-    def joined(self, begun: "_Begun") -> tuple[list[Any], Wrong]:
+    def merge_pending(self, begun: "_PendingSlices") -> tuple[list[Any], InvalidId]:
         """Take over what a thread has marked."""
         wrong = begun.wrong.result()
-        self.bitmap.join(begun.bitmap)
+        self.bitmap.merge(begun.bitmap)
         return begun.part, wrong
 
-    def wrong_id(self, array: Any, column: str) -> int | None:
+    def mark_array(self, array: Any, column: str) -> int | None:
         """Mark the integers of an Arrow array; return the first id that does not fit, if any."""
         return _mark_array(self.bitmap, array, column)
 
-    def items(self, data: Any, where: Where) -> None:
+    def scan_items(self, data: Any, where: Location) -> None:
         """Any iterable of rows, batches, or further data sets."""
-        found = walk(data, _name_of(where))
-        if is_a(data, "datasets", "IterableDataset"):
-            from pema_adapters.scanning.data_files import read_stream
+        found = iterate(data, format_location(where))
+        if is_instance_of(data, "datasets", "IterableDataset"):
+            from pema_adapters.scanning.data_files import iterate_stream
 
-            found = read_stream(found, _name_of(where))
+            found = iterate_stream(found, format_location(where))
         for number, item in enumerate(found):
-            if self.steps.skips():
+            if self.progress.skip_step():
                 continue
-            if isinstance(item, Mapping) and not self.is_splits(item):
-                self.alone(type(data).__name__)
-                self.row(item, where, partial(_item, number))
+            if isinstance(item, Mapping) and not self.is_split_dict(item):
+                self.warn_not_splittable(type(data).__name__)
+                self.scan_row(item, where, partial(_format_item, number))
             else:
-                self.any(item, (*where[:-1], f"{where[-1] if where else 'data'}[{number}]"))
-            self.steps.done(1)
+                self.scan_any(item, (*where[:-1], f"{where[-1] if where else 'data'}[{number}]"))
+            self.progress.advance(1)
 
-    def row(self, row: Mapping[str, Any], where: Where, place: Callable[[int | None], str]) -> None:
+    def scan_row(self, row: Mapping[str, Any], where: Location, place: Callable[[int | None], str]) -> None:
         """One row or batch; `place` names it, or given a position, the row in the batch."""
-        for name in self.columns_in(row.keys()):
+        for name in self.select_columns(row.keys()):
             try:
-                for position, ids in integers(row[name]):
-                    if (wrong := self.bitmap.mark(ids.reshape(-1), _is_labels(name))) is not None:
+                for position, ids in iterate_integers(row[name]):
+                    if (wrong := self.bitmap.mark(ids.reshape(-1), is_label_column(name))) is not None:
                         row_of_array = int(np.nonzero(ids == wrong)[0][0]) if ids.ndim > 1 else None
                         at = place(row_of_array if position is None else position)
                         self.refuse_id((*where, f"column {name!r}", at), wrong)
             except NotIdsError as error:
                 self.refuse_type((*where, f"column {name!r}", place(None)), str(error))
 
-    def is_splits(self, data: Mapping[Any, Any]) -> bool:
+    def is_split_dict(self, data: Mapping[Any, Any]) -> bool:
         """Whether a mapping is a dict of splits rather than a row or a batch."""
         if any(column in data for column in self.columns):
             return False
-        return bool(data) and all(self.holds_rows(part) for part in data.values())
+        return bool(data) and all(self.is_split(part) for part in data.values())
 
-    def holds_rows(self, part: Any) -> bool:
+    def is_split(self, part: Any) -> bool:
         """Whether a part of a mapping is a split, or itself a dict of splits."""
         if isinstance(part, Mapping):
-            return any(column in part for column in self.columns) or self.is_splits(part)
+            return any(column in part for column in self.columns) or self.is_split_dict(part)
         if isinstance(part, (list, tuple)):
-            return bool(part) and self.holds_rows(part[0])
+            return bool(part) and self.is_split(part[0])
         return not isinstance(part, (str, bytes)) and not hasattr(part, "__array__") and is_iterable(part)
 
-    def alone(self, what: str) -> None:
+    def warn_not_splittable(self, what: str) -> None:
         """Data that nobody can be sent to the middle of."""
         if self.num_proc > 1:
             self.notes[f"{what} is read by one process, not {self.num_proc}: it has no parts to share"] = None
 
-    def columns_in(self, names: Collection[str]) -> list[str]:
+    def select_columns(self, names: Collection[str]) -> list[str]:
         """The columns to read, of those that are there."""
         if not self.present.keys() >= set(names):
             self.present.update(dict.fromkeys(names))
             self.found.update(column for column in self.columns if column in self.present)
         return [column for column in self.columns if column in names]
 
-    def result(self, optional: Collection[str]) -> Scan:
+    def build_result(self, optional: Collection[str]) -> Scan:
         """What was found; refused where a column that must exist was nowhere."""
         defaults = DEFAULT_COLUMNS if set(DEFAULT_COLUMNS) <= set(self.columns) else ()
         missing = [name for name in self.columns if name not in {*self.found, *optional, *defaults}]
@@ -245,7 +254,7 @@ class Scanner:
             "columns=('input_ids', ...)"
         )
 
-    def refuse_id(self, where: Where, wrong: int) -> NoReturn:
+    def refuse_id(self, where: Location, wrong: int) -> NoReturn:
         """An id outside of [0, V)."""
         size = len(self.bitmap.seen)
         raise VocabularyError(
@@ -253,7 +262,7 @@ class Scanner:
             f"to {size - 1:,}; {_NEGATIVE if wrong < 0 else _TOO_LARGE}"
         )
 
-    def refuse_type(self, where: Where, found: str) -> NoReturn:
+    def refuse_type(self, where: Location, found: str) -> NoReturn:
         """Values that are no ids."""
         raise VocabularyError(
             f"{', '.join(where)}: found {found}, expected token ids, which are integers or lists of "
@@ -272,16 +281,16 @@ _TOO_LARGE = (
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _PendingSlices:
     """Pieces that a thread marks: in a bitmap of their own, so many tokens, and what does not fit."""
 
     part: list[Any]
     bitmap: Bitmap
     tokens: int
-    wrong: "Future[Wrong]"
+    wrong: "Future[InvalidId]"
 
 
-def _mark_pieces(bitmap: Bitmap, pieces: list[Any], column: str) -> Wrong:
+def _mark_pieces(bitmap: Bitmap, pieces: list[Any], column: str) -> InvalidId:
     """Mark pieces of an Arrow column; return the first that does not fit, and its first id that does not."""
     for piece in pieces:
         if (wrong := _mark_array(bitmap, piece.array, column)) is not None:
@@ -292,23 +301,25 @@ def _mark_pieces(bitmap: Bitmap, pieces: list[Any], column: str) -> Wrong:
 def _mark_array(bitmap: Bitmap, array: Any, column: str) -> int | None:
     from pema_adapters.scanning import arrow
 
-    for ids in arrow.integers(array):
-        if (wrong := bitmap.mark(ids, _is_labels(column))) is not None:
+    for ids in arrow.iterate_integers(array):
+        if (wrong := bitmap.mark(ids, is_label_column(column))) is not None:
             return wrong
     return None
 
 
-def _name_of(where: Where) -> str:
+def format_location(where: Location) -> str:
+    """Join the parts of a location for an error message."""
     return ", ".join(where) or "data"
 
 
-def _is_labels(column: str) -> bool:
+def is_label_column(column: str) -> bool:
+    """Tell whether negative ids of a column are skipped."""
     return column.endswith("labels")
 
 
-def _item(number: int, row: int | None) -> str:
+def _format_item(number: int, row: int | None) -> str:
     return f"row {number}" if row is None else f"item {number}, row {row} of it"
 
 
-def _row_of_batch(start: int, row: int | None) -> str:
+def _format_row(start: int, row: int | None) -> str:
     return f"row {start + (row or 0)}"

@@ -11,22 +11,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from pema_adapters.scanning.bitmap import GrowingBitmap
-from pema_adapters.scanning.iteration import length
-from pema_adapters.scanning.progress import Keeper, State, Steps, open_scan_bar
+from pema_adapters.scanning.iteration import estimate_length
+from pema_adapters.scanning.progress import Checkpointer, ScanProgress, ScanState, open_scan_bar
 from pema_adapters.scanning.scanner import Scan, Scanner
-from pema_adapters.scanning.text_columns import Encoder, Plan
-from pema_adapters.scanning.tokenize import Encoded, as_it_was
-from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_num_proc, checked_vocab_size
-from pema_adapters.scanning.worker_pool import Workers
+from pema_adapters.scanning.text_columns import Encoder, SplitPlan
+from pema_adapters.scanning.tokenization import EncodedBatch, preserve_settings
+from pema_adapters.scanning.validation import DEFAULT_COLUMNS, validate_num_proc, validate_vocab_size
+from pema_adapters.scanning.worker_pool import WorkerPool
 
 
-class Resuming(Keeper, Protocol):
+class ResumeStore(Checkpointer, Protocol):
     """What makes a scan go on where it was interrupted."""
 
-    def last(self) -> State | None:
+    def load_state(self) -> ScanState | None:
         """The state to go on from; None: from the start."""
 
-    def interrupted(self) -> None:
+    def handle_interrupt(self) -> None:
         """Ctrl-C: store the state that was kept last."""
 
 
@@ -37,7 +37,7 @@ def scan_text(  # noqa: PLR0913 - the settings of one call, by name
     vocab_size: int,
     progress: bool | None = None,
     num_proc: int = 1,
-    resuming: Resuming | None = None,
+    resuming: ResumeStore | None = None,
 ) -> Scan:
     """Tokenize text, a batch at a time, and scan the ids; nothing is stored, but by `resuming`.
 
@@ -55,63 +55,69 @@ def scan_text(  # noqa: PLR0913 - the settings of one call, by name
         VocabularyError: no such text columns (the message lists what is there), or an id outside [0, V).
     """
     splits = data if isinstance(data, Mapping) else {"text": data}
-    bitmap = GrowingBitmap(checked_vocab_size(vocab_size))
-    num_proc = checked_num_proc(num_proc)
-    plans = [encoder.planned(split, str(name)) for name, split in splits.items()]
-    encoder.check(list(map(str, splits)))
-    with open_scan_bar(length(data), progress) as bar, as_it_was(encoder.tokenizer), Workers(num_proc) as workers:
-        scan = _TextScan(
-            encoder, workers, Scanner(bitmap, DEFAULT_COLUMNS, Steps(bitmap, bar, resuming, encoder.used), num_proc)
+    bitmap = GrowingBitmap(validate_vocab_size(vocab_size))
+    num_proc = validate_num_proc(num_proc)
+    plans = [encoder.plan(split, str(name)) for name, split in splits.items()]
+    encoder.check_columns(list(map(str, splits)))
+    with (
+        open_scan_bar(estimate_length(data), progress) as bar,
+        preserve_settings(encoder.tokenizer),
+        WorkerPool(num_proc) as workers,
+    ):
+        scan = _TextScanner(
+            encoder,
+            workers,
+            Scanner(bitmap, DEFAULT_COLUMNS, ScanProgress(bitmap, bar, resuming, encoder.used), num_proc),
         )
         try:
-            scan.all(plans, resuming.last() if resuming else None)
+            scan.scan_splits(plans, resuming.load_state() if resuming else None)
         except KeyboardInterrupt:
             if resuming is not None:
-                resuming.interrupted()
+                resuming.handle_interrupt()
             raise
     used, notes = tuple(encoder.used), tuple(scan.scanner.notes)
     return Scan(np.flatnonzero(bitmap.seen), bitmap.tokens, used, bitmap.growth(), notes)
 
 
-class _TextScan:
+class _TextScanner:
     """Marks the ids of splits, one after the other."""
 
-    def __init__(self, encoder: Encoder, workers: Workers, scanner: Scanner) -> None:
+    def __init__(self, encoder: Encoder, workers: WorkerPool, scanner: Scanner) -> None:
         self.encoder = encoder
         self.workers = workers
         self.scanner = scanner
 
-    def all(self, plans: list[Plan], state: State | None) -> None:
+    def scan_splits(self, plans: list[SplitPlan], state: ScanState | None) -> None:
         """Mark all splits, or those that a state leaves."""
-        steps, bitmap = self.scanner.steps, self.scanner.bitmap
+        steps, bitmap = self.scanner.progress, self.scanner.bitmap
         if state is not None and isinstance(bitmap, GrowingBitmap):
-            steps.wake(state, bitmap)
+            steps.restore(state, bitmap)
             self.encoder.used.update(dict.fromkeys(state.columns))
             self.scanner.notes[f"an interrupted scan was gone on with, from row {state.rows:,}"] = None
         for number, plan in enumerate(plans):
             if number >= steps.split:
-                skipped = steps.begin(number)
+                skipped = steps.start_split(number)
                 if plan.columns:
-                    self.text(plan, skipped)
+                    self.scan_text(plan, skipped)
                 else:
-                    self.scanner.any(plan.split, (plan.name,))
-        steps.end()
+                    self.scanner.scan_any(plan.split, (plan.name,))
+        steps.finish()
 
-    def text(self, plan: Plan, skipped: int) -> None:
+    def scan_text(self, plan: SplitPlan, skipped: int) -> None:
         """Mark the ids of a split of text, behind its first batches."""
-        work = self.encoder.tokenizing(plan.sample)
-        steps, row = self.scanner.steps, skipped * self.encoder.batch
-        steps.number = skipped
-        for batch in self.workers.encoded(work, plan.batches(skipped)):
+        work = self.encoder.choose_tokenizer(plan.sample)
+        steps, row = self.scanner.progress, skipped * self.encoder.batch_rows
+        steps.step = skipped
+        for batch in self.workers.encode_batches(work, plan.iterate_batches(skipped)):
             if self.scanner.bitmap.mark(batch.ids, skip_negative=False) is not None:
-                self.refuse(plan, batch, row)
+                self.refuse_batch(plan, batch, row)
             row += batch.rows
-            steps.done(batch.rows)
+            steps.advance(batch.rows)
 
-    def refuse(self, plan: Plan, batch: Encoded, first: int) -> None:
+    def refuse_batch(self, plan: SplitPlan, batch: EncodedBatch, first: int) -> None:
         """Name the place of the first id of a batch that is outside of V; the batch begins at row `first`."""
         outside = (batch.ids < 0) | (batch.ids >= len(self.scanner.bitmap.seen))
         position = int(np.flatnonzero(outside)[0])
-        row, column = batch.place(position)
+        row, column = batch.locate(position)
         names = ",".join(plan.columns[column])
         self.scanner.refuse_id((plan.name, f"column {names!r}", f"row {first + row}"), int(batch.ids[position]))

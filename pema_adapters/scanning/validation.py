@@ -8,7 +8,7 @@ DEFAULT_COLUMNS = ("input_ids", "decoder_input_ids")
 MAX_VOCAB_SIZE = 2**31  # ids are stored as int32
 
 
-def checked_vocab_size(vocab_size: int) -> int:
+def validate_vocab_size(vocab_size: int) -> int:
     """V as an int in [1, 2**31], or a VocabularyError."""
     try:
         size = operator.index(vocab_size)
@@ -22,7 +22,7 @@ def checked_vocab_size(vocab_size: int) -> int:
     return size
 
 
-def checked_num_proc(num_proc: int) -> int:
+def validate_num_proc(num_proc: int) -> int:
     """A number of workers as an int of at least 1, or a VocabularyError."""
     try:
         count = operator.index(num_proc)

@@ -12,27 +12,27 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 from pema_adapters.errors import PemaError
-from pema_adapters.scanning.tokenize import Batch, Encoded, Tokenizing
+from pema_adapters.scanning.tokenization import Batch, BatchTokenizer, EncodedBatch
 
 THREADS = 2  # one takes ids out of Rust while the other is in there
 
 
-class Workers:
+class WorkerPool:
     """Tokenize batches: `num_proc` processes, or else threads around Rust, or else here and now. A context manager."""
 
     def __init__(self, num_proc: int = 1) -> None:
         self.num_proc = num_proc
-        self._work: Tokenizing | None = None
+        self._work: BatchTokenizer | None = None
         self._pool: Executor | None = None
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def encoded(self, work: Tokenizing, batches: Iterable[Batch]) -> Iterator[Encoded]:
+    def encode_batches(self, work: BatchTokenizer, batches: Iterable[Batch]) -> Iterator[EncodedBatch]:
         """`work` of each batch, in order; a few batches are read ahead.
 
         Raises:
@@ -44,14 +44,14 @@ class Workers:
             return
         self._start(work)
         try:
-            yield from _in_order(self._submit, batches, 1 + max(THREADS, 2 * self.num_proc))
+            yield from _run_in_order(self._submit, batches, 1 + max(THREADS, 2 * self.num_proc))
         except BrokenProcessPool as error:
             raise PemaError(
                 f"one of {self.num_proc} worker processes ended in the middle of its work: killed, for want of memory? "
                 "Try fewer, --num-proc"
             ) from error
 
-    def _start(self, work: Tokenizing) -> None:
+    def _start(self, work: BatchTokenizer) -> None:
         if self._work is work:
             return
         self.__exit__()
@@ -59,18 +59,18 @@ class Workers:
         if self.num_proc == 1:
             self._pool = ThreadPoolExecutor(THREADS)
             return
-        _refuse_what_cannot_travel(work)
+        _check_picklable(work)
         cores = max(1, (os.cpu_count() or 1) // self.num_proc)
         # a fork amid Rust's and Arrow's threads may hang: fresh processes
-        options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": _begin}
+        options: dict[str, Any] = {"mp_context": get_context("spawn"), "initializer": _initialize_worker}
         self._pool = ProcessPoolExecutor(self.num_proc, initargs=(work, cores), **options)
 
-    def _submit(self, batch: Batch) -> "Future[Encoded]":
+    def _submit(self, batch: Batch) -> "Future[EncodedBatch]":
         assert self._pool is not None and self._work is not None
-        return self._pool.submit(self._work if self.num_proc == 1 else _do, batch)
+        return self._pool.submit(self._work if self.num_proc == 1 else _run_in_worker, batch)
 
 
-def _refuse_what_cannot_travel(work: Tokenizing) -> None:
+def _check_picklable(work: BatchTokenizer) -> None:
     try:
         pickle.dumps(work)
     except Exception as error:  # whatever parts of a tokenizer raise: those written in Python cannot be pickled
@@ -79,8 +79,10 @@ def _refuse_what_cannot_travel(work: Tokenizing) -> None:
         ) from error
 
 
-def _in_order(submit: Callable[[Batch], "Future[Encoded]"], batches: Iterable[Batch], window: int) -> Iterator[Encoded]:
-    waiting: deque[Future[Encoded]] = deque()
+def _run_in_order(
+    submit: Callable[[Batch], "Future[EncodedBatch]"], batches: Iterable[Batch], window: int
+) -> Iterator[EncodedBatch]:
+    waiting: deque[Future[EncodedBatch]] = deque()
     left, failure = iter(batches), None
     while True:
         try:
@@ -98,18 +100,18 @@ def _in_order(submit: Callable[[Batch], "Future[Encoded]"], batches: Iterable[Ba
         raise failure
 
 
-_work: list[Tokenizing] = []  # of a worker process
+_worker_tokenizer: list[BatchTokenizer] = []  # of a worker process
 
 
-def _begin(work: Tokenizing, cores: int) -> None:
+def _initialize_worker(work: BatchTokenizer, cores: int) -> None:
     """In a new process: no Ctrl-C, which is the parent's, its share of the cores, and an end with the parent's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("RAYON_NUM_THREADS", str(cores))
-    end_with_parent()
-    _work[:] = [work]
+    exit_with_parent()
+    _worker_tokenizer[:] = [work]
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """In a process of multiprocessing: end when the parent does, which has no time for that where it is killed."""
     parent = parent_process()
 
@@ -121,5 +123,5 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _do(batch: Batch) -> Encoded:
-    return _work[0](batch)
+def _run_in_worker(batch: Batch) -> EncodedBatch:
+    return _worker_tokenizer[0](batch)

@@ -28,12 +28,12 @@ def test_parts_that_join(parts, count, kind):
     for start in range(0, len(parts), count):
         group, begun, tokens = parts[start : start + count], [], 0
         for part in group:
-            begun.append(bitmap.begun(tokens))
+            begun.append(bitmap.fork(tokens))
             tokens += len(part)
         for one, part in reversed([*zip(begun, group, strict=True)]):
             assert one.mark(np.array(part, np.int64), skip_negative=False) is None
         for one in begun:
-            bitmap.join(one)
+            bitmap.merge(one)
     assert facts(bitmap) == facts(whole(kind, parts))
 
 
@@ -41,15 +41,15 @@ def test_parts_that_join(parts, count, kind):
 def test_a_bitmap_that_rests_between_parts(parts):
     bitmap = GrowingBitmap(V)
     for part in parts:
-        state, bitmap = bitmap.at_rest(), GrowingBitmap(V)
-        bitmap.wake(state)
+        state, bitmap = bitmap.snapshot(), GrowingBitmap(V)
+        bitmap.restore(state)
         assert bitmap.mark(np.array(part, np.int64), skip_negative=False) is None
     assert facts(bitmap) == facts(whole(GrowingBitmap, parts))
 
 
 def test_a_state_stays_as_it_was():
     bitmap = whole(GrowingBitmap, [[1, 2]])
-    state = bitmap.at_rest()
+    state = bitmap.snapshot()
     assert bitmap.mark(np.array([3, 4]), skip_negative=False) is None
     assert np.flatnonzero(np.unpackbits(state.seen, count=V)).tolist() == [1, 2]
     assert (state.tokens, state.points) == (2, ((1, 1), (2, 2)))

@@ -71,8 +71,8 @@ REFUSED = {
 @pytest.mark.parametrize("num_proc", [1, 3])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refusals_say_where(kind, num_proc, monkeypatch):
-    monkeypatch.setattr(arrow, "PART", 1)
-    monkeypatch.setattr(arrow, "PIECE", 16)
+    monkeypatch.setattr(arrow, "GROUP_BYTES", 1)
+    monkeypatch.setattr(arrow, "SLICE_BYTES", 16)
     data, message = REFUSED[kind]
     options = {"columns": ("input_ids", "decoder_input_ids", "labels"), "optional": ["labels"], "num_proc": num_proc}
     with pytest.raises(VocabularyError, match=re.escape(message)) as caught:
@@ -82,8 +82,8 @@ def test_refusals_say_where(kind, num_proc, monkeypatch):
 
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
 def test_the_first_wrong_row_is_named_however_many_look_for_it(num_proc, monkeypatch):
-    monkeypatch.setattr(arrow, "PART", 64)
-    monkeypatch.setattr(arrow, "PIECE", 32)
+    monkeypatch.setattr(arrow, "GROUP_BYTES", 64)
+    monkeypatch.setattr(arrow, "SLICE_BYTES", 32)
     rows = [[1, 2]] * 100
     rows[77], rows[41], rows[40] = [1003], [1002, -1], [3, 1001]
     for data, row in ((Dataset.from_dict({"input_ids": rows}), 40), (Dataset.from_dict({"input_ids": rows[::-1]}), 22)):

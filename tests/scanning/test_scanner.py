@@ -174,8 +174,8 @@ def test_every_kind_of_data(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_by_several(kind, monkeypatch):
     """In parts as small as they come."""
-    monkeypatch.setattr(arrow, "PART", 1)
-    monkeypatch.setattr(arrow, "PIECE", 8)
+    monkeypatch.setattr(arrow, "GROUP_BYTES", 1)
+    monkeypatch.setattr(arrow, "SLICE_BYTES", 8)
     data, values = KINDS[kind]
     assert ids_of(data(), num_proc=3) == unique(values)
 
@@ -201,8 +201,8 @@ def test_parts_against_the_whole(rows, num_proc):
     """The same ids and the same number of tokens, nulls or not."""
     data = typed(rows, List(Value("int32")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow, "PART", 40)
-        patch.setattr(arrow, "PIECE", 20)
+        patch.setattr(arrow, "GROUP_BYTES", 40)
+        patch.setattr(arrow, "SLICE_BYTES", 20)
         found = scan(data, vocab_size=V, num_proc=num_proc)
     assert found.token_ids.tolist() == unique(rows)
     assert found.tokens == sum(token_id is not None for row in rows if row for token_id in row)
@@ -222,7 +222,7 @@ INTS = Features({"input_ids": List(Value("int32"))})
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
 def test_blocks_against_numpy(dtype, monkeypatch):
-    monkeypatch.setattr(bitmap, "BLOCK", 7)
+    monkeypatch.setattr(bitmap, "BLOCK_SIZE", 7)
     ids = np.random.default_rng(0).integers(0, 100, 50).astype(dtype)
     for marked in (Bitmap(100), GrowingBitmap(100)):
         assert marked.mark(ids, skip_negative=False) is None
@@ -231,9 +231,9 @@ def test_blocks_against_numpy(dtype, monkeypatch):
 
 
 def test_slices_of_columns_with_nulls(monkeypatch):
-    monkeypatch.setattr(arrow, "ROWS", 2)
+    monkeypatch.setattr(arrow, "COPY_ROWS", 2)
     values = [[1, None], None, [2], [], [3], None, [None, 4]]
-    assert np.concatenate([*arrow.integers(pa.array(values))]).tolist() == [1, 2, 3, 4]
+    assert np.concatenate([*arrow.iterate_integers(pa.array(values))]).tolist() == [1, 2, 3, 4]
     assert ids_of(typed(values, List(Value("int64"))).select([6, 1, 0])) == [1, 4]
 
 

@@ -14,7 +14,7 @@ from pema_adapters.errors import FormatError, PemaError, VocabularyError
 from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning import progress, text_columns
 from pema_adapters.scanning.bitmap import GrowingBitmap
-from pema_adapters.scanning.cache.scan_store import Remembered
+from pema_adapters.scanning.cache.scan_store import ScanStore
 from pema_adapters.scanning.text_columns import Encoder
 from pema_adapters.scanning.text_scanner import scan_text
 from tests.words import WORDS, Words
@@ -25,7 +25,7 @@ ROWS = [{"premise": "a b", "hypothesis": "c", "label": 0}, {"premise": "a zz", "
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(text_columns, "BATCH", 2)
+    monkeypatch.setattr(text_columns, "BATCH_ROWS", 2)
 
 
 def make_tokenizer():
@@ -177,7 +177,7 @@ class Shouting(PreTrainedTokenizerFast):
 
 
 def test_the_tokenizer_is_tried_on_what_is_text(monkeypatch):
-    monkeypatch.setattr(text_columns, "BATCH", 200)
+    monkeypatch.setattr(text_columns, "BATCH_ROWS", 200)
     tokenizer = Shouting(tokenizer_object=make_tokenizer().backend_tokenizer, unk_token="[UNK]")
     data = Dataset.from_list([{"t": None}] * 150 + [{"t": "a"}])
     assert scan_text(data, Encoder(tokenizer, ("t",)), vocab_size=V).token_ids.tolist() == [2, 9]
@@ -197,13 +197,13 @@ def test_ids_are_not_truncated():
 # ---- interrupted, and gone on with
 
 
-class Interrupted(Remembered):
+class Interrupted(ScanStore):
     """Ctrl-C after so many states."""
 
     left = 0
 
-    def keep(self, state):
-        super().keep(state)
+    def save_state(self, state):
+        super().save_state(state)
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
@@ -251,7 +251,7 @@ def test_interrupted_between_states(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="from row 4"):
         interrupted_once(store, data, 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="from row 4"):
-        patch.setattr(GrowingBitmap, "distinct", interrupt)  # in the middle of a batch
+        patch.setattr(GrowingBitmap, "count_distinct", interrupt)  # in the middle of a batch
         interrupted_once(store, data, 0)
     found = interrupted_once(store, data, 0)
     assert facts(found) == facts(whole)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
 
-SAMPLE = 100  # rows of a sample, on which Rust must agree with the tokenizer before it is trusted with the rest
-OURS = "transformers."  # classes from elsewhere may do anything in their __call__
+SAMPLE_ROWS = 100  # rows of a sample, on which Rust must agree with the tokenizer before it is trusted with the rest
+TRUSTED_PREFIX = "transformers."  # classes from elsewhere may do anything in their __call__
 
 Value = Any  # a text, a list of words, a pair (tuple) of either, or None
 Settings = dict[str, Any] | None
@@ -24,7 +24,7 @@ Batch = list[list[Value]]  # columns of values, all of one length
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """The ids of a batch, row by row and column by column within a row; `lengths` [rows * columns] cuts them."""
 
     ids: npt.NDArray[np.intp]
@@ -36,14 +36,14 @@ class Encoded:
         """Rows of the batch."""
         return len(self.lengths) // self.columns
 
-    def place(self, position: int) -> tuple[int, int]:
+    def locate(self, position: int) -> tuple[int, int]:
         """Row and column of the id at a position."""
         value = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
         return value // self.columns, value % self.columns
 
 
 @dataclass(frozen=True)
-class Tokenizing:
+class BatchTokenizer:
     """What it takes to tokenize batches, and nothing of the data; pickles.
 
     encode: texts or pairs of one kind, whether they are lists of words -> the ids of each.
@@ -53,19 +53,19 @@ class Tokenizing:
     encode: Callable[[Sequence[Value], bool], Sequence[Sequence[int]]]
     in_rust: bool
 
-    def __call__(self, batch: Batch) -> Encoded:
+    def __call__(self, batch: Batch) -> EncodedBatch:
         """The ids of a batch; no ids where there is no text."""
-        columns = [self._column(values) for values in batch]
+        columns = [self._encode_column(values) for values in batch]
         if not columns:
-            return Encoded(np.empty(0, np.intp), np.empty(0, np.intp), 1)
+            return EncodedBatch(np.empty(0, np.intp), np.empty(0, np.intp), 1)
         rows = columns[0] if len(columns) == 1 else [ids for row in zip(*columns, strict=True) for ids in row]
         lengths = np.fromiter(map(len, rows), np.intp, len(rows))
-        return Encoded(np.fromiter(chain.from_iterable(rows), np.intp, int(lengths.sum())), lengths, len(columns))
+        return EncodedBatch(np.fromiter(chain.from_iterable(rows), np.intp, int(lengths.sum())), lengths, len(columns))
 
-    def _column(self, values: Sequence[Value]) -> Sequence[Sequence[int]]:
+    def _encode_column(self, values: Sequence[Value]) -> Sequence[Sequence[int]]:
         if set(map(type, values)) == {str}:  # most columns; no look at each
             return self.encode(values, False)
-        kinds = [_kind(value) for value in values]
+        kinds = [_classify_value(value) for value in values]
         if len(different := set(kinds)) == 1 and (only := different.pop()) is not None:
             return self.encode(values, only[1])
         found: list[Sequence[int]] = [()] * len(values)
@@ -78,7 +78,7 @@ class Tokenizing:
         return found
 
 
-def tokenizing(tokenizer: Any, max_length: int | None, sample: Batch) -> Tokenizing:
+def choose_tokenizer(tokenizer: Any, max_length: int | None, sample: Batch) -> BatchTokenizer:
     """The fastest way that gives, on a sample of the text, exactly what `tokenizer(...)["input_ids"]` is.
 
     `max_length` truncates, the longer of a pair first, as `truncation=True` does. Call it, and what it returns, within
@@ -87,20 +87,20 @@ def tokenizing(tokenizer: Any, max_length: int | None, sample: Batch) -> Tokeniz
     Raises:
         VocabularyError: the tokenizer refuses the sample.
     """
-    plain = Tokenizing(_Called(tokenizer, max_length), in_rust=False)
+    plain = BatchTokenizer(_PythonEncoder(tokenizer, max_length), in_rust=False)
     expected = plain(sample)
-    backend = _backend(tokenizer, max_length)
+    backend = _configure_backend(tokenizer, max_length)
     if backend is None:
         return plain
-    fast = Tokenizing(_Rust(backend), in_rust=True)
-    return fast if _same(fast(sample), expected) else plain
+    fast = BatchTokenizer(_RustEncoder(backend), in_rust=True)
+    return fast if _are_equal(fast(sample), expected) else plain
 
 
-def _same(left: Encoded, right: Encoded) -> bool:
+def _are_equal(left: EncodedBatch, right: EncodedBatch) -> bool:
     return np.array_equal(left.ids, right.ids) and np.array_equal(left.lengths, right.lengths)
 
 
-def _kind(value: Value) -> tuple[bool, bool] | None:
+def _classify_value(value: Value) -> tuple[bool, bool] | None:
     """(Is it a pair, is it of words); None where there is no text."""
     if value is None:
         return None
@@ -111,7 +111,7 @@ def _kind(value: Value) -> tuple[bool, bool] | None:
 
 
 @dataclass(frozen=True)
-class _Called:
+class _PythonEncoder:
     """Through the tokenizer's own call; what it raises against a text is a VocabularyError."""
 
     tokenizer: Any
@@ -130,13 +130,13 @@ class _Called:
 
 
 @dataclass(frozen=True)
-class _Rust:
+class _RustEncoder:
     """Through the batch call of `tokenizers`, without offsets."""
 
     backend: Any
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rust, (self.backend, self.backend.encode_special_tokens)  # which tokenizers forgets
+        return _build_rust_encoder, (self.backend, self.backend.encode_special_tokens)  # which tokenizers forgets
 
     def __call__(self, texts: Sequence[Value], are_words: bool) -> Sequence[Sequence[int]]:
         try:
@@ -145,23 +145,23 @@ class _Rust:
             raise VocabularyError(f"the tokenizer refuses the text: {error}") from error
 
 
-def _rust(backend: Any, encode_special_tokens: bool) -> _Rust:
+def _build_rust_encoder(backend: Any, encode_special_tokens: bool) -> _RustEncoder:
     backend.encode_special_tokens = encode_special_tokens
-    return _Rust(backend)
+    return _RustEncoder(backend)
 
 
-def _backend(tokenizer: Any, max_length: int | None) -> Any:
+def _configure_backend(tokenizer: Any, max_length: int | None) -> Any:
     """A fast tokenizer's Rust half, set as its call sets it: a copy would take longer than much text. Else None."""
-    if not getattr(tokenizer, "is_fast", False) or not type(tokenizer).__module__.startswith(OURS):
+    if not getattr(tokenizer, "is_fast", False) or not type(tokenizer).__module__.startswith(TRUSTED_PREFIX):
         return None
     backend = tokenizer.backend_tokenizer
     truncation = {"max_length": max_length, "strategy": "longest_first", "direction": tokenizer.truncation_side}
-    _set(backend, None, None if max_length is None else truncation, tokenizer.split_special_tokens)
+    _apply_settings(backend, None, None if max_length is None else truncation, tokenizer.split_special_tokens)
     return backend
 
 
 @contextmanager
-def as_it_was(tokenizer: Any) -> Iterator[None]:
+def preserve_settings(tokenizer: Any) -> Iterator[None]:
     """Leave the tokenizer's Rust half with the settings that it has, which each call of the tokenizer changes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -171,10 +171,10 @@ def as_it_was(tokenizer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        _set(backend, *before)
+        _apply_settings(backend, *before)
 
 
-def _set(backend: Any, padding: Settings, truncation: Settings, encode_special_tokens: bool) -> None:
+def _apply_settings(backend: Any, padding: Settings, truncation: Settings, encode_special_tokens: bool) -> None:
     backend.no_padding() if padding is None else backend.enable_padding(**padding)
     backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
     backend.encode_special_tokens = encode_special_tokens

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pema_adapters.errors import VocabularyError
-from pema_adapters.scanning.tokenize import as_it_was, tokenizing
+from pema_adapters.scanning.tokenization import choose_tokenizer, preserve_settings
 from tests.words import Words
 
 TRAINED_ON = ["the cat sat on the mat", "a naïve café, a 猫 and the cat", "Two  spaces\tand a tab"] * 3
@@ -122,7 +122,7 @@ def rows_of(encoded):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_ids_are_those_of_the_call(kind, batch, max_length):
     tokenizer, columns = TOKENIZERS[kind], BATCHES[batch]
-    work = tokenizing(tokenizer, max_length, columns)
+    work = choose_tokenizer(tokenizer, max_length, columns)
     assert work.in_rust
     expected = [by_hand(tokenizer, value, max_length) for row in zip(*columns, strict=True) for value in row]
     assert rows_of(work(columns)) == expected
@@ -136,7 +136,7 @@ def test_any_text_truncated_anywhere(data):
     text = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(TEXTS)
     values = data.draw(st.lists(text | st.tuples(text, text) | st.none(), min_size=1, max_size=5))
     max_length = data.draw(st.none() | st.integers(5, 12))
-    work = tokenizing(tokenizer, max_length, [["the cat"]])
+    work = choose_tokenizer(tokenizer, max_length, [["the cat"]])
     assert work.in_rust
     assert rows_of(work([values])) == [by_hand(tokenizer, value, max_length) for value in values]
 
@@ -146,19 +146,19 @@ def test_the_tokenizer_stays_as_it_is():
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     before = backend.to_str(), backend.padding, backend.truncation
-    with as_it_was(tokenizer):
-        tokenizing(tokenizer, 9, [["the cat"]])
+    with preserve_settings(tokenizer):
+        choose_tokenizer(tokenizer, 9, [["the cat"]])
         assert backend.to_str() != before[0]
     assert (backend.to_str(), backend.padding, backend.truncation) == before
     assert backend.encode_special_tokens
-    with as_it_was(Words()):  # a tokenizer in Python has no such half
+    with preserve_settings(Words()):  # a tokenizer in Python has no such half
         pass
 
 
 def test_place():
-    encoded = tokenizing(word_piece(), None, [["the"]])([["the cat", None], [None, "mat"]])
+    encoded = choose_tokenizer(word_piece(), None, [["the"]])([["the cat", None], [None, "mat"]])
     assert encoded.rows == 2
-    places = [encoded.place(position) for position in range(len(encoded.ids))]
+    places = [encoded.locate(position) for position in range(len(encoded.ids))]
     assert places == [(0, 0)] * int(encoded.lengths[0]) + [(1, 1)] * int(encoded.lengths[3])
 
 
@@ -176,7 +176,7 @@ class Doubling(PreTrainedTokenizerFast):
 
 def test_a_call_of_its_own():
     tokenizer = Doubling(tokenizer_object=word_piece()._tokenizer)
-    work = tokenizing(tokenizer, None, [["the cat"]])
+    work = choose_tokenizer(tokenizer, None, [["the cat"]])
     assert not work.in_rust
     assert rows_of(work([["a cat"]])) == [tokenizer(["a cat"])["input_ids"][0]]
 
@@ -184,7 +184,7 @@ def test_a_call_of_its_own():
 def test_a_call_that_disagrees_in_the_sample():
     """Also of a class of transformers, should one ever do more than Rust."""
     kind = type("Doubling", (Doubling,), {"__module__": "transformers.models.doubling"})
-    work = tokenizing(kind(tokenizer_object=word_piece()._tokenizer), None, [["the cat"]])
+    work = choose_tokenizer(kind(tokenizer_object=word_piece()._tokenizer), None, [["the cat"]])
     assert not work.in_rust
 
 
@@ -199,7 +199,7 @@ def test_parts_in_python():
     letters = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Letters())
-    work = tokenizing(tokenizer, None, [["ab"]])
+    work = choose_tokenizer(tokenizer, None, [["ab"]])
     assert rows_of(work([["abc"]])) == [[0, 1, 2]]
 
 
@@ -212,7 +212,7 @@ def slow(tmp_path):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_tokenizers_in_python(batch, slow):
     columns = [[value for value in values if value not in ([], ([], ["the", "cat"]))] for values in BATCHES[batch]]
-    work = tokenizing(slow, 6, columns)
+    work = choose_tokenizer(slow, 6, columns)
     assert not work.in_rust
     expected = [by_hand(slow, value, 6) for row in zip(*columns, strict=True) for value in row]
     assert rows_of(work(columns)) == expected
@@ -220,9 +220,9 @@ def test_tokenizers_in_python(batch, slow):
 
 def test_tokenizers_in_python_refuse_no_words(slow):
     with pytest.raises(VocabularyError, match="BertTokenizer refuses the text: list index out of range"):
-        tokenizing(slow, None, [[[]]])
+        choose_tokenizer(slow, None, [[[]]])
 
 
 def test_what_the_tokenizer_refuses():
     with pytest.raises(VocabularyError, match=r"RobertaTokenizerFast refuses the text: .*add_prefix_space=True"):
-        tokenizing(byte_level(add_prefix_space=False), None, [[["two", "words"]]])
+        choose_tokenizer(byte_level(add_prefix_space=False), None, [[["two", "words"]]])
