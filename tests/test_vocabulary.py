@@ -96,9 +96,9 @@ def test_cannot_be_changed(copied):
         ([3, 100], V, "token id 100 is outside the embedding, whose V = 100 rows are 0 to 99"),
         ([3, -1], V, "token id -1 is outside"),
         ([2**40], V, f"token id {2**40} is outside"),
-        ([0.5], V, r"token ids are integers, found float64 \(first: .*0.5"),
-        (["a"], V, "token ids are integers, found <U1"),
-        ([True], V, "token ids are integers, found bool"),
+        ([0.5], V, r"found token ids of type float64, expected integers \(first: .*0.5"),
+        (["a"], V, "found token ids of type <U1, expected integers"),
+        ([True], V, "found token ids of type bool, expected integers"),
         ([0], 0, "vocab_size is 0, expected an integer from 1"),
         ([0], 2**31 + 1, "vocab_size is 2147483649"),
         ([0], 10.0, "vocab_size is 10.0"),
@@ -169,7 +169,7 @@ def test_cut_and_missing_files(tmp_path):
     content = (tmp_path / "cut").read_bytes()
     for size in (0, 7, 40, len(content) - 1):
         (tmp_path / "cut").write_bytes(content[:size])
-        with pytest.raises(FormatError, match="cut: damaged, or no safetensors file"):
+        with pytest.raises(FormatError, match="cut: damaged, or not a safetensors file"):
             PartialVocabulary.load(tmp_path / "cut")
     with pytest.raises(FormatError, match="nowhere: no such file"):
         PartialVocabulary.load(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""One bit for each of the V rows: which ids were seen, and how their number grew."""
+"""Record which of V ids occur in the data, one bit each, and how their number grows with the tokens read."""
 
 from dataclasses import dataclass
 
@@ -7,31 +7,45 @@ import numpy.typing as npt
 
 from pema_adapters.scanning.values import Integers
 
-BLOCK_SIZE = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
-POINT_RATIO = 10**0.1  # from one point of a growth curve to the next: ten for each power of ten
+BLOCK_SIZE = 1 << 17  # ids per block: 1 MB as int64, so that the range check finds the block in the CPU cache
+POINT_RATIO = 10**0.1  # ratio of tokens between two points of a growth curve: ten points per decade
 
-PackedBits = npt.NDArray[np.uint8]  # a bit for each id, np.packbits
+PackedBits = npt.NDArray[np.uint8]  # one bit per id, as np.packbits writes them
 
 
 class Bitmap:
-    """Which of V ids were seen, and how many tokens went in."""
+    """The ids seen so far, and the number of tokens marked.
+
+    Args:
+        vocab_size: V.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
         self.tokens = 0
-        self.before = 0  # of the tokens, those that other bitmaps count
+        self.tokens_before = 0  # of `tokens`, those that earlier bitmaps count
         self._index = np.empty(BLOCK_SIZE, dtype=np.intp)
 
-    def mark(self, ids: Integers, skip_negative: bool) -> int | None:
-        """Mark 1-D ids of any integer type; at the first block with an id outside [0, V), return that id.
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.seen)
 
-        Marking comes before checking: it waits less for memory, and the check then finds the block in the cache.
+    def mark(self, ids: Integers, skip_negative: bool) -> int | None:
+        """Mark ids, block by block, up to the first block with an id outside [0, V).
+
+        Args:
+            ids: integers of any type, [n].
+            skip_negative: skip negative ids; otherwise they are out of range.
+
+        Returns:
+            The first id out of range, or None.
         """
         for start in range(0, len(ids), BLOCK_SIZE):
             block = ids[start : start + BLOCK_SIZE]
             if skip_negative and not self._is_in_range(block):
                 block = block[block >= 0]
-            try:
+            try:  # mark, then check: faster, because the check finds the block in the CPU cache
                 self.seen[self._to_index(block)] = True
             except IndexError:
                 return self._find_out_of_range(block)
@@ -41,25 +55,28 @@ class Bitmap:
         return None
 
     def count_distinct(self) -> int:
-        """K so far."""
+        """Return K, the number of ids seen."""
         return int(np.count_nonzero(self.seen))
 
     def fork(self, tokens: int) -> "Bitmap":
-        """An empty bitmap for later data, so many tokens behind the end of this one; `merge` them in order."""
-        bitmap = Bitmap(len(self.seen))
-        bitmap.tokens = bitmap.before = self.tokens + tokens
+        """Return an empty bitmap for later data, which start `tokens` tokens after the last one marked here.
+
+        Forks can be filled in parallel; `merge` them in the order of their data.
+        """
+        bitmap = Bitmap(self.vocab_size)
+        bitmap.tokens = bitmap.tokens_before = self.tokens + tokens
         return bitmap
 
-    def merge(self, part: "Bitmap") -> None:
-        """Take over what a forked bitmap has seen, as if its ids had been marked here."""
-        self.seen |= part.seen
-        self.tokens += part.tokens - part.before
+    def merge(self, fork: "Bitmap") -> None:
+        """Add the ids of a fork, as if they had been marked here."""
+        self.seen |= fork.seen
+        self.tokens += fork.tokens - fork.tokens_before
 
     def _find_out_of_range(self, block: Integers) -> int:
-        return int(block[(block < 0) | (block >= len(self.seen))][0])
+        return int(block[(block < 0) | (block >= self.vocab_size)][0])
 
     def _to_index(self, block: Integers) -> npt.NDArray[np.intp]:
-        """The block in NumPy's own index type: cast within the cache, faster than leaving the cast to NumPy."""
+        """Cast a block to NumPy's index type in a reused buffer, which is faster than NumPy's own cast."""
         index = self._index[: len(block)]
         if block.dtype == index.dtype:
             return block.view(index.dtype)
@@ -67,13 +84,13 @@ class Bitmap:
         return index
 
     def _is_in_range(self, block: Integers) -> bool:
-        """One pass for both bounds: read as unsigned, a negative number is larger than any V."""
-        return not block.size or int(block.view(f"u{block.itemsize}").max()) < len(self.seen)
+        """Check both bounds in one pass: viewed as unsigned, a negative id is larger than any V."""
+        return not block.size or int(block.view(f"u{block.itemsize}").max()) < self.vocab_size
 
 
 @dataclass(frozen=True)
 class BitmapState:
-    """A `GrowingBitmap` at rest: what it takes to go on."""
+    """A snapshot of a `GrowingBitmap`."""
 
     seen: PackedBits
     tokens: int
@@ -81,7 +98,7 @@ class BitmapState:
 
 
 class GrowingBitmap(Bitmap):
-    """A bitmap that also counts the distinct ids, whenever the tokens have grown by POINT_RATIO."""
+    """A bitmap that also counts the distinct ids each time the tokens have grown by POINT_RATIO."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
@@ -89,46 +106,48 @@ class GrowingBitmap(Bitmap):
         self._next = 1  # tokens at the next point
 
     def mark(self, ids: Integers, skip_negative: bool) -> int | None:
-        """As `Bitmap.mark`; ids are cut where a point is due, so that a point is the same however they come."""
+        """Mark ids as `Bitmap.mark` does; the points do not depend on how the ids are split between calls."""
         start = 0
         while start < len(ids):
             part = ids[start : start + self._next - self.tokens]
-            if (wrong := super().mark(part, skip_negative)) is not None:
-                return wrong
+            if (token_id := super().mark(part, skip_negative)) is not None:
+                return token_id
             start += len(part)
             if self.tokens == self._next:
                 self._add_point()
         return None
 
+    @property
     def growth(self) -> tuple[tuple[int, int], ...]:
-        """Pairs (tokens, distinct ids among them), increasing; the last is what there is now."""
-        at_the_end = (self.tokens, self.count_distinct())
-        return (*self._points, *([at_the_end] if self.tokens and self._points[-1] != at_the_end else []))
+        """Pairs (tokens, distinct ids among them), increasing; the last one is the current state."""
+        last = (self.tokens, self.count_distinct())
+        return (*self._points, *([last] if self.tokens and self._points[-1] != last else []))
 
     def fork(self, tokens: int) -> "GrowingBitmap":
-        """As `Bitmap.fork`; it keeps what was seen at its points, for `merge` to count."""
-        bitmap = _ForkedBitmap(len(self.seen))
-        bitmap.tokens = bitmap.before = self.tokens + tokens
+        """Fork as `Bitmap.fork` does; the fork keeps its bits at each point for `merge` to count."""
+        bitmap = _ForkedBitmap(self.vocab_size)
+        bitmap.tokens = bitmap.tokens_before = self.tokens + tokens
         bitmap._next = self._next
         while bitmap._next <= bitmap.tokens:
             bitmap._next = _next_point(bitmap._next)
         return bitmap
 
-    def merge(self, part: Bitmap) -> None:
-        """As `Bitmap.merge`, with the points on the way."""
-        if isinstance(part, _ForkedBitmap):
-            for tokens, seen in part.snapshots:
-                self._points.append((tokens, int(np.count_nonzero(self.seen | _unpack_bits(seen, len(self.seen))))))
-            self._next = part._next
-        super().merge(part)
+    def merge(self, fork: Bitmap) -> None:
+        """Add the ids and the points of a fork."""
+        if isinstance(fork, _ForkedBitmap):
+            for tokens, bits in fork.bits_at_points:
+                seen = self.seen | _unpack_bits(bits, self.vocab_size)
+                self._points.append((tokens, int(np.count_nonzero(seen))))
+            self._next = fork._next
+        super().merge(fork)
 
     def snapshot(self) -> BitmapState:
-        """A copy to go on from."""
+        """Return a copy of the state for `restore`."""
         return BitmapState(np.packbits(self.seen), self.tokens, tuple(self._points))
 
     def restore(self, state: BitmapState) -> None:
-        """Go on from a copy; a bitmap of the same V."""
-        self.seen[:] = _unpack_bits(state.seen, len(self.seen))
+        """Replace the state by a snapshot of a bitmap of the same V."""
+        self.seen[:] = _unpack_bits(state.seen, self.vocab_size)
         self.tokens, self._points = state.tokens, list(state.points)
         self._next = _next_point(self._points[-1][0]) if self._points else 1
 
@@ -138,19 +157,19 @@ class GrowingBitmap(Bitmap):
 
 
 class _ForkedBitmap(GrowingBitmap):
-    """Keeps all that was seen at its points, where its parent counts."""
+    """Keeps its bits at each point, because only the parent knows the ids before them."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self.snapshots: list[tuple[int, PackedBits]] = []
+        self.bits_at_points: list[tuple[int, PackedBits]] = []
 
     def _add_point(self) -> None:
-        self.snapshots.append((self.tokens, np.packbits(self.seen)))
+        self.bits_at_points.append((self.tokens, np.packbits(self.seen)))
         self._next = _next_point(self.tokens)
 
 
 def _next_point(tokens: int) -> int:
-    """Where the point after one at `tokens` is."""
+    """Return the tokens at the point after one at `tokens`."""
     return max(tokens + 1, round(tokens * POINT_RATIO))
 
 

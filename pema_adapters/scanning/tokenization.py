@@ -1,7 +1,7 @@
-"""Batches of text to token ids: by the Rust tokenizer itself, wherever that gives what the tokenizer gives.
+"""Tokenize batches of text, by the Rust backend wherever it returns the same ids as the tokenizer's call.
 
-The Rust batch call without offsets takes about half the time of `tokenizer(texts)`, works on all cores, and lets go of
-Python's lock, so that the next batch is read meanwhile.
+The Rust batch call without offsets takes about half the time of `tokenizer(texts)`, uses all cores, and releases the
+GIL, so that the next batch is read meanwhile.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +15,23 @@ import numpy.typing as npt
 
 from pema_adapters.errors import VocabularyError
 
-SAMPLE_ROWS = 100  # rows of a sample, on which Rust must agree with the tokenizer before it is trusted with the rest
-TRUSTED_PREFIX = "transformers."  # classes from elsewhere may do anything in their __call__
+SAMPLE_ROWS = 100  # rows of the sample on which the Rust backend must agree with the tokenizer
+TRUSTED_PREFIX = "transformers."  # the __call__ of other classes may do anything
 
 Value = Any  # a text, a list of words, a pair (tuple) of either, or None
 Settings = dict[str, Any] | None
-Batch = list[list[Value]]  # columns of values, all of one length
+Batch = list[list[Value]]  # columns of values, all of the same length
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The ids of a batch, row by row and column by column within a row; `lengths` [rows * columns] cuts them."""
+    """The token ids of a batch.
+
+    Attributes:
+        ids: intp [tokens], row by row, and column by column within a row.
+        lengths: intp [rows * columns], the tokens of each value.
+        columns: the number of columns.
+    """
 
     ids: npt.NDArray[np.intp]
     lengths: npt.NDArray[np.intp]
@@ -37,24 +43,25 @@ class EncodedBatch:
         return len(self.lengths) // self.columns
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Row and column of the id at a position."""
+        """Return the row and column of the id at a position."""
         value = int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
         return value // self.columns, value % self.columns
 
 
 @dataclass(frozen=True)
 class BatchTokenizer:
-    """What it takes to tokenize batches, and nothing of the data; pickles.
+    """Tokenizes batches. Picklable, holds no data.
 
-    encode: texts or pairs of one kind, whether they are lists of words -> the ids of each.
-    in_rust: whether many threads may call it.
+    Attributes:
+        encode: maps texts (or pairs) of one kind, and whether they are lists of words, to the ids of each.
+        in_rust: whether several threads may call it.
     """
 
     encode: Callable[[Sequence[Value], bool], Sequence[Sequence[int]]]
     in_rust: bool
 
     def __call__(self, batch: Batch) -> EncodedBatch:
-        """The ids of a batch; no ids where there is no text."""
+        """Tokenize a batch; missing text has no ids."""
         columns = [self._encode_column(values) for values in batch]
         if not columns:
             return EncodedBatch(np.empty(0, np.intp), np.empty(0, np.intp), 1)
@@ -63,7 +70,7 @@ class BatchTokenizer:
         return EncodedBatch(np.fromiter(chain.from_iterable(rows), np.intp, int(lengths.sum())), lengths, len(columns))
 
     def _encode_column(self, values: Sequence[Value]) -> Sequence[Sequence[int]]:
-        if set(map(type, values)) == {str}:  # most columns; no look at each
+        if set(map(type, values)) == {str}:  # fast path for most columns
             return self.encode(values, False)
         kinds = [_classify_value(value) for value in values]
         if len(different := set(kinds)) == 1 and (only := different.pop()) is not None:
@@ -79,10 +86,15 @@ class BatchTokenizer:
 
 
 def choose_tokenizer(tokenizer: Any, max_length: int | None, sample: Batch) -> BatchTokenizer:
-    """The fastest way that gives, on a sample of the text, exactly what `tokenizer(...)["input_ids"]` is.
+    """Choose the fastest way to tokenize that equals `tokenizer(...)["input_ids"]` on a sample of the text.
 
-    `max_length` truncates, the longer of a pair first, as `truncation=True` does. Call it, and what it returns, within
-    `as_it_was(tokenizer)`: the tokenizer's Rust half is set for it, as each call of the tokenizer sets it.
+    Call this function and its result within `preserve_settings(tokenizer)`: they change the settings of the
+    tokenizer's Rust backend, as each call of the tokenizer does.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_length: the maximum number of tokens, as with `truncation=True`; None: no truncation.
+        sample: a batch of text.
 
     Raises:
         VocabularyError: the tokenizer refuses the sample.
@@ -101,7 +113,7 @@ def _are_equal(left: EncodedBatch, right: EncodedBatch) -> bool:
 
 
 def _classify_value(value: Value) -> tuple[bool, bool] | None:
-    """(Is it a pair, is it of words); None where there is no text."""
+    """Return (is a pair, is made of words), or None for missing text."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -112,14 +124,14 @@ def _classify_value(value: Value) -> tuple[bool, bool] | None:
 
 @dataclass(frozen=True)
 class _PythonEncoder:
-    """Through the tokenizer's own call; what it raises against a text is a VocabularyError."""
+    """Encodes by the tokenizer's own call, and turns its exceptions into a VocabularyError."""
 
     tokenizer: Any
     max_length: int | None
 
     def __call__(self, texts: Sequence[Value], are_words: bool) -> Sequence[Sequence[int]]:
         options = {"truncation": self.max_length is not None, "max_length": self.max_length, "verbose": False}
-        options |= {"return_attention_mask": False, "return_token_type_ids": False}  # a fifth of the time
+        options |= {"return_attention_mask": False, "return_token_type_ids": False}  # saves a fifth of the time
         columns = [list(column) for column in zip(*texts, strict=True)] if isinstance(texts[0], tuple) else [texts]
         try:
             encoded: dict[str, Any] = self.tokenizer(*columns, is_split_into_words=are_words, **options)
@@ -131,17 +143,20 @@ class _PythonEncoder:
 
 @dataclass(frozen=True)
 class _RustEncoder:
-    """Through the batch call of `tokenizers`, without offsets."""
+    """Encodes by the batch call of `tokenizers`, without offsets."""
 
     backend: Any
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _build_rust_encoder, (self.backend, self.backend.encode_special_tokens)  # which tokenizers forgets
+        return _build_rust_encoder, (
+            self.backend,
+            self.backend.encode_special_tokens,
+        )  # tokenizers does not pickle the latter
 
     def __call__(self, texts: Sequence[Value], are_words: bool) -> Sequence[Sequence[int]]:
         try:
             return [one.ids for one in self.backend.encode_batch_fast(texts, is_pretokenized=are_words)]
-        except Exception as error:  # of tokenizers, which has no narrower class
+        except Exception as error:  # tokenizers raises no narrower class
             raise VocabularyError(f"the tokenizer refuses the text: {error}") from error
 
 
@@ -151,7 +166,10 @@ def _build_rust_encoder(backend: Any, encode_special_tokens: bool) -> _RustEncod
 
 
 def _configure_backend(tokenizer: Any, max_length: int | None) -> Any:
-    """A fast tokenizer's Rust half, set as its call sets it: a copy would take longer than much text. Else None."""
+    """Return the Rust backend of a fast tokenizer of transformers, set as its call sets it; None for others.
+
+    Not a copy: copying takes longer than tokenizing much text.
+    """
     if not getattr(tokenizer, "is_fast", False) or not type(tokenizer).__module__.startswith(TRUSTED_PREFIX):
         return None
     backend = tokenizer.backend_tokenizer
@@ -162,7 +180,7 @@ def _configure_backend(tokenizer: Any, max_length: int | None) -> Any:
 
 @contextmanager
 def preserve_settings(tokenizer: Any) -> Iterator[None]:
-    """Leave the tokenizer's Rust half with the settings that it has, which each call of the tokenizer changes."""
+    """Restore the padding and truncation of the tokenizer's Rust backend afterwards."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         yield

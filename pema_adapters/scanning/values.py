@@ -1,4 +1,4 @@
-"""Integers out of the values that rows hold: lists, ragged or not, arrays, tensors on any device, numbers."""
+"""Extract integers from the values of a row: lists, ragged or not, arrays, tensors on any device, numbers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,16 +13,21 @@ NO_IDS: Integers = np.empty(0, dtype=np.int64)
 
 
 class NotIdsError(Exception):
-    """A value that is no integer; the message says what it is."""
+    """A value is not an integer; the message says what it is."""
 
 
 def iterate_integers(value: Any) -> Iterator[tuple[int | None, Integers]]:
-    """All integers of a value, `None`s left out: pairs of the position in the outermost list and an array.
+    """Iterate over the integers of a value; `None`s are skipped.
 
-    The position is None where there is but one list or array:
+        [3, 5]          ->  (None, [3, 5])
+        [[3, 5], [7]]   ->  (0, [3, 5]), (1, [7])
 
-        [3, 5]          None, [3, 5]
-        [[3, 5], [7]]   0, [3, 5]   1, [7]
+    Yields:
+        Pairs (position in the outermost list, integer array of any shape); the position is None for a flat list and
+        for an array.
+
+    Raises:
+        NotIdsError: the value holds something else than integers.
     """
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         present = [part for part in value if part is not None]
@@ -42,7 +47,7 @@ def iterate_integers(value: Any) -> Iterator[tuple[int | None, Integers]]:
 
 
 def _convert_flat_list(values: Sequence[Any]) -> Integers | None:
-    """The numbers of a flat list; None for a list of anything but integers that NumPy can hold."""
+    """Convert a flat list of integers; return None for nested lists and for integers that NumPy cannot hold."""
     if not values:
         return NO_IDS
     if not isinstance(values[0], (int, np.integer)):
@@ -55,7 +60,7 @@ def _convert_flat_list(values: Sequence[Any]) -> Integers | None:
 
 
 def _convert_array(value: Any) -> npt.NDArray[Any]:
-    if hasattr(value, "detach"):  # a torch tensor, wherever it lies
+    if hasattr(value, "detach"):  # a torch tensor on any device
         value = value.detach().cpu()
         if value.is_floating_point():  # bfloat16 has no NumPy counterpart
             raise NotIdsError(f"{value.dtype} values")
@@ -73,7 +78,7 @@ def _convert_array(value: Any) -> npt.NDArray[Any]:
 
 
 def _normalize(array: npt.NDArray[Any]) -> Integers:
-    """In this machine's byte order, and no larger than int64, where a view as signed would turn negative."""
+    """Convert to native byte order, and clip uint64 to the range of int64, so that no view turns negative."""
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(INT64.max)).astype(np.int64)
     plain: Integers = array.astype(array.dtype.newbyteorder("="), copy=False)

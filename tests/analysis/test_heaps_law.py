@@ -24,9 +24,9 @@ def test_growth_against_counting(parts):
     growing, kept = GrowingBitmap(31), [token_id for part in parts for token_id in part if token_id >= 0]
     for part in parts:
         assert growing.mark(np.array(part, np.int64), skip_negative=True) is None
-    counted = [(n, len(set(kept[:n]))) for n, _ in growing.growth()]
+    counted = [(n, len(set(kept[:n]))) for n, _ in growing.growth]
     due = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 31, 39, 49, 62, 78, 98, 123]
-    assert list(growing.growth()) == counted
+    assert list(growing.growth) == counted
     assert [n for n, _ in counted][: len(due)] == sorted({*(n for n in due if n <= len(kept)), len(kept)} - {0})[:19]
 
 

@@ -162,7 +162,7 @@ def test_refusals(tmp_path):
         memory_report(None, VOCABULARY)
     with pytest.raises(FormatError, match="no model config found"):
         memory_report(str(tmp_path), VOCABULARY)
-    with pytest.raises(FormatError, match=r"BertConfig: no AutoModel can be built of this config: .*attention heads"):
+    with pytest.raises(FormatError, match=r"BertConfig: cannot build AutoModel from this config: .*attention heads"):
         memory_report(bert_like(BertConfig, num_attention_heads=5), VOCABULARY)
 
 

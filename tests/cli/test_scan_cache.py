@@ -238,7 +238,7 @@ def test_it_goes_on_where_it_was_killed(folder, capsys):
     assert len(entries(folder, "partial")) == 1
     rest = scanned(capsys)
     (note,) = rest["notes"]
-    row = int(note.removeprefix("an interrupted scan was gone on with, from row ").replace(",", ""))
+    row = int(note.removeprefix("resumed an interrupted scan at row ").replace(",", ""))
     assert 0 < row < 40_000
     assert row % 1_000 == 0
     assert without_source(rest) == without_source(whole)

@@ -18,7 +18,7 @@ def whole(kind, parts):
 
 
 def facts(bitmap):
-    return bitmap.seen.tolist(), bitmap.tokens, bitmap.growth() if isinstance(bitmap, GrowingBitmap) else None
+    return bitmap.seen.tolist(), bitmap.tokens, bitmap.growth if isinstance(bitmap, GrowingBitmap) else None
 
 
 @given(parts_of_ids, st.integers(1, 3), st.sampled_from([Bitmap, GrowingBitmap]))

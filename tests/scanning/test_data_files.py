@@ -48,7 +48,7 @@ def test_a_folder_is_what_lies_in_it(tmp_path):
 
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "README.md").touch()
-    with pytest.raises(FormatError, match=r"a folder without data; expected \.txt, .* or what save_to_disk wrote"):
+    with pytest.raises(FormatError, match=r"a folder without data; expected \.txt, .* or a save_to_disk folder"):
         load_data([str(tmp_path)])
 
 

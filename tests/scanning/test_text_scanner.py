@@ -71,7 +71,7 @@ def test_processes(make):
 
 def test_a_process_that_is_killed():
     texts = Dataset.from_dict({"text": ["a"] * 150 + ["die"]})
-    with pytest.raises(PemaError, match="one of 2 worker processes ended in the middle of its work"):
+    with pytest.raises(PemaError, match="one of 2 worker processes died while tokenizing"):
         scan_text(texts, Encoder(Words()), vocab_size=V, num_proc=2)
 
 
@@ -86,7 +86,9 @@ def test_a_tokenizer_that_cannot_travel():
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Split())
     data = Dataset.from_list(ROWS)
     assert scan_text(data, Encoder(tokenizer), vocab_size=V).tokens == 5
-    with pytest.raises(PemaError, match=r"cannot be given to other processes .*: scan in one, without --num-proc"):
+    with pytest.raises(
+        PemaError, match=r"cannot send this tokenizer to other processes .*; scan in one process, without --num-proc"
+    ):
         scan_text(data, Encoder(tokenizer), vocab_size=V, num_proc=2)
 
 
@@ -194,11 +196,11 @@ def test_ids_are_not_truncated():
         scan_text(Dataset.from_list(IDS), Encoder(make_tokenizer(), max_length=1), vocab_size=V)
 
 
-# ---- interrupted, and gone on with
+# ---- interrupted and resumed
 
 
-class Interrupted(ScanStore):
-    """Ctrl-C after so many states."""
+class InterruptingStore(ScanStore):
+    """Raises KeyboardInterrupt after `left` states."""
 
     left = 0
 
@@ -209,10 +211,10 @@ class Interrupted(ScanStore):
             raise KeyboardInterrupt
 
 
-def interrupted_once(store, data, after, num_proc=1):
-    remembered = Interrupted(store, "key")
-    remembered.left = after
-    return scan_text(data, Encoder(make_tokenizer()), vocab_size=V, resuming=remembered, num_proc=num_proc)
+def scan_until_interrupt(store, data, after, num_proc=1):
+    resume_store = InterruptingStore(store, "key")
+    resume_store.left = after
+    return scan_text(data, Encoder(make_tokenizer()), vocab_size=V, resume_store=resume_store, num_proc=num_proc)
 
 
 LATE = [{"u": "a", "v": None}] * 3 + [{"u": None, "v": "h"}] + [{"u": "b", "v": None}] * 4
@@ -236,7 +238,7 @@ def test_interrupted_anywhere_and_again(tmp_path_factory, after, order):
         patch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
         for count in [*after, 0]:
             try:
-                found = interrupted_once(store, data, count)
+                found = scan_until_interrupt(store, data, count)
                 break
             except KeyboardInterrupt as stop:
                 assert re.fullmatch(r"the same command goes on from row \d+", str(stop))
@@ -249,13 +251,13 @@ def test_interrupted_between_states(tmp_path, monkeypatch):
     whole = scan_text(data, Encoder(make_tokenizer()), vocab_size=V)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
     with pytest.raises(KeyboardInterrupt, match="from row 4"):
-        interrupted_once(store, data, 2)
+        scan_until_interrupt(store, data, 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="from row 4"):
         patch.setattr(GrowingBitmap, "count_distinct", interrupt)  # in the middle of a batch
-        interrupted_once(store, data, 0)
-    found = interrupted_once(store, data, 0)
+        scan_until_interrupt(store, data, 0)
+    found = scan_until_interrupt(store, data, 0)
     assert facts(found) == facts(whole)
-    assert found.notes == ("an interrupted scan was gone on with, from row 4",)
+    assert found.notes == ("resumed an interrupted scan at row 4",)
 
 
 def interrupt(_):
@@ -265,16 +267,16 @@ def interrupt(_):
 def test_a_damaged_state_is_as_none(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
     with pytest.raises(KeyboardInterrupt, match="from row 4"):
-        interrupted_once(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 2)
+        scan_until_interrupt(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 2)
     entry = tmp_path / "partial-key"
     entry.write_bytes(entry.read_bytes()[:-9])
-    assert interrupted_once(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 0).notes == ()
+    assert scan_until_interrupt(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 0).notes == ()
 
 
 def test_nothing_to_go_on_from(tmp_path):
     """Before the first state, or where none can be written, Ctrl-C promises nothing."""
     (tmp_path / "file").touch()
-    remembered = Interrupted(CacheFolder(tmp_path / "file" / "store"), "key")
-    remembered.left = 1
+    resume_store = InterruptingStore(CacheFolder(tmp_path / "file" / "store"), "key")
+    resume_store.left = 1
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
-        scan_text(Dataset.from_list(ROWS), Encoder(make_tokenizer()), vocab_size=V, resuming=remembered)
+        scan_text(Dataset.from_list(ROWS), Encoder(make_tokenizer()), vocab_size=V, resume_store=resume_store)
