@@ -1,7 +1,7 @@
-"""Fine-tuning language models without paying for the vocabulary: PEMA for the `adapters` library.
+"""Fine-tune language models without the cost of the vocabulary: PEMA for the `adapters` library.
 
-Importing this package makes "pema" a method of adapters, whether adapters is imported before or after, and loads
-neither adapters nor torch: the public names below are imported at first use.
+Importing this package makes "pema" a method of adapters, whether adapters is imported before or after. It loads neither
+adapters nor torch: each public name is imported at its first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Tiny real models of every family, saved as checkpoints and loaded again as a user would load them."""
+"""Tiny models of every family, saved as checkpoints and loaded as users load them."""
 
 import copy
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ def matrix_of(model):
 
 
 def with_rows(model, token_ids, rows):
-    """A copy of a full model with rows written into E: the oracle of design."""
+    """A copy of a full model with rows written into E: the oracle for outputs."""
     full = copy.deepcopy(model)
     with torch.no_grad():
         matrix_of(full)[torch.as_tensor(token_ids).long()] = rows

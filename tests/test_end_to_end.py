@@ -1,4 +1,4 @@
-"""The two halves together: what training saves, `merge_checkpoint` turns into a checkpoint that computes the same."""
+"""Training and merging together: merged checkpoints have the same outputs as the models that were trained."""
 
 import adapters
 import pytest
@@ -44,7 +44,7 @@ def close(left, right):
 
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_with_pema_alone_becomes_a_plain_checkpoint(make_case, tmp_path, family, safe):
+def test_an_adapter_with_pema_only_merges_into_a_plain_checkpoint(make_case, tmp_path, family, safe):
     case = make_case(family)
     model = trained_adapter(case, PEMAConfig(), tmp_path / "run", safe)
     report = merge_checkpoint(case.folder, tmp_path / "run", verify=True)
@@ -56,7 +56,7 @@ def test_an_adapter_with_pema_alone_becomes_a_plain_checkpoint(make_case, tmp_pa
 
 
 @pytest.mark.parametrize("headless", [False, True])
-def test_what_cannot_go_into_weights_stays_an_adapter(case, tmp_path, headless):
+def test_methods_that_cannot_be_folded_stay_an_adapter(case, tmp_path, headless):
     if headless:  # a base whose names have no prefix
         case.plain().base_model.save_pretrained(tmp_path / "headless")
         case.folder = str(tmp_path / "headless")
@@ -72,7 +72,7 @@ def test_what_cannot_go_into_weights_stays_an_adapter(case, tmp_path, headless):
 
 @pytest.mark.parametrize("fold", [True, False])
 def test_a_flexible_head_stays_with_the_adapter(case, tmp_path, fold):
-    """What LoRA folds into the weights leaves the head alone."""
+    """Folding LoRA into the weights leaves the head alone."""
     model = AutoAdapterModel.from_pretrained(case.folder)
     model.add_classification_head("task", num_labels=3)
     model.add_adapter("task", config=ConfigUnion(PEMAConfig(), LoRAConfig(r=2)))
@@ -92,7 +92,7 @@ def test_a_flexible_head_stays_with_the_adapter(case, tmp_path, fold):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_fine_tuning_merges_into_what_full_training_gives(make_case, data, tmp_path, family):
+def test_merged_full_fine_tuning_equals_training_without_pema(make_case, data, tmp_path, family):
     case = make_case(family)
     full = case.plain()
     run(Trainer, full, data, tmp_path / "full")
@@ -108,7 +108,7 @@ def test_full_fine_tuning_merges_into_what_full_training_gives(make_case, data, 
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_checkpoints_that_trainers_write_can_be_merged(case, data, tmp_path, safe):
+def test_trainer_checkpoints_can_be_merged(case, data, tmp_path, safe):
     saving = {"save_strategy": "steps", "save_steps": 6, "save_safetensors": safe}
     model = load_model(case.auto_class, case.folder, PartialVocabulary(USED, V))
     run(Trainer, model, data, tmp_path / "full", **saving)
@@ -137,7 +137,7 @@ def test_half_precision_training_merges_into_a_full_precision_base(case, tmp_pat
     assert report.rows_merged == len(ids) and report.vocab_size == V
 
 
-def test_a_model_from_elsewhere_merges_into_the_checkpoint_saved_of_it(case, tmp_path):
+def test_a_model_without_a_checkpoint_merges_into_one_saved_from_it(case, tmp_path):
     model = AutoModelForSequenceClassification.from_config(CONFIGS["bert"]())
     model.save_pretrained(tmp_path / "base")
     adapters.init(model)
@@ -153,7 +153,7 @@ def test_a_model_from_elsewhere_merges_into_the_checkpoint_saved_of_it(case, tmp
     assert not (tmp_path / "wrong").exists()
 
 
-def test_averaged_adapters_merge(case, tmp_path):
+def test_averaged_adapters_can_be_merged(case, tmp_path):
     model = case.with_adapters()
     for name, ids in (("one", [3, 5]), ("two", [5, 99])):
         model.add_adapter(name, config="pema")
@@ -167,7 +167,7 @@ def test_averaged_adapters_merge(case, tmp_path):
     close(outputs(merged, SEEN), outputs(model, SEEN))
 
 
-def test_a_grown_vocabulary_grows_the_checkpoint(case, tmp_path):
+def test_a_resized_vocabulary_resizes_the_checkpoint(case, tmp_path):
     model = case.with_adapters()
     model.resize_token_embeddings(V + 2, mean_resizing=False)
     model.add_adapter("task", config="pema", set_active=True)
@@ -181,19 +181,19 @@ def test_a_grown_vocabulary_grows_the_checkpoint(case, tmp_path):
     close(outputs(merged, inputs), outputs(model, inputs))
 
 
-def test_an_adapter_on_weights_that_were_drawn_at_random_needs_a_base_that_has_them(tmp_path):
+def test_an_adapter_on_newly_initialized_weights_needs_a_base_that_has_them(tmp_path):
     torch.manual_seed(1)
     AutoModelForMaskedLM.from_config(CONFIGS["bert"]()).save_pretrained(tmp_path / "mlm")  # has no pooler
     case = Case(str(tmp_path / "mlm"), AutoModelForSequenceClassification)
     model = trained_adapter(case, PEMAConfig(), tmp_path / "run")
-    with pytest.raises(BaseMismatchError, match=r"no tensor 'pooler\.dense\.weight'.* randomly initialized"):
+    with pytest.raises(BaseMismatchError, match=r"no tensor 'pooler\.dense\.weight'.* newly initialized"):
         merge_checkpoint(case.folder, tmp_path / "run")
     model.save_pretrained(tmp_path / "whole")
     report = merge_checkpoint(tmp_path / "whole", tmp_path / "run")
     close(outputs(AutoModelForSequenceClassification.from_pretrained(report.output), MIXED), outputs(model, MIXED))
 
 
-def test_full_fine_tuning_carries_weights_that_were_drawn_at_random_even_if_frozen(tmp_path):
+def test_a_full_delta_contains_newly_initialized_weights_even_if_frozen(tmp_path):
     torch.manual_seed(1)
     AutoModelForMaskedLM.from_config(CONFIGS["bert"]()).save_pretrained(tmp_path / "mlm")
     model = load_model(AutoModelForSequenceClassification, tmp_path / "mlm", PartialVocabulary(USED, V))

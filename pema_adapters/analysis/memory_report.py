@@ -152,14 +152,14 @@ def memory_report(
         SurgeryError: the model has no token embedding.
         FormatError: the config does not exist, or no model can be built from it.
     """
-    from pema_adapters.training.base.model_vocabulary import complete_vocabulary, input_embedding
+    from pema_adapters.training.base.model_vocabulary import complete_vocabulary, get_input_embedding
     from pema_adapters.training.output.tied_head import has_tied_head
 
     if optimizer not in OPTIMIZERS:
         raise VocabularyError(f"optimizer is {optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
     given = os.fspath(model_or_config) if isinstance(model_or_config, os.PathLike) else model_or_config
     model = given if _is_model(given) else build_on_meta(given, model_class)
-    embedding = input_embedding(model)
+    embedding = get_input_embedding(model)
     used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     is_tied = has_tied_head(model, embedding)
     counts = ParamCounts.count(model, embedding)

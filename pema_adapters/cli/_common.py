@@ -1,4 +1,4 @@
-"""What both commands share: exit codes, errors as one line, standard output, and --version."""
+"""Exit codes, one-line errors, standard output and --version, for both commands."""
 
 import argparse
 import contextlib
@@ -17,12 +17,15 @@ _REPORTED_PACKAGES = ("numpy", "safetensors")
 
 
 def run(program: str, work: Callable[[], str], *, is_done_before_printing: bool = False) -> int:
-    """Do `work` and print the text that it returns; print a `PemaError` as one line on stderr.
+    """Call `work` and print the text that it returns, or print its error as one line on stderr.
 
-    is_done_before_printing: the result is on the disk already, so a summary that cannot be printed is no failure.
+    Args:
+        program: The name of the command, which starts every error.
+        work: Does everything and returns the text for standard output.
+        is_done_before_printing: Whether `work` writes its result to disk, so that failing to print is not a failure.
 
     Returns:
-        The exit code: 0 done, 1 refused or failed. A reader that closes its pipe has read enough: 0.
+        The exit code: 0 done, 1 refused or failed. A reader that closes the pipe early counts as done.
     """
     try:
         with raise_on_signals():
@@ -46,13 +49,13 @@ def run(program: str, work: Callable[[], str], *, is_done_before_printing: bool 
 
 
 def write_stdout(text: str) -> None:
-    """Print and flush, with escapes for what the encoding of standard output lacks; nothing for empty text.
+    """Print and flush the text, unless empty, with escapes for characters that standard output cannot encode.
 
     Raises:
-        OSError: it cannot be written. Then nothing more is, so that no second error follows at exit.
+        OSError: Standard output cannot be written. It is then redirected, so that no second error follows at exit.
     """
     stream = sys.stdout
-    if not text or stream is None:  # None: it was closed before the program began
+    if not text or stream is None:  # None: closed before the program started
         return
     encoding = stream.encoding or "utf-8"
     try:
@@ -63,18 +66,23 @@ def write_stdout(text: str) -> None:
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
-    """Add `--version`: this package, Python, and the packages that every command needs, in one line."""
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of pema-adapters and others")
+    """Add `--version`, which prints one line: this package, Python, and the packages that every command needs."""
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="print the versions of pema-adapters, Python and the required packages",
+    )
 
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         import platform
 
-        others = ", ".join(
+        packages = ", ".join(
             [f"Python {platform.python_version()}", *(f"{name} {_find_version(name)}" for name in _REPORTED_PACKAGES)]
         )
-        sys.exit(run(parser.prog, lambda: f"{parser.prog} {__version__} ({others})"))
+        sys.exit(run(parser.prog, lambda: f"{parser.prog} {__version__} ({packages})"))
 
 
 def _find_version(name: str) -> str:
@@ -93,7 +101,7 @@ def _print_error(line: str) -> None:
 
 def _discard_stdout() -> None:
     """Redirect standard output to os.devnull: the interpreter would flush it again at exit, and fail again."""
-    with contextlib.suppress(OSError, ValueError):  # no file behind it
+    with contextlib.suppress(OSError, ValueError):  # not backed by a file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)

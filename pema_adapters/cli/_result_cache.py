@@ -1,7 +1,7 @@
-"""Whole answers of `pema-scan`: the same question about the same files is answered without loading anything.
+"""Cache complete results of `pema-scan`, so that repeating a command loads neither libraries nor data.
 
-Tokenizers and models that lie here stand for themselves by the state of their files, data by their content. What comes
-from the Hub may be another version there by now, so somebody has to ask.
+Local tokenizers and models are identified by the state of their files, data by their content. Results with anything
+from the Hub are not cached: there may be a newer version by now.
 """
 
 import argparse
@@ -13,43 +13,43 @@ from typing import Any
 from pema_adapters.scanning.cache.cached_scan import FORMAT, LIBRARIES, format_cache_note, open_cache
 from pema_adapters.scanning.cache.content_key import compute_path_key, hash_json, read_folder_state
 
-Figures = list[dict[str, Any]]
+Metrics = list[dict[str, Any]]
 
-NOT_FIGURES = {"json", "num_proc", "cache", "save", "plot"}
-"""Options on which the figures do not depend."""
+UNRELATED_OPTIONS = {"json", "num_proc", "cache", "save", "plot"}
+"""Options that do not affect the metrics."""
 
 
 class ResultCache:
-    """The answer to one question, if it can be remembered.
+    """The cached result of one command, if it can be cached.
 
-    Made before the answer is found, so that what changes meanwhile is not taken for what was read.
+    Create it before scanning: its key is computed from the inputs now, so that later changes to them are noticed.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._store = open_cache()
-        self._key = self._identity()
+        self._key = self._compute_key()
 
-    def lookup(self) -> Figures | None:
-        """The figures that were found before; none where files are to be written, which need more than figures."""
+    def lookup(self) -> Metrics | None:
+        """Return the cached metrics, None if there are none or if files are to be written, which need a scan."""
         wants_files = self._options.save or self._options.plot
         content = None if wants_files or self._key is None else self._store.read(f"answer-{self._key}")
         if content is None:
             return None
-        figures: Figures = json.loads(content)
-        for one in figures:
+        metrics: Metrics = json.loads(content)
+        for one in metrics:
             one["from_cache"] = True
             one["notes"] = [format_cache_note(str(self._store.folder))]
-        return figures
+        return metrics
 
-    def save(self, figures: Figures) -> None:
-        """Keep the answer, unless a file has changed meanwhile."""
-        if self._key is not None and self._identity() == self._key:
-            self._store.write(f"answer-{self._key}", json.dumps(figures).encode())
+    def save(self, metrics: Metrics) -> None:
+        """Cache the metrics, unless an input has changed in the meantime."""
+        if self._key is not None and self._compute_key() == self._key:
+            self._store.write(f"answer-{self._key}", json.dumps(metrics).encode())
 
-    def _identity(self) -> str | None:
-        """A sum of all that the figures depend on; None where that cannot be told, or is not to be."""
-        asked = {name: value for name, value in vars(self._options).items() if name not in NOT_FIGURES}
+    def _compute_key(self) -> str | None:
+        """Hash everything that the metrics depend on; None if that is impossible or the cache is off."""
+        asked = {name: value for name, value in vars(self._options).items() if name not in UNRELATED_OPTIONS}
         folders = [Path(name) for name in (*self._options.tokenizer, *self._options.model)]
         data = [Path(name) for name in self._options.data]
         if not self._options.cache or not all(path.exists() for path in (*folders, *data)):
@@ -57,7 +57,7 @@ class ResultCache:
         try:
             states = [read_folder_state(folder) for folder in folders]
             content = [compute_path_key(path, self._store) for path in data]
-        except OSError:  # loading it says why
+        except OSError:  # loading it will report why
             return None
         versions = [version(name) for name in ("pema-adapters", *LIBRARIES)]
         return None if None in states else hash_json([FORMAT, versions, asked, states, content])

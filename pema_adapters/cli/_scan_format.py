@@ -1,8 +1,9 @@
-"""The metrics of `pema-scan` as text."""
+"""Format the metrics of `pema-scan` as text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from pema_adapters.cli._table import format_table
 from pema_adapters.io.escaping import escape_terminal
 
 Metrics = dict[str, Any]
@@ -45,7 +46,7 @@ TIED_HEAD = (
 
 
 def format_metrics(all_metrics: Sequence[Metrics]) -> str:
-    """One tokenizer: a list of metrics. Several: a table with a row for each. Then what they save, and are without."""
+    """Return the text: a list for one tokenizer, a table for several; then memory, unused tokens, and notes."""
     cells = [_format_cells(metrics) for metrics in all_metrics]
     parts = [_format_list(cells[0]) if len(cells) == 1 else format_table(_build_rows(cells))]
     if any("memory" in metrics for metrics in all_metrics):
@@ -57,7 +58,7 @@ def format_metrics(all_metrics: Sequence[Metrics]) -> str:
 
 
 def _format_cells(metrics: Metrics) -> dict[str, str]:
-    """Every figure as it is printed."""
+    """Return every metric as text, by its key in LABELS."""
     report = metrics.get("memory", [None])[0]
     cells = {key: _format_cell(key, value) for key, value in metrics.items() if key in LABELS}
     if report:
@@ -89,7 +90,7 @@ def _build_rows(cells: Sequence[dict[str, str]]) -> list[list[str]]:
 
 
 def _build_memory_rows(all_metrics: Sequence[Metrics]) -> list[list[str]]:
-    """What full fine-tuning saves, a row for each optimizer of each model."""
+    """Return the memory saved in full fine-tuning, one row for each optimizer of each model."""
     named = len(all_metrics) > 1
     head = [*(["model"] if named else []), "saved in training", *(name.replace("_", " ") for name in MEMORY), "of"]
     rows = [head]
@@ -110,27 +111,14 @@ def _format_bytes(number: int) -> str:
     return f"{number} B"
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell: text to the left, metrics to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [any(cell[:1].isdigit() or cell.startswith("-") for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(_line(row, widths, right) for row in rows)
-
-
-def _line(row: Iterable[str], widths: Iterable[int], right: Iterable[bool]) -> str:
-    cells = zip(row, widths, right, strict=True)
-    return "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in cells).rstrip()
-
-
 def _format_unused(metrics: Metrics, named: bool) -> str:
-    """The paper's table 1."""
+    """Return the list of unused tokens, as in table 1 of the paper."""
     of = f" of {escape_terminal(metrics['tokenizer'])}" if named else ""
     head = f"never used{of}, the first {len(metrics['unused_tokens'])}:"
-    shown = [
-        (f"{token_id:,}", "no token" if text is None else repr(text)) for token_id, text in metrics["unused_tokens"]
-    ]
-    width = max(len(token_id) for token_id, _ in shown)
-    return "\n".join([head, *(f"  {token_id.rjust(width)}  {text}" for token_id, text in shown)])
+    tokens = metrics["unused_tokens"]
+    return f"{head}\n" + format_table(
+        [("", f"{i:,}", "no token" if text is None else repr(text)) for i, text in tokens]
+    )
 
 
 def _collect_notes(metrics: Metrics) -> list[str]:

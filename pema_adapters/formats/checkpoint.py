@@ -20,7 +20,7 @@ from pema_adapters.formats.shared_tensors import find_tied_names
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import canonicalize
 from pema_adapters.formats.torch_pickle import read_pickle
-from pema_adapters.formats.weights import WeightFiles, find_weight_files, safetensors_name
+from pema_adapters.formats.weights import WeightFiles, find_weight_files
 from pema_adapters.io.input_file import Bytes, InputFile, RawBytes
 
 CONFIG = "config.json"
@@ -96,10 +96,6 @@ class Checkpoint:
     def metadata(self, path: Path) -> dict[str, str]:
         """Return the safetensors metadata of a weights file, or what the safetensors copy of a pickle will have."""
         return self.headers[path].metadata if path in self.headers else {**PYTORCH_METADATA}
-
-    def safetensors_name(self, path: Path) -> str:
-        """Return the name of the safetensors file that the tensors of `path` are written to."""
-        return safetensors_name(path.name)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of every tensor by stored name."""

@@ -16,9 +16,9 @@ from pema_adapters.errors import FormatError
 from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, PEMA, AdapterConfig
 from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.delta_discovery import FULL_WEIGHTS, find_delta, find_first_file, is_adapter
+from pema_adapters.formats.delta_rows import read_rows
 from pema_adapters.formats.fingerprint import Fingerprint
 from pema_adapters.formats.json_object import read_json
-from pema_adapters.formats.safetensors_header import FLOATS, NUMPY_DTYPES
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import canonicalize
 from pema_adapters.formats.trainer_checkpoints import pick_checkpoint
@@ -29,6 +29,7 @@ ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 
 _ROWS_NAME = re.compile(r"(?:(?P<prefix>.+)\.)?pema\.adapters\.(?P<name>[^.]+)\.(?P<part>token_ids|weight|fingerprint)")
+ROWS_PARTS = ("token_ids", "weight", "fingerprint")
 _QUANTIZED = ("U8", "I8")
 _FULL_ROWS_NAME = re.compile(r"(?P<embedding>.+)\.token_ids")
 
@@ -150,19 +151,22 @@ def _read_adapter(folder: Path) -> Delta:
     tensors = read_tensors(path)
     parts = {name: found for name in tensors if (found := _ROWS_NAME.fullmatch(name))}
     prefix = _find_prefix(path, config, list(parts.values()))
-    rows = {found["part"]: tensors.pop(name) for name, found in parts.items()}
-    token_ids, weight, fingerprint = _read_rows(path, rows) if rows else (np.empty(0, np.int64), None, None)
+    stored = {found["part"]: tensors.pop(name) for name, found in parts.items()}
+    rows = read_rows(path, stored) if stored else None
+    fingerprint = rows.fingerprint if rows else None
     if fingerprint and prefix not in ("", fingerprint.prefix):
-        raise FormatError(f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; damaged")
+        raise FormatError(
+            f"{path}: rows inside {prefix!r}, but their fingerprint says {fingerprint.prefix!r}; the file is damaged"
+        )
     return Delta(
         folder=folder,
         kind="adapter",
         name=config.name,
         prefix=fingerprint.prefix if fingerprint else prefix,
-        own_base=bool(rows) and not prefix,
+        own_base=rows is not None and not prefix,
         embedding=fingerprint.embedding if fingerprint else "",
-        token_ids=token_ids,
-        weight=weight,
+        token_ids=rows.token_ids if rows else np.empty(0, np.int64),
+        weight=rows.weight if rows else None,
         fingerprint=fingerprint,
         head=_read_head(folder, prefix),
         remaining=_read_remaining(folder, config, tensors),
@@ -232,27 +236,17 @@ def _read_remaining(folder: Path, config: AdapterConfig, tensors: dict[str, Stor
 
 
 def _read_full(folder: Path) -> Delta:
-    path = find_first_file(folder, FULL_WEIGHTS)
-    if path is None or path.suffix == ".bin":
-        path = folder / FULL_WEIGHTS[-1]
-        tensors = read_tensors(path)
-    else:
-        tensors = dict(Checkpoint.open(folder).tensors)
-    embeddings = [found["embedding"] for name in tensors if (found := _FULL_ROWS_NAME.fullmatch(name))]
-    if not embeddings:
-        raise FormatError(
-            f"{path}: an ordinary checkpoint, not a delta: it has no tensor '<embedding>.token_ids' with the ids "
-            "of the trained rows; expected the output of save_adapter, save_delta, or a Trainer with a shrunk model"
-        )
-    if len(embeddings) > 1:
-        raise FormatError(f"{path}: {len(embeddings)} partial embeddings ({', '.join(embeddings)}), expected one")
-    stored = f"{embeddings[0]}.weight"
-    parts = ("token_ids", "weight", "fingerprint")
-    rows = {part: tensors.pop(name) for part in parts if (name := f"{embeddings[0]}.{part}") in tensors}
-    token_ids, weight, fingerprint = _read_rows(path, rows)
+    path, tensors = _read_full_tensors(folder)
+    embedding = _find_embedding(path, tensors)
+    stored = f"{embedding}.weight"
+    parts = {part: tensors.pop(name) for part in ROWS_PARTS if (name := f"{embedding}.{part}") in tensors}
+    rows = read_rows(path, parts)
+    fingerprint = rows.fingerprint
     prefix = fingerprint.prefix if fingerprint else ""
     if fingerprint and stored not in (fingerprint.embedding, f"{prefix}.{fingerprint.embedding}"):
-        raise FormatError(f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; damaged")
+        raise FormatError(
+            f"{path}: rows of {stored!r}, but their fingerprint is of {fingerprint.embedding!r}; the file is damaged"
+        )
     return Delta(
         folder=folder,
         kind="full",
@@ -260,8 +254,8 @@ def _read_full(folder: Path) -> Delta:
         prefix=prefix,
         own_base=not stored.startswith(prefix + "."),
         embedding=fingerprint.embedding if fingerprint else canonicalize(stored, prefix),
-        token_ids=token_ids,
-        weight=weight,
+        token_ids=rows.token_ids,
+        weight=rows.weight,
         fingerprint=fingerprint,
         tensors=tensors,
         config=read_json(folder / CONFIG),
@@ -269,47 +263,23 @@ def _read_full(folder: Path) -> Delta:
     )
 
 
-def _read_rows(path: Path, parts: dict[str, StoredTensor]) -> tuple[np.ndarray, StoredTensor, Fingerprint | None]:
-    """Return token_ids int64 [K], weight [K, d] and the fingerprint, after checking them against each other."""
-    for part in ("token_ids", "weight"):
-        if part not in parts:
-            raise FormatError(f"{path}: PEMA rows without {part!r}; the file is damaged")
-    ids, weight = parts["token_ids"], parts["weight"]
-    if len(weight.shape) != 2 or weight.dtype not in FLOATS:
+def _read_full_tensors(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
+    """Read all tensors of a full delta, and return them with the file to name in messages."""
+    path = find_first_file(folder, FULL_WEIGHTS)
+    if path is None or path.suffix == ".bin":
+        path = folder / FULL_WEIGHTS[-1]
+        return path, read_tensors(path)
+    return path, dict(Checkpoint.open(folder).tensors)
+
+
+def _find_embedding(path: Path, tensors: dict[str, StoredTensor]) -> str:
+    """Return the name of the partial embedding, without ".weight"."""
+    found = [match["embedding"] for name in tensors if (match := _FULL_ROWS_NAME.fullmatch(name))]
+    if not found:
         raise FormatError(
-            f"{path}: tensor {weight.name!r} is {weight.dtype} {list(weight.shape)}; expected rows [K, d] of floats"
+            f"{path}: an ordinary checkpoint, not a delta: it has no tensor '<embedding>.token_ids' with the ids "
+            "of the trained rows; expected the output of save_adapter, save_delta, or a Trainer with a shrunk model"
         )
-    fingerprint = _read_fingerprint(path, parts["fingerprint"]) if "fingerprint" in parts else None
-    token_ids = _read_token_ids(path, ids, fingerprint)
-    if weight.shape[0] != len(token_ids):
-        raise FormatError(
-            f"{path}: tensor {weight.name!r} has {weight.shape[0]} rows for {len(token_ids)} token_ids; "
-            "expected as many; the file is damaged"
-        )
-    return token_ids, weight, fingerprint
-
-
-def _read_token_ids(path: Path, stored: StoredTensor, fingerprint: Fingerprint | None) -> np.ndarray:
-    where = f"{path}: tensor {stored.name!r}"
-    if stored.dtype not in ("I32", "I64") or len(stored.shape) != 1:
-        raise FormatError(f"{where} is {stored.dtype} {list(stored.shape)}; expected I32 [K]")
-    ids = np.frombuffer(stored.read(), NUMPY_DTYPES[stored.dtype]).astype(np.int64)
-    bad = np.flatnonzero(np.diff(ids) <= 0)
-    if len(bad):
-        at = int(bad[0])
-        raise FormatError(f"{where} must be strictly increasing, found {ids[at]} before {ids[at + 1]} at {at}")
-    if len(ids) and ids[0] < 0:
-        raise FormatError(f"{where} begins with {ids[0]}; expected ids from 0")
-    if fingerprint and len(ids) and ids[-1] >= fingerprint.vocab_size:
-        raise FormatError(f"{where} goes up to {ids[-1]}; expected ids below V = {fingerprint.vocab_size}")
-    added = fingerprint.vocab_size - fingerprint.base_vocab_size if fingerprint else 0
-    if added > len(ids):
-        raise FormatError(f"{where} has {len(ids)} ids; expected all {added} new tokens among them")
-    return ids
-
-
-def _read_fingerprint(path: Path, stored: StoredTensor) -> Fingerprint:
-    try:
-        return Fingerprint.from_array(np.frombuffer(stored.read(), np.uint8))
-    except FormatError as error:
-        raise FormatError(f"{path}: tensor {stored.name!r}: {error}") from None
+    if len(found) > 1:
+        raise FormatError(f"{path}: {len(found)} partial embeddings ({', '.join(found)}), expected one")
+    return found[0]

@@ -1,4 +1,4 @@
-"""What an artifact remembers of its base, so that it is never merged into another one."""
+"""Fingerprints: what an artifact records of its base, so that it is never merged into another one."""
 
 import hashlib
 import json
@@ -20,27 +20,36 @@ BLOCK_ROWS = 1024
 
 
 class TensorSource(Protocol):
-    """Whatever can be fingerprinted: a checkpoint on disk, a model in memory."""
+    """A checkpoint on disk or a model in memory, whose fingerprint can be computed."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor, by stored name."""
+        """Return the shape of every tensor by stored name."""
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """The rows `ids` as float32 [n, d]."""
+        """Gather the rows `ids` (n of them) as float32 [n, d]."""
 
     def values(self, name: str, positions: np.ndarray) -> np.ndarray:
-        """The values at flat `positions` as float32 [n]."""
+        """Gather the values at n flat `positions` as float32 [n]."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All K base rows, and names, shapes and sampled values of the other tensors of the base.
+    """Digests of all K base rows, and of name, shape and sampled values of every other tensor of the base.
 
-    Numbers are digested as little-endian float32: a base saved again in a wider dtype is still the same.
-    `embedding` and the keys of `tensors` are canonical names. Ids >= `base_vocab_size` are rows added by
-    `resize_token_embeddings`; they have no base row and are not in the digest. `untied` is the name of the output
-    matrix that the trained model does not tie to its input embedding any more, though the base does; "" for none.
-    `base` is the Hub id or folder that the model was loaded from, as its user gave it; "" where nobody knows.
+    Numbers are digested as little-endian float32, so that a base saved again in a wider dtype still matches. All names
+    are canonical (see `tensor_names`).
+
+    Attributes:
+        embedding: The name of E.
+        prefix: The base model's prefix, "bert" for example.
+        vocab_size: V of the trained model.
+        base_vocab_size: V of the base. Ids from there on are rows that `resize_token_embeddings` added; the base lacks
+            them, and `rows` does not cover them.
+        rows: The digest of the base rows of the trained tokens.
+        tensors: `{name: (shape, digest)}` of the other tensors.
+        untied: The name of the output matrix that the trained model no longer ties to E, though the base does; "" for
+            none.
+        base: The Hub id or folder that the model was loaded from, as its user gave it; "" if unknown.
     """
 
     embedding: str
@@ -63,7 +72,16 @@ class Fingerprint:
         token_ids: np.ndarray,
         names: Collection[str],
     ) -> "Fingerprint":
-        """The fingerprint of `source`; `embedding` and `names` (the other tensors) as stored there."""
+        """Compute the fingerprint of a base.
+
+        Args:
+            source: The base.
+            embedding: The stored name of E.
+            prefix: The base model's prefix.
+            vocab_size: V of the trained model.
+            token_ids: The ids of the trained rows, int64 [K].
+            names: The stored names of the other tensors to cover.
+        """
         shapes = source.shapes()
         base_vocab_size = shapes[embedding][0]
         return cls(
@@ -78,7 +96,7 @@ class Fingerprint:
         )
 
     def match_names(self, names: Collection[str]) -> dict[str, str]:
-        """`{canonical name: stored name}` of a base, whatever prefix it is stored under."""
+        """Return `{canonical name: stored name}` of a base, whatever prefix it is stored under."""
         found = map_canonical_names(names, self.prefix)
         if self.embedding not in found:
             prefixes = {
@@ -89,7 +107,16 @@ class Fingerprint:
         return found
 
     def check(self, source: TensorSource, token_ids: np.ndarray, *, where: str) -> None:
-        """Raise `BaseMismatchError` naming the first tensor of `source` (called `where`) that differs."""
+        """Check that `source` is the base of this fingerprint.
+
+        Args:
+            source: The checkpoint or model to check.
+            token_ids: The ids of the trained rows, int64 [K].
+            where: How messages name `source`.
+
+        Raises:
+            BaseMismatchError: A tensor is missing or differs; the message names the first.
+        """
         shapes = source.shapes()
         stored = self.match_names(shapes.keys())
         embedding = self._require_name(stored, self.embedding, where)
@@ -109,13 +136,17 @@ class Fingerprint:
             raise _mismatch_error(where, embedding, "rows of the delta's tokens", found[:16], self.rows[:16])
 
     def to_array(self) -> np.ndarray:
-        """As UTF-8 JSON, uint8 [n]: the way it travels inside an artifact."""
+        """Return the fingerprint as UTF-8 JSON, uint8 [n], the tensor that artifacts hold."""
         content = {"version": VERSION, **asdict(self)}
         return np.frombuffer(json.dumps(content, separators=(",", ":")).encode(), dtype=np.uint8)
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> "Fingerprint":
-        """Read what `to_array` wrote, now or before formats had versions; raises `FormatError` on anything else."""
+        """Read the output of `to_array`, of this or an older version.
+
+        Raises:
+            FormatError: The fingerprint is damaged, or written by a newer version.
+        """
         try:
             content = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
             version = content.get("version", UNVERSIONED)
@@ -135,8 +166,8 @@ class Fingerprint:
     def _require_name(stored: Mapping[str, str], key: str, where: str) -> str:
         if key not in stored:
             raise BaseMismatchError(
-                f"{where}: no tensor {key!r}, which the model that was trained has (if it was randomly initialized "
-                "when the base was loaded, save that model with save_pretrained and train on the result)"
+                f"{where}: no tensor {key!r}, which the trained model has (if from_pretrained newly initialized it, "
+                "save that model with save_pretrained and train on the result)"
             )
         return stored[key]
 
@@ -162,7 +193,7 @@ def _validate(fingerprint: Fingerprint) -> Fingerprint:
 
 
 def _digest_readable(where: str, name: str, digest: Callable[[], str]) -> str:
-    """The digest; a tensor whose numbers cannot be read (float8, say) is not the one that was fingerprinted."""
+    """Return the digest; an unreadable dtype (float8, say) is a mismatch, since it had no fingerprint."""
     try:
         return digest()
     except FormatError as error:
@@ -174,21 +205,26 @@ def _mismatch_error(where: str, name: str, what: str, found: str, expected: str)
 
 
 def sample_positions(shape: tuple[int, ...]) -> np.ndarray:
-    """Up to 64 flat positions, int64, evenly spaced over a tensor, first and last included."""
+    """Return up to 64 flat positions, int64, evenly spaced over a tensor, the first and last included."""
     size = math.prod(shape)
     count = min(size, SAMPLES)
     return np.arange(count, dtype=np.int64) * (size - 1) // max(count - 1, 1)
 
 
 def _digest_values(source: TensorSource, name: str, shape: tuple[int, ...]) -> str:
-    """16 hex digits over up to 64 values at evenly spaced flat positions, first and last included."""
+    """Return 16 hex digits of the SHA-256 over the values at `sample_positions`."""
     positions = sample_positions(shape)
     values = source.values(name, positions) if len(positions) else np.empty(0)
     return hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()[:16]
 
 
 def digest_rows(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> str:
-    """SHA-256 over the rows of `ids` [n] in order; `read` gives some of them as float32 [m, d]."""
+    """Return the SHA-256 over rows, in order, as 64 hex digits.
+
+    Args:
+        read: Reads a block of m rows by their ids, as float32 [m, d].
+        ids: The ids of all rows, int64 [n].
+    """
     digest = hashlib.sha256()
     for begin in range(0, len(ids), BLOCK_ROWS):
         block = read(ids[begin : begin + BLOCK_ROWS])

@@ -1,8 +1,8 @@
-"""What a pickle would build, told from its instructions alone: small ones can describe things of endless size.
+"""Detect pickles that expand without bound, from their opcodes alone, before anything is unpickled.
 
-A tuple of twice the same tuple of twice the same ... is a few bytes for each level, and twice the time to hash, compare
-or print. What torch writes for tensors refers to names, sizes and tensors again, never to a list or dictionary, and
-nests a few levels.
+A tuple that holds another tuple twice, which holds another one twice, and so on, takes a few bytes a level, but each
+level doubles the time to hash, compare or print it. Pickles of tensors reuse names, sizes and tensors, but never a
+list or dictionary, and nest a few levels deep.
 """
 
 import pickletools
@@ -20,11 +20,18 @@ _PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 
 @dataclass(frozen=True)
 class _Value:
-    """A value on the stack: levels of containers in it, letters or items of it, whether it may be referred to again."""
+    """A value on the unpickler's stack.
+
+    Attributes:
+        depth: How many levels of containers it nests.
+        size: How many characters or items it has.
+        is_reusable: Whether tensors' pickles may refer to it again.
+        name: The global that it is, "" for other values.
+    """
 
     depth: int = 0
     size: int = 1
-    again: bool = True
+    is_reusable: bool = True
     name: str = ""
 
 
@@ -32,21 +39,24 @@ _PLAIN, _MARK = _Value(), _Value(name="(")
 
 
 def find_expansion_attack(table: bytes) -> str | None:
-    """Why unpickling, hashing or printing what `table` describes may not end; None where it ends soon.
+    """Return why unpickling, hashing or printing a pickle may take forever, None if it will not.
 
-    Runs nothing and builds nothing. Raises ValueError for instructions that are none.
+    Executes nothing and builds nothing.
+
+    Raises:
+        ValueError: `table` is not a pickle.
     """
     stack: list[_Value] = []
     memo: dict[object, _Value] = {}
-    again = 0
+    reused = 0
     for opcode, argument, at in pickletools.genops(table):
         name = opcode.name
         if name in _PUT:
             memo[len(memo) if argument is None else argument] = stack[-1] if stack else _PLAIN
         elif name in _GET:
             stack.append(memo.get(argument, _PLAIN))
-            again += stack[-1].size
-            if not stack[-1].again or again > MAX_GROWTH * len(table):
+            reused += stack[-1].size
+            if not stack[-1].is_reusable or reused > MAX_GROWTH * len(table):
                 return f"refers to the same value again and again (byte {at})"
         elif name == "DUP":
             return f"repeats a value (byte {at})"
@@ -61,7 +71,7 @@ def find_expansion_attack(table: bytes) -> str | None:
 
 
 def _pop_arguments(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> list[_Value]:
-    """Take what the instruction takes, in order. Where the stack is too short the unpickler will complain."""
+    """Pop the arguments of an opcode, in order; a stack that is too short is left for the unpickler to report."""
     found: list[_Value] = []
     for item in reversed(opcode.stack_before):
         while item is pickletools.stackslice and stack and stack[-1] is not _MARK:
@@ -72,16 +82,16 @@ def _pop_arguments(stack: list[_Value], opcode: pickletools.OpcodeInfo) -> list[
 
 
 def _apply(name: str, argument: object, popped: list[_Value]) -> _Value:
-    """What the instruction leaves on the stack."""
+    """Return what an opcode pushes."""
     if name == "GLOBAL":
         return _Value(name=str(argument))
     if name in _MUTATORS and popped:
         inside = 1 + max((value.depth for value in popped[1:]), default=0)
-        return _Value(max(popped[0].depth, inside), again=popped[0].again, name=popped[0].name)
+        return _Value(max(popped[0].depth, inside), is_reusable=popped[0].is_reusable, name=popped[0].name)
     if name == "REDUCE" and popped and popped[0].name.startswith(_TENSOR_MAKERS):
         return _PLAIN
     if name in _CONTAINERS:
         depth = 1 + max((value.depth for value in popped), default=0)
         size = 1 + sum(value.size for value in popped)
-        return _Value(depth, size, again=name in _TUPLES and depth == 1)
+        return _Value(depth, size, is_reusable=name in _TUPLES and depth == 1)
     return _Value(size=len(argument)) if isinstance(argument, str | bytes) else _PLAIN

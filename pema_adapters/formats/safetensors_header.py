@@ -1,7 +1,7 @@
-"""Headers of safetensors files, read and written, and their bytes as numbers.
+"""Read, validate and write headers of safetensors files, and decode their numbers.
 
-A file is `8-byte little-endian length n | n bytes of JSON | data`. The JSON maps each tensor to its dtype, shape
-and byte range in the data. Everything is validated when the header is read: nobody behind it has to check again.
+A file is `8-byte little-endian length n | n bytes of JSON | data`. The JSON maps each tensor's name to its dtype, shape
+and byte range in the data. `read_header` validates everything, so that no caller has to check again.
 """
 
 import json
@@ -41,7 +41,14 @@ NUMPY_DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """A validated header: `tensors` by name in offset order, `data_start` as an absolute offset."""
+    """A validated header.
+
+    Attributes:
+        source: The file.
+        tensors: Its tensors by name, in the order of their offsets.
+        metadata: Its `__metadata__`, {} if there is none.
+        data_start: The absolute offset of the data.
+    """
 
     source: InputFile
     tensors: dict[str, StoredTensor]
@@ -50,13 +57,21 @@ class Header:
 
 
 def size_in_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor: `size_in_bytes("BF16", (3, 2)) == 12`. KeyError where the dtype is unknown."""
+    """Return the bytes of a tensor: `size_in_bytes("BF16", (3, 2)) == 12`.
+
+    Raises:
+        KeyError: The dtype is unknown.
+    """
     bits = _BITS[dtype] * math.prod(shape)
     return -(-bits // 8)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and validate the header of one file; raises `FormatError` naming the file and the tensor."""
+    """Read and validate the header of a file.
+
+    Raises:
+        FormatError: The file is missing or damaged; the message names the tensor.
+    """
     path = Path(path)
     source = InputFile(path)
     length = _parse_length(path, source.size, source.read(0, min(LENGTH_BYTES, source.size)))
@@ -72,7 +87,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def encode_header(
     tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str], padding: int = 0
 ) -> bytes:
-    """The header of `(name, dtype, shape)` tensors whose data follow in this order, padded to 8 bytes, or by more."""
+    """Return the header of a file, its length included, padded with spaces to a multiple of 8 bytes.
+
+    Args:
+        tensors: `(name, dtype, shape)` of each tensor, in the order of their data.
+        metadata: The `__metadata__`; none if empty.
+        padding: More spaces to add, a multiple of 8.
+    """
     entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -84,7 +105,11 @@ def encode_header(
 
 
 def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Stored bytes, uint8 [..., n * itemsize], as float32 [..., n]; exact for F32, F16 and BF16."""
+    """Decode stored bytes, uint8 [..., n * itemsize], to float32 [..., n]; exact for F32, F16 and BF16.
+
+    Raises:
+        FormatError: Numbers of this dtype cannot be read.
+    """
     raw = np.ascontiguousarray(raw)
     if dtype == "BF16":  # the upper half of a float32
         return (raw.view("<u2").astype("<u4") << 16).view("<f4")
@@ -96,12 +121,12 @@ def as_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 def _parse_length(path: Path, size: int, first: bytes) -> int:
     if len(first) < LENGTH_BYTES:
-        raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; the file is empty or cut short")
+        raise FormatError(f"{path}: {size} bytes are too few for a safetensors file; the file is empty or truncated")
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER:
         raise FormatError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER}; not a safetensors file?")
     if LENGTH_BYTES + length > size:
-        raise FormatError(f"{path}: header of {length} bytes in a file of {size}; the file is cut short")
+        raise FormatError(f"{path}: header of {length} bytes in a file of {size}; the file is truncated")
     return length
 
 
@@ -114,7 +139,9 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: header is not valid JSON ({error})") from None
     if not text.startswith(b"{") or not isinstance(entries, dict):
-        raise FormatError(f"{path}: header is not a JSON object; expected tensor names and their places")
+        raise FormatError(
+            f"{path}: header is not a JSON object; expected tensor names with dtype, shape and data_offsets"
+        )
     return entries
 
 
@@ -125,13 +152,13 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"duplicate name {key!r}")
         for text in (key, value):
             if isinstance(text, str):
-                text.encode()  # UnicodeEncodeError, a ValueError: half a surrogate pair, which only JSON can spell
+                text.encode()  # UnicodeEncodeError, a ValueError: a lone surrogate, which only JSON can spell
         found[key] = value
     return found
 
 
 def _parse_integer(text: str) -> int | float:
-    """The safetensors library takes -0 for the float that it is elsewhere, and refuses it as a size."""
+    """Parse an integer as the safetensors library does: -0 is a float there, and refused as a size."""
     return int(text) if text != "-0" else -0.0
 
 
@@ -171,7 +198,7 @@ def _is_size_list(value: Any) -> bool:
 
 
 def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
-    """The tensors must tile the data: no hole, no overlap, nothing beyond the end or left over."""
+    """Check that the tensors tile the data: no hole, no overlap, nothing beyond the end, nothing left over."""
     marks = [(None, data_start, data_start)]
     marks += [(t.name, start := t.start or 0, start + t.nbytes) for t in tensors]  # type: ignore[misc]
     for (_, _, expected), (name, start, end) in pairwise(marks):
@@ -179,6 +206,6 @@ def _check_layout(path: Path, tensors: list[StoredTensor], data_start: int, size
             kind = "overlaps the tensor before it" if start < expected else "leaves a hole before it"
             raise FormatError(f"{path}: tensor {name!r} {kind}: it begins at byte {start}, expected {expected}")
         if end > size:
-            raise FormatError(f"{path}: tensor {name!r} ends at byte {end}, but the file has {size}; it is cut short")
+            raise FormatError(f"{path}: tensor {name!r} ends at byte {end}, but the file has {size}; it is truncated")
     if marks[-1][2] != size:
-        raise FormatError(f"{path}: {size - marks[-1][2]} bytes after the last tensor that no tensor owns")
+        raise FormatError(f"{path}: {size - marks[-1][2]} bytes after the last tensor belong to no tensor")

@@ -1,4 +1,4 @@
-"""One tensor under several names: which name is kept, and which ones Transformers ties again when it loads."""
+"""Tensors stored under several names: which name to keep, and which ones Transformers ties again on loading."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,14 @@ from pema_adapters.formats.tensor_names import EMBEDDINGS, OUTPUT_BIASES, OUTPUT
 
 
 def find_tied_names(tensors: Iterable[StoredTensor], ties_outputs: bool) -> dict[str, str]:
-    """`{name to drop: name to keep}` of the tensors of one pickled file, which are the same bytes of it.
+    """Return `{name to drop: name to keep}` of tensors of a pickled file that are the same bytes.
 
-    Safetensors store a tensor once, pickles under every name that the model had for it. A name goes only where
-    Transformers ties it again; `ties_outputs`: whether it does so with output matrices (`tie_word_embeddings`).
-    Other names stay, and their bytes are stored once for each.
+    Safetensors store a tensor once, pickles under every name that the model has for it. A name is dropped only if
+    Transformers ties it again; other names stay, each with a copy of the bytes.
+
+    Args:
+        tensors: All tensors of the file.
+        ties_outputs: Whether Transformers ties output matrices (`tie_word_embeddings`).
     """
     regions: dict[object, list[str]] = {}
     for tensor in tensors:
@@ -26,12 +29,12 @@ def find_tied_names(tensors: Iterable[StoredTensor], ties_outputs: bool) -> dict
 
 
 def _preference(name: str) -> tuple[bool, bool, int, str]:
-    """Input embeddings first, output matrices last: Transformers ties the output to the input."""
+    """Return a sort key: input embeddings first, output matrices last, as Transformers ties the output to the input."""
     return not name.endswith(EMBEDDINGS), name.endswith(OUTPUT_MATRICES), len(name), name
 
 
 def _is_tied_again(name: str, kept: str, ties_outputs: bool) -> bool:
-    """Copies of the input embedding and biases always are."""
+    """Return whether Transformers ties `name` to `kept`; it always does so with biases and input embeddings."""
     if name.endswith(OUTPUT_BIASES):
         return True
     if kept.endswith(EMBEDDINGS) and name.endswith(EMBEDDINGS):

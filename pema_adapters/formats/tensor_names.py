@@ -1,4 +1,4 @@
-"""How tensors are called in checkpoints: embeddings, heads, and one name for what layouts spell differently."""
+"""Names of tensors in checkpoints: embeddings, heads, and canonical names that match across layouts."""
 
 from collections.abc import Iterable
 
@@ -10,17 +10,17 @@ EMBEDDINGS = (
     "tok_embeddings.weight",
     "word_embedding.weight",
 )
-"""How the input embedding and its copies end in checkpoints; output embeddings end otherwise."""
+"""Suffixes of the input embedding and its copies; output embeddings have others."""
 
 OUTPUT_MATRICES = ("lm_head.weight", "decoder.weight", "vocab_projector.weight", "embed_out.weight", "output.weight")
 OUTPUT_BIASES = ("predictions.bias", "decoder.bias", "lm_head.bias", "vocab_projector.bias", "final_logits_bias")
-"""How matrices [V, d] and biases [V] or [1, V] of language-model heads end."""
+"""Suffixes of the matrix [V, d] and the bias [V] or [1, V] of language-model heads."""
 
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def canonicalize(name: str, prefix: str) -> str:
-    """The name by which a tensor is matched in any layout: no base-model prefix, today's spelling.
+    """Return the name by which a tensor matches in any layout: without base-model prefix, in today's spelling.
 
     `canonicalize("bert.embeddings.LayerNorm.gamma", "bert") == "embeddings.LayerNorm.weight"`
     """
@@ -33,7 +33,7 @@ def canonicalize(name: str, prefix: str) -> str:
 
 
 def map_canonical_names(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """`{canonical name: stored name}`. Of a name stored in both ways, the prefixed one counts."""
+    """Return `{canonical name: stored name}`; if a tensor is stored with and without prefix, the prefixed name."""
     found: dict[str, str] = {}
     for name in names:
         key = canonicalize(name, prefix)

@@ -1,8 +1,8 @@
-"""Pickled weights files (`.bin`): which tensors they hold, and where their bytes lie.
+"""Read pickled weights files (`.bin`) safely: which tensors they hold, and where their bytes are.
 
-`torch.save` writes a zip archive: a pickle that describes the tensors, and beside it one record for each storage, as
-it was in memory. Where the records are not compressed, tensors can be read by memory map, as from safetensors. The
-file may come from anybody, so what it claims is checked before a byte of it is copied.
+`torch.save` writes a zip archive: a pickle that describes the tensors, and one record with the raw bytes of each
+storage. The records are not compressed, so tensors can be read by memory map, as from safetensors. The file is
+untrusted: its claims are checked before a byte of it is copied.
 """
 
 import math
@@ -34,10 +34,11 @@ _ADVICE = "if you trust its source, load it once and save it as safetensors (a m
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a file that `torch.save` wrote, in its order. Imports torch; unpickles nothing but tensors.
+    """Read all tensors of a file that `torch.save` wrote, in its order. Imports torch; unpickles only tensors.
 
-    Raises `FormatError`: not a zip of uncompressed records, anything but a dictionary of tensors, a tensor that takes
-    more bytes than are stored for it.
+    Raises:
+        FormatError: The file is not a zip archive of uncompressed records, holds anything but a dictionary of tensors,
+            or has a tensor that takes more bytes than are stored for it.
     """
     source = InputFile(path)
     records = _read_records(path)
@@ -50,18 +51,24 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     )
     source.check()  # torch opened it by its path
     file = _MappedFile(source, address, copies)
-    return {name: file.stored(name, tensor) for name, tensor in tensors.items()}
+    return {name: file.describe(name, tensor) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class _MappedFile:
-    """A file, the address at which torch maps it, and the tensors of it that had to be put in order."""
+    """A file mapped by torch.
+
+    Attributes:
+        source: The file.
+        address: Where torch has mapped it.
+        copies: The bytes of its non-contiguous tensors, by `_region_key`.
+    """
 
     source: InputFile
     address: int
     copies: dict[Any, np.ndarray]
 
-    def stored(self, name: str, tensor: Any) -> StoredTensor:
+    def describe(self, name: str, tensor: Any) -> StoredTensor:
         dtype, shape = str(_dtype_name(tensor)), tuple(tensor.shape)
         if not tensor.nbytes:
             return StoredTensor(name, dtype, shape, self.source, 0, 0)
@@ -71,33 +78,33 @@ class _MappedFile:
 
 
 def _read_records(path: Path) -> dict[int, int]:
-    """`{absolute offset: bytes}` of all records of the archive."""
+    """Return `{absolute offset: size in bytes}` of all records of the archive."""
     with reading(path), path.open("rb") as file:
         first = file.read(4)
         if first != _LOCAL_HEADER:
             raise FormatError(
-                f"{path}: not a file of tensors that can be read where it lies: expected a zip archive, as torch.save "
-                f"writes since PyTorch 1.6, found one that begins with {first!r}; {_ADVICE}"
+                f"{path}: not a file of tensors that can be memory-mapped: expected a zip archive, as torch.save "
+                f"writes since PyTorch 1.6, found a file that begins with {first!r}; {_ADVICE}"
             )
         try:
             with zipfile.ZipFile(file) as archive:
                 return {_find_data_offset(file, entry): entry.file_size for entry in _validate_entries(path, archive)}
         except FormatError:
             raise
-        except Exception as error:  # whatever zipfile meets in a damaged archive
+        except Exception as error:  # zipfile raises anything on a damaged archive
             raise FormatError(
-                f"{path}: not a file of tensors: its zip directory is damaged or cut short "
+                f"{path}: not a file of tensors: its zip directory is damaged or truncated "
                 f"({_summarize_error(error)}); download or save it again"
             ) from None
 
 
 def _validate_entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The entries; refused where their bytes are not the tensors' own, or where the pickle alone would fill memory."""
+    """Return the entries, after checking that they are raw bytes and that the pickle is safe to load."""
     entries = archive.infolist()
     for entry in entries:
-        name, size = entry.filename.lower(), entry.file_size  # torch's reader does not mind upper case
+        name, size = entry.filename.lower(), entry.file_size  # torch's reader ignores case
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != size:
-            raise FormatError(f"{path}: record {entry.filename!r} is compressed; expected it as it is; {_ADVICE}")
+            raise FormatError(f"{path}: record {entry.filename!r} is compressed; expected it stored; {_ADVICE}")
         if name.endswith("data.pkl"):
             _check_pickle(path, archive, entry)
         if name.endswith("byteorder") and archive.read(entry) != b"little":
@@ -106,9 +113,9 @@ def _validate_entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipI
 
 
 def _check_pickle(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-    """Refuse a pickle whose content would fill memory or take forever, before it is unpickled."""
+    """Refuse a pickle that would fill memory or take forever to unpickle."""
     where = f"{path}: {entry.filename!r}"
-    # of all that torch allows a pickle to call, bytearray(10**11) is what fills memory
+    # of everything that torch lets a pickle call, only bytearray(10**11) fills memory
     if entry.file_size > MAX_HEADER or b"bytearray" in (table := archive.read(entry)):
         raise FormatError(f"{where} ({entry.file_size} bytes) asks for more memory than tensors need")
     try:
@@ -119,11 +126,11 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) 
             f"something else; {_ADVICE}"
         ) from None
     if reason:
-        raise FormatError(f"{where} {reason}, as tensors never do: damaged, or made to hang its readers")
+        raise FormatError(f"{where} {reason}, as tensors never do: damaged or malicious")
 
 
 def _find_data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: behind its local header, whose padding the directory does not tell."""
+    """Return where a record's bytes begin: after its local header, whose padding the zip directory does not record."""
     file.seek(entry.header_offset)
     header = file.read(30)
     if len(header) < 30 or not header.startswith(_LOCAL_HEADER):
@@ -133,14 +140,14 @@ def _find_data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _load_tensors(path: Path) -> dict[str, Any]:
-    """The tensors as torch sees them. `weights_only`: no code is run. `mmap`: their bytes stay in the file."""
+    """Load the tensors with torch. `weights_only` runs no code; `mmap` leaves their bytes in the file."""
     import torch
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own odd content; what is wrong is an error below
+            warnings.simplefilter("ignore")  # what matters is an error below
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever an unpickler meets in a damaged file
+    except Exception as error:  # an unpickler raises anything on a damaged file
         raise FormatError(
             f"{path}: not a file of tensors that torch can read safely ({_summarize_error(error)}): damaged, or holds "
             f"something else; {_ADVICE}"
@@ -156,10 +163,10 @@ def _load_tensors(path: Path) -> dict[str, Any]:
 
 
 def _check_tensor(path: Path, name: str, tensor: Any) -> None:
-    """Refuse what has no place in a checkpoint, or would take more memory than the file has bytes for it."""
+    """Refuse a tensor of a kind that checkpoints do not have, or with fewer bytes in the file than it takes."""
     where = f"{path}: tensor {name!r}"
     if _dtype_name(tensor) is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
-        raise FormatError(f"{where}: {tensor.dtype} ({tensor.layout}) has no place in a checkpoint; {_ADVICE}")
+        raise FormatError(f"{where}: {tensor.dtype} ({tensor.layout}) is not supported in a checkpoint; {_ADVICE}")
     held, wanted = tensor.untyped_storage().nbytes(), _count_bytes(tensor)
     if wanted > held:
         raise FormatError(
@@ -169,10 +176,10 @@ def _check_tensor(path: Path, name: str, tensor: Any) -> None:
 
 
 def _find_mapping_address(path: Path, tensors: Iterable[Any], records: dict[int, int]) -> int:
-    """The address at which torch has mapped the file: the one that puts every storage onto a record of its size.
+    """Return the address at which torch has mapped the file: the one that puts every storage on a record of its size.
 
-    torch does not tell at which offset a storage lies. This also proves that every storage is one of the file's: a
-    pickle may as well ask for memory that nothing in the file fills, or for more of the file than a record has.
+    torch does not tell a storage's offset. That such an address exists also proves that every storage is a record of
+    the file: a pickle could ask for memory that nothing in the file fills, or for more than a record has.
     """
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
     if not storages:
@@ -185,15 +192,15 @@ def _find_mapping_address(path: Path, tensors: Iterable[Any], records: dict[int,
         and all(records.get(address - first + at) == size for address, size in storages.items())
     ]
     if len(found) != 1:
-        raise FormatError(f"{path}: its tensors are not the records of its zip archive; damaged; {_ADVICE}")
+        raise FormatError(f"{path}: its tensors are not the records of its zip archive; the file is damaged; {_ADVICE}")
     return int(found[0])
 
 
 def _copy_noncontiguous(path: Path, tensors: Iterable[Any]) -> dict[Any, np.ndarray]:
-    """`{region: bytes in order}` of the tensors whose bytes are not in order in the file: transposes and the like.
+    """Copy the tensors that are not contiguous in the file (transposes, slices), keyed by `_region_key`.
 
-    These are held in memory at once, for they are rare (a checkpoint of a transposed weight). A file whose regions
-    take more memory than the file has bytes is refused: many views of one storage.
+    They are rare, so they are held in memory. A file whose copies would take more memory than it has bytes, because
+    many are views of one storage, is refused.
     """
     loose = {_region_key(tensor): tensor for tensor in tensors if not tensor.is_contiguous()}
     wanted, held = sum(_count_bytes(tensor) for tensor in loose.values()), path.stat().st_size
@@ -214,7 +221,7 @@ def _to_bytes(tensor: Any) -> np.ndarray:
 
 
 def _count_bytes(tensor: Any) -> int:
-    """Bytes of all its values; torch's own count overflows."""
+    """Return the bytes that all values take; torch's own count overflows."""
     return int(math.prod(tensor.shape) * tensor.itemsize)
 
 
@@ -227,7 +234,7 @@ def _dtype_name(tensor: Any) -> str | None:
 
 
 def _summarize_error(error: Exception) -> str:
-    """What went wrong in one line; torch puts it below a paragraph of advice."""
+    """Return the reason in one line; torch puts it below a paragraph of advice."""
     lines = str(error).splitlines() or [type(error).__name__]
     reason = next((line for line in lines if "Unpickler error:" in line), lines[0])
     return reason.split("Unpickler error:")[-1].strip().split(". ")[0][:200]

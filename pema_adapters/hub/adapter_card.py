@@ -1,40 +1,46 @@
-"""The card of an artifact that `push_adapter_to_hub` pushes: adapters' own, with the base and the rows added."""
+"""Complete the model card that `push_adapter_to_hub` writes with the base, the trained rows, and how to load them."""
 
 import shlex
 from pathlib import Path
 
 from pema_adapters.formats.delta import Delta, read_delta
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, README, decode_card, render_card
-from pema_adapters.hub.provenance import find_hub_id, hub_link, methods_of, render_provenance
+from pema_adapters.hub.provenance import find_hub_id, hub_link, render_provenance
 from pema_adapters.io.escaping import escape_markdown, format_code_block, format_python_literal
 
 _REPLACEMENTS = (
     ("pip install -U adapters\n", "pip install -U adapters pema-adapters\n"),
     ("from adapters import AutoAdapterModel\n", "import pema_adapters\nfrom adapters import AutoAdapterModel\n"),
 )
-"""Lines of adapters' own card that would not load the rows."""
+"""Lines of the card by adapters that would not load the rows, and what replaces them."""
 
 
 def add_pema_section(folder: Path, adapter_name: str, repo_id: str) -> None:
-    """Complete the card that adapters wrote beside the adapter just saved in `folder`."""
+    """Add our section and metadata to the card that adapters wrote.
+
+    Args:
+        folder: Where the adapter and its card were just saved.
+        adapter_name: The adapter.
+        repo_id: The repository that the card will be pushed to.
+    """
     delta = read_delta(folder, adapter_name)
     path = folder / README
     text = decode_card(path.read_bytes(), repo_id)
-    for theirs, ours in _REPLACEMENTS:
-        text = text.replace(theirs, ours)
+    for old, new in _REPLACEMENTS:
+        text = text.replace(old, new)
     base = find_hub_id("", delta)
-    made = {
+    metadata = {
         "library_name": ADAPTERS_LIBRARY,
         "base_model": base,
         "base_model_relation": "adapter" if base else None,
-        "tags": methods_of(delta),
+        "tags": list(delta.methods),
     }
-    completed = render_card(text, repo_id, _render_section(delta, base, repo_id), made, {})
-    path.write_text(completed, encoding="utf-8")
+    card = render_card(text, repo_id, _render_section(delta, base, repo_id), metadata, {})
+    path.write_text(card, encoding="utf-8")
 
 
 def _render_section(delta: Delta, base: str | None, repo_id: str) -> str:
-    methods = escape_markdown(", ".join(methods_of(delta)))
+    methods = escape_markdown(", ".join(delta.methods))
     vocab_size = delta.fingerprint.vocab_size if delta.fingerprint else None
     of = f" of {vocab_size:,}" if vocab_size else ""
     of_base = f" of {hub_link(base)}" if base else ""
@@ -50,7 +56,7 @@ def _render_section(delta: Delta, base: str | None, repo_id: str) -> str:
         "",
         *format_code_block(loading, "python"),
         "",
-        "Or make a complete checkpoint of it:",
+        "Or merge it into a full checkpoint:",
         "",
         *format_code_block([merging]),
         "",

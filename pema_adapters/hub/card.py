@@ -1,4 +1,4 @@
-"""Model cards: README.md with YAML metadata on top. One section of a card is ours; all other text is kept."""
+"""Model cards: read README.md with its YAML metadata, and add one section of ours, keeping all other text."""
 
 import re
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from pema_adapters.formats.versions import UNVERSIONED, check_version
 
 README = "README.md"
 LIBRARY, ADAPTERS_LIBRARY = "transformers", "adapter-transformers"
-"""What the Hub calls Transformers, and adapters."""
+"""The values of `library_name` on the Hub for Transformers and for adapters."""
 INHERITED = ("language", "license", "license_name", "license_link")
-"""What a card takes over from the base's, where it says nothing itself."""
+"""Metadata that a card inherits from the base's card, unless it has its own."""
 LISTS = ("tags", "datasets", "metrics", "language")
 MAX_BYTES = 1 << 20
-"""At most so many bytes are read of a card whose metadata alone count."""
+"""How many bytes of a card are read if only its metadata matter."""
 VERSION = 1
-"""The version of our section, in a comment on its first line: what later versions need to tell old sections apart."""
+"""The version of our section, stored in a comment on its first line."""
 _BEGIN, _END = "<!-- pema: begin -->", "<!-- pema: end -->"
 _SECTION = re.compile(
     re.escape(_BEGIN) + r"(?:\s*<!-- pema: version (?P<version>\d{1,9}) -->)?.*?" + re.escape(_END), re.DOTALL
@@ -26,7 +26,7 @@ _METADATA = re.compile(r"\s*---[ \t]*[\r\n]+(.*?)[\r\n]+---[ \t]*(?:\r\n|\r|\n|\
 
 
 def read_card(folder: Path) -> str:
-    """README.md of a folder, at most its first `MAX_BYTES`; "" where there is none."""
+    """Return README.md of a folder, at most its first `MAX_BYTES`; "" if there is none."""
     path = folder / README
     if not path.is_file():
         return ""
@@ -35,7 +35,11 @@ def read_card(folder: Path) -> str:
 
 
 def decode_card(content: bytes, where: str) -> str:
-    """The text of a card that will be written again. Raises FormatError where it is not UTF-8."""
+    """Decode a card that will be rewritten.
+
+    Raises:
+        FormatError: It is not UTF-8, so that rewriting it would lose text.
+    """
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -46,7 +50,7 @@ def decode_card(content: bytes, where: str) -> str:
 
 
 def parse_metadata(text: str) -> dict[str, Any]:
-    """The metadata of a card that is only read; {} where there is none that can be."""
+    """Return the metadata of a card, {} if there are none or they cannot be parsed."""
     try:
         return _split_card(text)[0]
     except ValueError:
@@ -56,19 +60,19 @@ def parse_metadata(text: str) -> dict[str, Any]:
 def render_card(
     existing: str, repo_id: str, section: str, ours: Mapping[str, Any], inherited: Mapping[str, Any]
 ) -> str:
-    """A card with our section and metadata.
+    """Return a card with our section and metadata.
 
     Args:
-        existing: the card that is there, "" for none. Its text stays but for our section of an earlier time; its
-            metadata stay but for what `ours` says otherwise; lists are joined.
-        repo_id: whose card it is; titles a new one.
-        section: Markdown.
-        ours: metadata. None: nothing to say.
-        inherited: metadata for what neither has.
+        existing: The current card, "" for none. Its text is kept, except for an earlier section of ours; its metadata
+            are kept, except for what `ours` replaces; lists are merged.
+        repo_id: The repository, which also gives a new card its title.
+        section: Our section, in Markdown.
+        ours: Our metadata; a value of None is ignored.
+        inherited: Metadata of the base's card, for keys that neither card has.
 
     Raises:
-        FormatError: the metadata of `existing` cannot be read, so they would be lost; or its section of ours was
-            written by a newer version of this package.
+        FormatError: The metadata of `existing` cannot be parsed and would be lost, or its section of ours was written
+            by a newer version of this package.
     """
     where = f"{repo_id}: {README}: "
     try:
@@ -77,28 +81,40 @@ def render_card(
         raise FormatError(f"{where}its metadata cannot be read ({error}); fix the YAML front matter") from None
     if found := _SECTION.search(text):
         check_version(int(found["version"] or UNVERSIONED), VERSION, where)
-    made = {key: value for key, value in inherited.items() if key in INHERITED and _is_text(value)} | old
-    for key, value in ours.items():
-        if value is not None:
-            made[key] = _merge_lists(made.get(key), value) if key in LISTS else value
-    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_escape_comments(section.strip())}\n{_END}"
-    body = text.strip() or f"# {repo_id.rpartition('/')[2]}"
-    body = _SECTION.sub(lambda _: block, body, count=1) if found else f"{body}\n\n{block}"
-    return f"---\n{_to_yaml(made)}---\n\n{body}\n"
+    body = _replace_section(text.strip() or f"# {repo_id.rpartition('/')[2]}", section)
+    return f"---\n{_to_yaml(_merge_metadata(old, ours, inherited))}---\n\n{body}\n"
 
 
 def has_pema_section(text: str) -> bool:
-    """Whether a card has a section of ours."""
+    """Return whether a card has a section of ours."""
     return _SECTION.search(text) is not None
 
 
+def _merge_metadata(old: dict[str, Any], ours: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: value for key, value in inherited.items() if key in INHERITED and _is_text(value)} | old
+    for key, value in ours.items():
+        if value is not None:
+            merged[key] = _merge_lists(merged.get(key), value) if key in LISTS else value
+    return merged
+
+
+def _replace_section(text: str, section: str) -> str:
+    """Replace our section in the text, or append it."""
+    block = f"{_BEGIN}\n<!-- pema: version {VERSION} -->\n{_escape_comments(section.strip())}\n{_END}"
+    return _SECTION.sub(lambda _: block, text, count=1) if has_pema_section(text) else f"{text}\n\n{block}"
+
+
 def _escape_comments(section: str) -> str:
-    """The section without HTML comments: a name in it that spells our end marker would end it early."""
+    """Escape HTML comments: a name that spells our end marker would end the section early."""
     return section.replace("<!--", r"<\!--")
 
 
 def _split_card(text: str) -> tuple[dict[str, Any], str]:
-    """The metadata, losing nothing, and the text. Raises ValueError."""
+    """Split a card into its metadata and its text.
+
+    Raises:
+        ValueError: The metadata are not valid YAML, or not a mapping.
+    """
     import yaml
 
     found = _METADATA.match(text)
@@ -120,12 +136,12 @@ def _to_yaml(data: Mapping[str, Any]) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value of somebody else's metadata is text or a list of texts."""
+    """Return whether a value of foreign metadata is a string or a list of strings."""
     return all(isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
 
 
 def _merge_lists(old: Any, new: Any) -> list[Any]:
-    """Join both into one list, without the items of `new` that are not text."""
+    """Append the strings of `new` that `old` lacks."""
     ours = [item for item in (new if isinstance(new, list) else [new]) if isinstance(item, str)]
     theirs = old if isinstance(old, list) else [] if old is None else [old]
     return [*theirs, *(item for item in dict.fromkeys(ours) if item not in theirs)]

@@ -1,6 +1,7 @@
-"""A base or a delta on the Hub: the folder of its snapshot in the local cache, downloaded as far as it is not there.
+"""Download a base or a delta from the Hub, and return its snapshot folder in the local cache.
 
-Of a repository only what a merge needs is downloaded: weights once, in one format, and the small files beside them.
+Only what a merge needs is downloaded: the weights, in one format, and the small files beside them. All files are of one
+commit. If the Hub cannot be reached, a complete copy in the cache is used.
 """
 
 import fnmatch
@@ -26,9 +27,9 @@ from pema_adapters.io.atomic_write import replace_file
 from pema_adapters.io.safe_paths import is_plain_name
 
 Fetch = Callable[[str], Path]
-"""Gives a file of the repository, downloaded if need be."""
-Choose = Callable[[Collection[str], Fetch], list[str]]
-"""Of the names of all files of a repository those that a merge needs; an index has to be fetched for that."""
+"""Downloads a file of the repository unless it is cached, and returns its path."""
+SelectFiles = Callable[[Collection[str], Fetch], list[str]]
+"""Selects the files that a merge needs from all file names; may fetch an index to do so."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.py", "*.md", "*.jinja", "LICENSE*", "vocab*", "merges*")
@@ -38,7 +39,7 @@ _INTERFACE, _CARD = "adapter_interface.json", "README.md"
 
 @dataclass(frozen=True)
 class _Repository:
-    """kind: what it is wanted as, "base" or "delta"."""
+    """A repository to download as a `kind`, "base" or "delta"."""
 
     kind: str
     name: str
@@ -51,18 +52,29 @@ class _Repository:
 
 
 def download_base(name: str, revision: str | None, token: str | bool | None = None) -> Path:
-    """The snapshot folder of the base `name`: its weights, safetensors rather than pickles, and the files beside them.
+    """Download a base: its weights, safetensors rather than pickles, and the small files beside them.
 
-    The Hub is asked what there is now, for who has loaded a model has not got its tokenizer; what the cache holds is
-    not downloaded again, and counts alone where the Hub cannot be reached. Raises `MergeError`.
+    The Hub is asked even if the cache has the weights: a cache that `from_pretrained` filled lacks the tokenizer.
+
+    Args:
+        name: The repository's id.
+        revision: Branch, tag or commit; None for the main branch.
+        token: See `check_token`.
+
+    Returns:
+        The snapshot folder.
+
+    Raises:
+        MergeError: `name` is not a Hub id, or the repository cannot be downloaded or holds no weights.
     """
     return _download(_Repository("base", name, revision, token), _select_base_files, _find_cached_base)
 
 
 def download_delta(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The snapshot folder of the delta `name`, which lies there itself or one level below (see `find_delta`).
+    """Download a delta, which is at the top of the repository or one level below; see `download_base`.
 
-    The Hub is asked what there is now; where it cannot be reached, the cache counts. Raises `MergeError`.
+    Returns:
+        The snapshot folder, in which `find_delta` finds the delta.
     """
     return _download(_Repository("delta", name, revision, token), _select_delta_files, _find_cached_delta)
 
@@ -74,7 +86,7 @@ def _find_cached_base(repository: _Repository) -> Path | None:
     for file in (SINGLE, INDEX, PICKLE, PICKLE_INDEX):
         try:
             found = try_to_load_from_cache(repository.name, file, revision=repository.revision)
-        except HFValidationError:  # the download will say so
+        except HFValidationError:  # the download reports it
             return None
         if isinstance(found, str):
             folder = Path(found).parent
@@ -102,15 +114,15 @@ def _find_cached_delta(repository: _Repository) -> Path | None:
     return folder if _select_delta_files(names, lambda file: folder / file) else None
 
 
-def _download(repository: _Repository, choose: Choose, otherwise: Callable[[_Repository], Path | None]) -> Path:
-    """The snapshot folder with the chosen files; `otherwise` is asked where the Hub cannot be reached."""
+def _download(repository: _Repository, select: SelectFiles, find_cached: Callable[[_Repository], Path | None]) -> Path:
+    """Return the snapshot folder with the chosen files, or a cached one if the Hub cannot be reached."""
     repository = replace(repository, token=check_token(repository.token))
     try:
-        folder = _download_snapshot(repository, choose)
+        folder = _download_snapshot(repository, select)
     except PemaError:
         raise
-    except Exception as error:  # whatever the client makes of an answer that it does not expect
-        folder = otherwise(repository) if is_unreachable(error) else None
+    except Exception as error:  # the client raises anything on an unexpected answer
+        folder = find_cached(repository) if is_unreachable(error) else None
         if folder is None:
             where = f"{repository.kind} {repository.name}: no such folder, and cannot be downloaded from the Hub"
             raise MergeError(f"{where} {explain(error, 'download', repository.revision)}") from error
@@ -120,21 +132,19 @@ def _download(repository: _Repository, choose: Choose, otherwise: Callable[[_Rep
     return folder
 
 
-def _download_snapshot(repository: _Repository, choose: Choose) -> Path | None:
-    """Download the chosen files, all of one commit, whatever is pushed meanwhile; None where none are chosen."""
+def _download_snapshot(repository: _Repository, select: SelectFiles) -> Path | None:
+    """Download the chosen files, all of one commit even if something is pushed meanwhile; None if none are chosen."""
     from huggingface_hub import HfApi, hf_hub_download
 
     name, revision, token = repository.name, repository.revision, repository.token
     commit = str(with_retry(lambda: HfApi().model_info(name, revision=revision, token=token)).sha)
     if not _COMMIT.fullmatch(commit):
-        raise MergeError(f"{repository.kind} {name}: the Hub says that it is at {commit!r}, expected a commit's id")
+        raise MergeError(f"{repository.kind} {name}: the Hub says that it is at {commit!r}, expected a commit id")
     names = with_retry(lambda: list(HfApi().list_repo_files(name, revision=commit, token=token)))
     if bad := [file for file in names if not _is_relative(file)]:
-        raise MergeError(
-            f"{repository.kind} {name}: the Hub lists {bad[0]!r}, expected names of files in the repository"
-        )
+        raise MergeError(f"{repository.kind} {name}: the Hub lists {bad[0]!r}, expected paths in the repository")
     fetch = cache(lambda file: Path(with_retry(lambda: hf_hub_download(name, file, revision=commit, token=token))))
-    folders = [fetch(file).parents[file.count("/")] for file in choose(names, fetch)]
+    folders = [fetch(file).parents[file.count("/")] for file in select(names, fetch)]
     if not folders:
         return None
     if other := next((folder.name for folder in folders if folder.name != commit), None):
@@ -147,12 +157,12 @@ def _download_snapshot(repository: _Repository, choose: Choose) -> Path | None:
 
 
 def _is_relative(file: object) -> bool:
-    """Whether a name is one of a file below its folder."""
+    """Return whether the Hub named a path below the repository's folder."""
     return isinstance(file, str) and all(map(is_plain_name, file.split("/")))
 
 
 def _write_ref(snapshot: Path, revision: str, commit: str) -> None:
-    """Note in the client's cache which commit a branch or tag is, for a time without network, as the client does."""
+    """Record in the client's cache which commit a branch or tag is, as the client does, for later use offline."""
     refs = snapshot.parents[1] / "refs"
     path = refs / revision
     if not _is_relative(revision) or (path.is_file() and path.read_bytes() == commit.encode()):
@@ -163,7 +173,7 @@ def _write_ref(snapshot: Path, revision: str, commit: str) -> None:
 
 
 def _select_base_files(names: Collection[str], fetch: Fetch) -> list[str]:
-    """Weights, and the small files beside them."""
+    """Select the weights, and the small files beside them."""
     weights = _select_weights("", names, fetch)
     small = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, some) for some in _SMALL_FILES)]
     kept = [*(name for name in small if not name.endswith(".index.json")), *_select_module_files(names, fetch)]
@@ -171,20 +181,20 @@ def _select_base_files(names: Collection[str], fetch: Fetch) -> list[str]:
 
 
 def _select_module_files(names: Collection[str], fetch: Fetch) -> list[str]:
-    """The files of the modules of a Sentence Transformers model, which lie in folders of their own."""
+    """Select the files of the modules of a Sentence Transformers model, each of which has its own folder."""
     folders = tuple(f"{path}/" for path in read_module_paths(fetch(MODULES))) if MODULES in names else ()
     return [name for name in names if name.startswith(folders)] if folders else []
 
 
 def _select_delta_files(names: Collection[str], fetch: Fetch) -> list[str]:
-    """Those of the delta at the top, or else of all deltas one level below."""
+    """Select the files of the delta at the top, or else of all deltas one level below."""
     folders = {name.split("/")[0] + "/" for name in names if name.count("/") == 1}
     below = (_select_in_folder(folder, names, fetch) for folder in sorted(folders))
     return _select_in_folder("", names, fetch) or [file for files in below for file in files]
 
 
 def _select_in_folder(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
-    """The files of the delta in `folder` ("" or "task/"), none where there is no delta."""
+    """Select the files of the delta in `folder` ("" or "task/"); none if there is no delta."""
     if folder.startswith(".") or folder + MERGE_MANIFEST in names:
         return []
     if folder + ADAPTER_CONFIG in names:
@@ -196,7 +206,7 @@ def _select_in_folder(folder: str, names: Collection[str], fetch: Fetch) -> list
 
 
 def _select_weights(folder: str, names: Collection[str], fetch: Fetch) -> list[str]:
-    """The weights files of a checkpoint, by the order of `weight_files`, and the index of shards."""
+    """Select the weights files of a checkpoint in the order of `find_weight_files`, and the index of shards."""
     for single, index in ((SINGLE, INDEX), (PICKLE, PICKLE_INDEX)):
         if folder + single in names:
             return [folder + single]
@@ -218,6 +228,6 @@ def _explain_none(repository: _Repository) -> str:
             f"{where} {SINGLE} and no {INDEX}, nor {PICKLE} or {PICKLE_INDEX}; give a repository with PyTorch weights"
         )
     return (
-        f"{where} delta, neither itself nor one level below: expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]} "
+        f"{where} delta, neither at the top nor one level below: expected {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS[0]} "
         f"(push_adapter_to_hub), or {CONFIG} with {SINGLE} (save_delta)"
     )

@@ -1,7 +1,7 @@
-"""One map from the errors of the Hub's client to one line each: what went wrong, and what to do.
+"""Translate every error of the Hub's client to one line: what went wrong, and what to do.
 
-Errors are recognised by the names of their classes and by the status of their answer: huggingface_hub raises requests'
-errors before version 1 and httpx's later, and neither library is imported here.
+Errors are recognized by the names of their classes and by HTTP status: huggingface_hub raises errors of requests before
+version 1 and of httpx since, and neither library is imported here.
 """
 
 import errno
@@ -11,7 +11,7 @@ from typing import Literal
 
 Use = Literal["download", "push"]
 MAX_REASON = 200
-"""Characters of what an error says."""
+"""Characters of an error's own text."""
 _OFFLINE = "{said}), and the local cache has no complete copy; download it once with a network, or give a folder"
 _HIDDEN = "not found, or private); check the name, or log in (hf auth login)"
 _LOG_IN = "no token, or one that the Hub rejects); log in (hf auth login), or give --token"
@@ -25,7 +25,7 @@ _DISK = "{said}); free some space, or choose another cache with HF_HOME"
 
 @dataclass(frozen=True)
 class _Row:
-    """The texts for errors of these classes ("" for any) and statuses (none: any); `{said}` is the error's own text."""
+    """The lines for errors of these classes ("": any) and statuses ((): any); `{said}` is the error's own text."""
 
     classes: str
     statuses: tuple[int, ...]
@@ -59,20 +59,26 @@ _MAP = (
          "{said}); too many requests: run again later, what is uploaded is not sent again"),
     _Row("HfHubHTTPError HTTPStatusError", (), "{said}); try again later", _AGAIN),
 )  # fmt: skip
-"""The most specific first."""
+"""In order: the first row that matches counts, so the most specific come first."""
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 _MALFORMED_ANSWER = (TypeError, KeyError, IndexError, AttributeError, UnicodeError)
-"""What the client raises on an answer of another form than it expects."""
+"""What the client raises on an answer of an unexpected form."""
 
 
 def explain(error: BaseException, use: Use, revision: str | None = None) -> str:
-    """What went wrong and what to do, as `(reason); advice`. Never holds the token that was sent."""
+    """Return what went wrong and what to do, as `(reason); advice`, without the token that was sent.
+
+    Args:
+        error: The error of the client.
+        use: What was being done.
+        revision: The requested revision.
+    """
     found, text = _find_row(error, use)
     return "(" + text.format(said=_describe(found), revision=revision)
 
 
 def _find_row(error: BaseException, use: Use) -> tuple[BaseException, str]:
-    """The error of the chain that tells most, and the text of its row."""
+    """Return the most telling error of the chain, and its line."""
     chain = list(iterate_causes(error))
     for cause in chain:
         for row in _MAP:
@@ -87,7 +93,7 @@ def _find_row(error: BaseException, use: Use) -> tuple[BaseException, str]:
 
 
 def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, the one that it came from, and so on."""
+    """Yield the error, its cause, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
@@ -96,13 +102,13 @@ def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def get_status(error: BaseException) -> int | None:
-    """The HTTP status of the answer that an error is about, if any."""
+    """Return the HTTP status of the answer that an error is about, None without an answer."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether the Hub gave no answer, or is out of order, rather than one that refuses."""
+    """Return whether the Hub did not answer or is out of order, rather than refusing the request."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if "LocalEntryNotFoundError" in names:
         return True
@@ -113,17 +119,17 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether a commit was refused because another one came first.
+    """Return whether a commit was refused because another one came first.
 
-    The Hub answers 412 where the branch left the parent commit, 409 where two commits meet, and 404 where a file to be
-    deleted is gone.
+    The Hub answers 412 if the branch has moved on from the parent commit, 409 if two commits collide, and 404 if a file
+    to be deleted is gone.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
     return get_status(error) in (409, 412) or "EntryNotFoundError" in names
 
 
 def _describe(error: BaseException) -> str:
-    """What an error says, in one line: of a failed connection the innermost cause, of an answer what the Hub wrote."""
+    """Return an error's own text in one line: the innermost cause of a failed connection, or the Hub's answer."""
     inner: object = error
     while isinstance(inner, Exception):
         error, inner = inner, getattr(inner, "reason", None) or (inner.args[0] if inner.args else None)
@@ -134,10 +140,10 @@ def _describe(error: BaseException) -> str:
 
 
 def _redact_token(text: str, error: BaseException) -> str:
-    """The text without the token of the request, which a server may send back."""
+    """Remove the token of the request, which a server may echo."""
     try:
         request = error.response.request if getattr(error, "response", None) is not None else error.request  # type: ignore[attr-defined]
         token = str(request.headers["authorization"]).removeprefix("Bearer ")
-    except (AttributeError, KeyError, RuntimeError, TypeError):  # RuntimeError: httpx, where an error has no request
+    except (AttributeError, KeyError, RuntimeError, TypeError):  # RuntimeError: httpx, if an error has no request
         return text
     return text.replace(token, "...") if token else text

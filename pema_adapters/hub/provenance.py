@@ -1,4 +1,4 @@
-"""What a card says about where something comes from: its base, methods, versions, and the sums of its files."""
+"""Provenance for model cards: the base, the methods, package versions, and the SHA-256 of the trained weights."""
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -13,25 +13,20 @@ PACKAGES = ("pema-adapters", "adapters", "transformers", "torch", "safetensors")
 
 
 def find_hub_id(name: str, delta: Delta) -> str | None:
-    """The base as the Hub knows it: by the name given, or by what the delta says; None for a folder nobody knows."""
+    """Return the Hub id of a base: `name` if it is one, else what the delta records; None for a local folder."""
     names = (found for found in (name, delta.recorded_base) if HUB_ID.fullmatch(found) and not Path(found).exists())
     return next(names, None)
 
 
 def hash_weights(delta: Delta) -> Iterator[tuple[str, str]]:
-    """`(file, sha256)` of the weights of the delta."""
+    """Yield `(file name, SHA-256)` of each weights file of the delta."""
     wanted = ("*.safetensors", "*.bin") if delta.kind == "full" else (*ADAPTER_WEIGHTS, *HEAD_WEIGHTS)
     for path in sorted({path for pattern in wanted for path in delta.folder.glob(pattern) if path.is_file()}):
         yield path.name, sha256_file(path)
 
 
-def methods_of(delta: Delta) -> list[str]:
-    """The delta's methods by name: `["pema", "lora"]`; full fine-tuning has rows alone."""
-    return list(delta.methods)
-
-
 def format_versions() -> str:
-    """The installed versions of the packages that matter; a merge needs few of them."""
+    """Return a sentence with the versions of the packages that matter, as far as they are installed."""
     return f"Versions: {', '.join(filter(None, map(_format_version, PACKAGES)))}."
 
 
@@ -43,11 +38,11 @@ def _format_version(name: str) -> str:
 
 
 def render_provenance(delta: Delta) -> list[str]:
-    """The lines that tell versions and sums."""
+    """Return the Markdown lines with versions and SHA-256 sums."""
     sums = [f"- {format_code_span(name)}: `{digest}`" for name, digest in hash_weights(delta)]
     return [format_versions(), "", "sha256 of the trained weights:", "", *sums]
 
 
 def hub_link(repo_id: str) -> str:
-    """A Markdown link to the page of a repository."""
+    """Return a Markdown link to the page of a repository."""
     return f"[{escape_markdown(repo_id)}](https://huggingface.co/{repo_id})"

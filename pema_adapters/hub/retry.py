@@ -1,4 +1,4 @@
-"""Requests to the Hub that are asked again: its client itself repeats some, but not those that this is for."""
+"""Retry policy for Hub requests, for the failures that its client does not retry itself."""
 
 import time
 from collections.abc import Callable
@@ -12,19 +12,23 @@ TRIES = 4
 MAX_DELAY = 300.0
 """Seconds."""
 _TRUNCATED = ("ChunkedEncodingError", "RemoteProtocolError")
-"""What requests and httpx raise where an answer ends too early."""
+"""What requests and httpx raise on a truncated answer."""
 _sleep = time.sleep
 
 
 def with_retry(request: Callable[[], T]) -> T:
     """Send a request, again if the Hub was busy or its answer was cut off.
 
-    What it asks for must be the same when it is asked for twice. Raises what the last try raised.
+    Args:
+        request: An idempotent request, tried up to `TRIES` times, after the delay that the Hub asks for.
+
+    Raises:
+        Exception: What the last try raised.
     """
     for _ in range(TRIES - 1):
         try:
             return request()
-        except Exception as error:  # httpx's errors have no built-in kind in common
+        except Exception as error:  # httpx's errors have no built-in base class in common
             wait = _retry_delay(error)
             if wait is None:
                 raise
@@ -33,7 +37,7 @@ def with_retry(request: Callable[[], T]) -> T:
 
 
 def _retry_delay(error: BaseException) -> float | None:
-    """Seconds after which another try may do better; None where it will not."""
+    """Return the seconds to wait before another try, None if it will not help."""
     for cause in iterate_causes(error):
         if type(cause).__name__ in _TRUNCATED:
             return 1.0

@@ -1,4 +1,4 @@
-"""The token of the Hub, checked before the client puts it into a header, and into the error about that header."""
+"""Check the Hub token before the client puts it into a header, and into its error about that header."""
 
 import os
 import re
@@ -9,21 +9,21 @@ _SENT = re.compile(r"Bearer [!-~]+")
 
 
 def check_token(token: str | bool | None) -> str | bool | None:
-    """The token for the client, without the blanks and line breaks around one that was given.
+    """Check a token and return it for the client, stripped of surrounding whitespace.
 
     Args:
-        token: one that was given; True or None for that of HF_TOKEN or `hf auth login`; False for none.
+        token: A token; True or None for that of HF_TOKEN or `hf auth login`; False for none.
 
     Raises:
-        MergeError: a token that no header can hold. The message does not hold it.
+        MergeError: No header can hold the token, or True was given and there is none. The message omits the token.
     """
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     token = token.strip() if isinstance(token, str) else token
     try:
         header = build_hf_headers(token=token).get("authorization")
-    except (OSError, ValueError) as error:  # no token where True asks for one, or one on disk that is no text
-        raise MergeError(f"no token can be read ({type(error).__name__}); {_advice(None)}") from None
+    except (OSError, ValueError) as error:  # True without a token, or a token file that is not text
+        raise MergeError(f"the token cannot be read ({type(error).__name__}); {_advice(None)}") from None
     if header is None or _SENT.fullmatch(header):
         return token
     value = header.removeprefix("Bearer ")

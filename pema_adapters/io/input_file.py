@@ -10,12 +10,10 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
@@ -25,60 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.errors import FormatError, InputChangedError, reading
+from pema_adapters.io.file_identity import FileIdentity, read_identity
 
 RawBytes = npt.NDArray[np.uint8]
 Bytes: TypeAlias = "bytes | bytearray | memoryview"
 
-CLOCK_TICK_NS = 10_000_000
-"""File systems use the kernel's coarse clock for timestamps: two writes within a tick may get the same one."""
-
 _recording: ContextVar[list[InputFile] | None] = ContextVar("recorded", default=None)
-
-
-@dataclass(frozen=True)
-class FileIdentity:
-    """What distinguishes two states of a file, from `fstat`: size in bytes, times in ns."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def from_descriptor(cls, descriptor: int) -> FileIdentity:
-        """Return the identity of an open file.
-
-        Raises:
-            OSError: `fstat` fails.
-        """
-        found = os.fstat(descriptor)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    def is_same_file(self, path: Path) -> bool:
-        """Return whether `path`, or the target of that link, is this file, changed or not."""
-        try:
-            found = path.stat()
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == (self.device, self.inode)
-
-    def describe_change(self, now: FileIdentity, *, contents_only: bool = False) -> str:
-        """Describe how the file has changed, "" if it has not.
-
-        Args:
-            now: The identity of the same path at a later time.
-            contents_only: Ignore changes of the inode alone (a rename, a new link, another mode).
-        """
-        if (self.device, self.inode) != (now.device, now.inode):
-            return "another file replaced it"
-        if self.size != now.size:
-            return f"its size went from {self.size:,} to {now.size:,} bytes"
-        if self.mtime_ns != now.mtime_ns:
-            return "it was written to"
-        if self.ctime_ns != now.ctime_ns and not contents_only:
-            return "it was replaced or renamed, or its links, mode or times were changed"
-        return ""
 
 
 class InputFile:
@@ -100,7 +50,7 @@ class InputFile:
         self._is_pinned = False
         self._handle: OpenFile | None = _open(path) if descriptor is None else OpenFile(descriptor)
         with reading(path):
-            self.identity = _read_identity(self._handle.descriptor)
+            self.identity = read_identity(self._handle.descriptor)
         _open_files.add(self)
         recorded = _recording.get()
         if recorded is not None:
@@ -276,16 +226,6 @@ def _max_open_files() -> int:
         return 64
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 256 if soft == resource.RLIM_INFINITY else max(4, min(256, soft // 4))
-
-
-def _read_identity(descriptor: int) -> FileIdentity:
-    """Return the identity of an open file, once it is so old that any further write would change its timestamps."""
-    identity = FileIdentity.from_descriptor(descriptor)
-    age = time.time_ns() - max(identity.mtime_ns, identity.ctime_ns)
-    if age >= CLOCK_TICK_NS:
-        return identity
-    time.sleep(min(CLOCK_TICK_NS, CLOCK_TICK_NS - age) / 1e9)
-    return FileIdentity.from_descriptor(descriptor)
 
 
 def _open(path: Path) -> OpenFile:

@@ -46,6 +46,6 @@ class ProgressBar:
             self._bar.update(count)
 
     def set_status(self, text: str) -> None:
-        """Show `text` behind the figures from the next refresh on."""
+        """Show `text` after the bar, from the next refresh on."""
         if self.is_shown:
             self._bar.set_postfix_str(text, refresh=False)

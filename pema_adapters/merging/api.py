@@ -14,27 +14,27 @@ from pema_adapters.hub.card import README
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
 from pema_adapters.io.locking import check_platform, hold_lock
 from pema_adapters.io.progress import ProgressBar
-from pema_adapters.merging.in_place.undo_journal import PATCHING, state_of
+from pema_adapters.merging.in_place.undo_journal import PATCHING, read_state
 from pema_adapters.merging.output.free_space import check_space
 from pema_adapters.merging.output.manifest import encode_manifest
 from pema_adapters.merging.output.model_card import folder_card
-from pema_adapters.merging.output.staging import DEFAULT, check_replaceable, check_target, staged
+from pema_adapters.merging.output.staging import DEFAULT, check_replaceable, check_target, stage_output
 from pema_adapters.merging.output.verify import verify_plan
 from pema_adapters.merging.output.writer import write_plan
 from pema_adapters.merging.plan.plan import Plan, PlannedFile
-from pema_adapters.merging.plan.segments import Literal
+from pema_adapters.merging.plan.segments import BytesSegment
 from pema_adapters.merging.planning.base_folder import BaseRequest, locate_base
-from pema_adapters.merging.planning.planner import Choices, plan_merge
+from pema_adapters.merging.planning.planner import PlanOptions, plan_merge
 from pema_adapters.merging.report import MergeReport
 
 BUSY = "another merge is changing or reading it; wait for that to end"
 
 
 @dataclass(frozen=True)
-class Options:
+class MergeOptions:
     """How to merge; see `merge_checkpoint`."""
 
-    choices: Choices
+    choices: PlanOptions
     adapter: str | None
     revision: str | None
     overwrite: bool
@@ -90,8 +90,8 @@ def merge_checkpoint(  # noqa: PLR0913 - the public contract
         FormatError: base or delta is damaged or not what it should be.
         BaseMismatchError: the delta was trained on another base.
     """
-    choices = Choices(dtype, fold, allow_base_mismatch, in_place)
-    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, checkpoint=checkpoint)
+    choices = PlanOptions(dtype, fold, allow_base_mismatch, in_place)
+    options = MergeOptions(choices, adapter, revision, overwrite, dry_run, verify, progress, checkpoint=checkpoint)
     try:
         base = None if base is None else str(base)
         return _merge(base, str(delta), None if output is None else Path(output), options)
@@ -110,15 +110,15 @@ def undo_merge(base: str | Path) -> None:
         raise MergeError(f"{error.filename or base}: {error.strerror or error}") from error
 
 
-def _merge(base: str | None, delta: str, output: Path | None, options: Options) -> MergeReport:
+def _merge(base: str | None, delta: str, output: Path | None, options: MergeOptions) -> MergeReport:
     check_platform()
     start = time.perf_counter()
     with open_inputs(base, delta, options, is_output_needed=output is None and not options.choices.in_place) as inputs:
         if options.choices.in_place:
             return _in_place(inputs, output, options, start)
-        merge = prepare(inputs, inputs.delta_folder / DEFAULT if output is None else output, options)
+        merge = prepare_merge(inputs, inputs.delta_folder / DEFAULT if output is None else output, options)
         if options.dry_run:
-            return measured(merge, start)
+            return report_dry_run(merge, start)
         return write_merge(merge, options, start)
 
 
@@ -157,7 +157,7 @@ class Merge:
 
 
 @contextmanager
-def open_inputs(base: str | None, delta: str, options: Options, is_output_needed: bool) -> Iterator[Inputs]:
+def open_inputs(base: str | None, delta: str, options: MergeOptions, is_output_needed: bool) -> Iterator[Inputs]:
     """Find or download base and delta, and lock both against merges in place during the block.
 
     Raises `MergeError`, `FormatError`.
@@ -175,10 +175,10 @@ def open_inputs(base: str | None, delta: str, options: Options, is_output_needed
         yield Inputs(found.name, delta, found.folder, delta_folder, read, tuple(files), found.notes)
 
 
-def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
+def prepare_merge(inputs: Inputs, output: Path | None, options: MergeOptions) -> Merge:
     """Check all that can be checked, and plan. Raises `PemaError`."""
     base_folder, delta_folder, delta = inputs.base_folder, inputs.delta_folder, inputs.delta
-    if state_of(base_folder) == PATCHING:
+    if read_state(base_folder) == PATCHING:
         raise MergeError(f"{base_folder}: a merge in place was cut off here; put the base back first with --undo")
     target = None if output is None else output.resolve()
     if target is not None:
@@ -197,18 +197,18 @@ def prepare(inputs: Inputs, output: Path | None, options: Options) -> Merge:
 
 def with_card(merge: Merge, card: str) -> Merge:
     """The same merge with `card` as the README.md of its output, in place of the base's."""
-    readme = PlannedFile(README, (Literal(card.encode(errors="replace")),))
+    readme = PlannedFile(README, (BytesSegment(card.encode(errors="replace")),))
     plan = replace(merge.plan, files=(*(file for file in merge.plan.files if file.name != README), readme))
     return replace(merge, plan=plan, report=replace(merge.report, bytes_written=plan.size))
 
 
-def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
+def write_merge(merge: Merge, options: MergeOptions, start: float) -> MergeReport:
     """Write the output folder; it appears complete or not at all. `start`: of the whole work, by `perf_counter`."""
     plan, report, target = merge.plan, merge.report, merge.target
     assert target is not None
     total = plan.size * (1 + options.verify)
     with (
-        staged(target, options.overwrite, plan.names) as stage,
+        stage_output(target, options.overwrite, plan.names) as stage,
         ProgressBar("merging", total, options.progress) as bar,
     ):
         check_space(plan, stage.folder)
@@ -216,17 +216,22 @@ def write_merge(merge: Merge, options: Options, start: float) -> MergeReport:
         merge.check_inputs()
         if options.verify:
             verify_plan(plan, stage.folder, bar.advance)
-        report = finished(replace(report, notes=report.notes + _about_clones(cloned)), plan, start)
-        manifest = PlannedFile(MERGE_MANIFEST, (Literal(encode_manifest(report, stage.folder, plan.names)),))
+        report = finish_report(replace(report, notes=report.notes + _note_clones(cloned)), plan, start)
+        manifest = PlannedFile(MERGE_MANIFEST, (BytesSegment(encode_manifest(report, stage.folder, plan.names)),))
         write_plan(replace(plan, files=(manifest,)), stage.folder, lambda count: None)
         merge.check_inputs()
     return replace(report, seconds=time.perf_counter() - start, notes=report.notes + tuple(stage.notes))
 
 
-def _in_place(inputs: Inputs, output: Path | None, options: Options, start: float) -> MergeReport:
+def _in_place(inputs: Inputs, output: Path | None, options: MergeOptions, start: float) -> MergeReport:
     if output is not None:
         raise MergeError(f"output {output}: a merge in place has no other output than its base; leave out one of them")
-    from pema_adapters.merging.in_place.execute import InPlace, check_in_place, merge_in_place, roll_back_interrupted
+    from pema_adapters.merging.in_place.execute import (
+        InPlaceMerge,
+        check_in_place,
+        merge_in_place,
+        roll_back_interrupted,
+    )
 
     base = inputs.base_folder
     if not options.dry_run:
@@ -235,17 +240,17 @@ def _in_place(inputs: Inputs, output: Path | None, options: Options, start: floa
     with record_inputs() as files:
         plan = plan_merge(Checkpoint.open(base), inputs.delta, options.choices)
     report = _report(plan, str(base.resolve()), inputs)
-    report = replace(report, notes=report.notes + _about_card(base))
+    report = replace(report, notes=report.notes + _note_card(base))
     merge = Merge(plan, report, None, (*inputs.files, *files))
     if options.dry_run:
-        return measured(merge, start)
+        return report_dry_run(merge, start)
     with ProgressBar("merging in place", plan.size * (1 + options.verify), options.progress) as bar:
-        work = InPlace(plan, base, merge.files, merge.report.to_dict())
+        work = InPlaceMerge(plan, base, merge.files, merge.report.to_dict())
         written = merge_in_place(work, options.verify, bar.advance)
-    return replace(finished(merge.report, plan, start), bytes_written=written)
+    return replace(finish_report(merge.report, plan, start), bytes_written=written)
 
 
-def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
+def _delta_folder(delta: str, options: MergeOptions, is_output_needed: bool) -> Path:
     if Path(delta).exists() or "/" not in delta.strip("./") or delta.startswith(("/", ".")) or delta.endswith("/"):
         return Path(delta)
     from pema_adapters.hub.download import download_delta
@@ -255,21 +260,21 @@ def _delta_folder(delta: str, options: Options, is_output_needed: bool) -> Path:
     return download_delta(delta, token=options.token)
 
 
-def _about_card(base: Path) -> tuple[str, ...]:
+def _note_card(base: Path) -> tuple[str, ...]:
     return ("README.md was left as it is: it describes the base",) if (base / README).exists() else ()
 
 
-def _about_clones(cloned: int) -> tuple[str, ...]:
+def _note_clones(cloned: int) -> tuple[str, ...]:
     if not cloned:
         return ()
     return (f"the file system cloned {cloned:,} bytes: they share the base's space on the disk until one side changes",)
 
 
-def measured(merge: Merge, start: float) -> MergeReport:
+def report_dry_run(merge: Merge, start: float) -> MergeReport:
     """The report of a dry run, with the rounding error that writing would meet."""
     merge.plan.measure()
     merge.check_inputs()
-    return finished(merge.report, merge.plan, start)
+    return finish_report(merge.report, merge.plan, start)
 
 
 def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:
@@ -290,6 +295,6 @@ def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:
     )
 
 
-def finished(report: MergeReport, plan: Plan, start: float) -> MergeReport:
+def finish_report(report: MergeReport, plan: Plan, start: float) -> MergeReport:
     """The report of a plan that was read to its end."""
     return replace(report, max_rounding_error=plan.rounding.largest, seconds=time.perf_counter() - start)

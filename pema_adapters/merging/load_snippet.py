@@ -15,14 +15,14 @@ _FLEXIBLE = "AdapterModel"
 
 
 @dataclass(frozen=True)
-class LeftAdapter:
+class RemainingAdapterFiles:
     """What lies in `adapters/NAME`: the `config` of its methods, None where a flexible head is all there is."""
 
     config: AdapterConfig | None
     has_head: bool
 
     @classmethod
-    def read(cls, read_file: Callable[[str], bytes | None]) -> "LeftAdapter":
+    def read(cls, read_file: Callable[[str], bytes | None]) -> "RemainingAdapterFiles":
         """Read its files by `read_file`, which gives None for one that is not there."""
         path, found = Path(ADAPTER_CONFIG), read_file(ADAPTER_CONFIG)
         config = None if found is None else AdapterConfig.parse(decode_json(found, path), path)
@@ -36,10 +36,10 @@ class LeftAdapter:
         return any(method.is_invertible for method in self.config.methods)
 
 
-def loading_lines(
+def load_snippet(
     checkpoint: str,
     config: Mapping[str, Any],
-    left: Mapping[str, LeftAdapter],
+    left: Mapping[str, RemainingAdapterFiles],
     where: Callable[[str], str] = format_python_literal,
 ) -> list[str]:
     """The lines behind the imports.

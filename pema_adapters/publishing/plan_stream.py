@@ -10,7 +10,7 @@ from pema_adapters.merging.plan.plan import PlannedFile
 BUFFER = 256 << 10
 
 
-def opened(file: PlannedFile, advance: Advance, check: Callable[[], object]) -> io.BufferedReader:
+def open_stream(file: PlannedFile, advance: Advance, check: Callable[[], object]) -> io.BufferedReader:
     """Open the content of a planned file: seekable, read-only, computed as it is read.
 
     Args:

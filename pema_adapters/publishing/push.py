@@ -18,20 +18,20 @@ from pema_adapters.io.progress import Advance, ProgressBar
 from pema_adapters.merging.api import (
     Inputs,
     Merge,
-    Options,
-    finished,
-    measured,
+    MergeOptions,
+    finish_report,
     open_inputs,
-    prepare,
+    prepare_merge,
+    report_dry_run,
     with_card,
     write_merge,
 )
 from pema_adapters.merging.output.model_card import hub_card
 from pema_adapters.merging.plan.plan import Plan
 from pema_adapters.merging.planning.auxiliary_files import ADAPTERS
-from pema_adapters.merging.planning.planner import Choices
+from pema_adapters.merging.planning.planner import PlanOptions
 from pema_adapters.merging.report import MergeReport
-from pema_adapters.publishing.plan_stream import opened
+from pema_adapters.publishing.plan_stream import open_stream
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -109,8 +109,8 @@ def push_merged_to_hub(  # noqa: PLR0913 - merge_checkpoint's arguments, and tho
         FormatError, BaseMismatchError: as for `merge_checkpoint`.
     """
     token = check_token(token)
-    choices = Choices(dtype, fold, allow_base_mismatch)
-    options = Options(choices, adapter, revision, overwrite, dry_run, verify, progress, token, checkpoint)
+    choices = PlanOptions(dtype, fold, allow_base_mismatch)
+    options = MergeOptions(choices, adapter, revision, overwrite, dry_run, verify, progress, token, checkpoint)
     base = None if base is None else str(base)
     try:
         return _push(base, str(delta), output, _target(repo_id, private, create_pr, commit_message, token), options)
@@ -126,19 +126,21 @@ def _target(
     return _Target(repo_id, private, create_pr, message or MESSAGE, HfApi(token=token))
 
 
-def _push(base: str | None, delta: str, output: str | Path | None, target: _Target, options: Options) -> MergeReport:
+def _push(
+    base: str | None, delta: str, output: str | Path | None, target: _Target, options: MergeOptions
+) -> MergeReport:
     check_platform()
     start = time.perf_counter()
     with open_inputs(base, delta, options, is_output_needed=False) as inputs:
-        merge = prepare(inputs, None if output is None else Path(output), options)
-        return measured(merge, start) if options.dry_run else _send(merge, inputs, target, options, start)
+        merge = prepare_merge(inputs, None if output is None else Path(output), options)
+        return report_dry_run(merge, start) if options.dry_run else _send(merge, inputs, target, options, start)
 
 
-def _send(merge: Merge, inputs: Inputs, target: _Target, options: Options, start: float) -> MergeReport:
-    with _as_one_line(target.name):
+def _send(merge: Merge, inputs: Inputs, target: _Target, options: MergeOptions, start: float) -> MergeReport:
+    with _explain_errors(target.name):
         url = with_retry(lambda: target.api.create_repo(target.name, private=target.private, exist_ok=True))
         target = replace(target, name=url.repo_id)
-        head = _head(target)
+        head = _read_head(target)
     merge = _with_card(merge, target, inputs, options, head)
     report = merge.report
     if merge.target is not None:
@@ -146,10 +148,10 @@ def _send(merge: Merge, inputs: Inputs, target: _Target, options: Options, start
     for _ in range(TRIES):
         made = _commit(target, merge, head, options)
         if made is not None:
-            report = finished(merge.report if merge.target is None else report, merge.plan, start)
-            return replace(report, output=report.output or str(url), notes=(*report.notes, _about(made)))
-        with _as_one_line(target.name):
-            head = _head(target)
+            report = finish_report(merge.report if merge.target is None else report, merge.plan, start)
+            return replace(report, output=report.output or str(url), notes=(*report.notes, _note_commit(made)))
+        with _explain_errors(target.name):
+            head = _read_head(target)
         merge = _with_card(merge, target, inputs, options, head)
     raise MergeError(
         f"{target.name}: somebody else pushed to it during each of {TRIES} tries; run again when they have ended, what "
@@ -157,11 +159,11 @@ def _send(merge: Merge, inputs: Inputs, target: _Target, options: Options, start
     )
 
 
-def _with_card(merge: Merge, target: _Target, inputs: Inputs, options: Options, head: _Head) -> Merge:
+def _with_card(merge: Merge, target: _Target, inputs: Inputs, options: MergeOptions, head: _Head) -> Merge:
     return with_card(merge, hub_card(head.card, target.name, inputs, merge, options))
 
 
-def _head(target: _Target) -> _Head:
+def _read_head(target: _Target) -> _Head:
     """What the repository holds now: files and card of one commit."""
     commit = with_retry(lambda: target.api.model_info(target.name)).sha
     names = with_retry(lambda: list(target.api.list_repo_files(target.name, revision=commit)))
@@ -171,7 +173,7 @@ def _head(target: _Target) -> _Head:
     return _Head(commit, names, decode_card(Path(path).read_bytes(), target.name))
 
 
-def _stale(head: _Head, plan: Plan) -> list[str]:
+def _find_stale_files(head: _Head, plan: Plan) -> list[str]:
     """Weights in the repository that the merge does not write: Transformers might load them instead of the new ones."""
     made, is_merged = {file.name for file in plan.files}, has_pema_section(head.card)
     old = [name for name in head.files if "/" not in name and name.endswith(_STALE)]
@@ -179,26 +181,28 @@ def _stale(head: _Head, plan: Plan) -> list[str]:
     return [name for name in old if name not in made]
 
 
-def _additions(merge: Merge, advance: Advance) -> Iterator[Any]:
+def _list_additions(merge: Merge, advance: Advance) -> Iterator[Any]:
     """The files, from the folder where they were written to one; the card may be newer than the folder's."""
     from huggingface_hub import CommitOperationAdd
 
     for file in merge.plan.files:
         written = None if merge.target is None or file.name == README else merge.target / file.name
-        yield CommitOperationAdd(file.name, opened(file, advance, merge.check_inputs) if written is None else written)
+        yield CommitOperationAdd(
+            file.name, open_stream(file, advance, merge.check_inputs) if written is None else written
+        )
 
 
-def _commit(target: _Target, merge: Merge, head: _Head, options: Options) -> "CommitInfo | None":
+def _commit(target: _Target, merge: Merge, head: _Head, options: MergeOptions) -> "CommitInfo | None":
     """Commit all files on top of `head`; None where another commit came first."""
     from huggingface_hub import CommitOperationDelete
 
     with (
         ProgressBar("pushing", 2 * merge.plan.size, options.progress) as bar,
-        _as_one_line(target.name),
+        _explain_errors(target.name),
         _one_bar(),
     ):
-        deletions = [CommitOperationDelete(name, is_folder=False) for name in _stale(head, merge.plan)]
-        operations = [*_additions(merge, bar.advance), *deletions]
+        deletions = [CommitOperationDelete(name, is_folder=False) for name in _find_stale_files(head, merge.plan)]
+        operations = [*_list_additions(merge, bar.advance), *deletions]
         commit = partial(target.api.create_commit, commit_message=target.message, create_pr=target.create_pr)
         _upload(target, operations)
         merge.check_inputs()
@@ -224,7 +228,7 @@ def _upload(target: _Target, operations: list[Any]) -> None:
     with_retry(lambda: target.api.preupload_lfs_files(target.name, files, create_pr=target.create_pr))
 
 
-def _about(made: "CommitInfo") -> str:
+def _note_commit(made: "CommitInfo") -> str:
     return f"pushed: {made.pr_url or made.commit_url}"
 
 
@@ -245,7 +249,7 @@ def _one_bar() -> Iterator[None]:
 
 
 @contextmanager
-def _as_one_line(name: str) -> Iterator[None]:
+def _explain_errors(name: str) -> Iterator[None]:
     """Turn an error of the client into one line; an error of the plan, which the client reads, passes through."""
     try:
         yield

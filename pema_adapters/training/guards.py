@@ -1,4 +1,4 @@
-"""What Transformers may not do to a model whose embedding matrix is not in memory."""
+"""Guards: refuse what Transformers would do wrong while a model's embedding matrix is not in memory."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from typing import Any
 from torch import nn
 
 from pema_adapters.errors import FormatError, SurgeryError
-from pema_adapters.training.base.model_vocabulary import input_embedding
+from pema_adapters.training import upstream
+from pema_adapters.training.base.model_vocabulary import get_input_embedding
 from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
 from pema_adapters.training.output.tied_head import PartialOutput
-from pema_adapters.training.upstream import private_names as _upstream
 
 
 def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
-    """Raise SurgeryError where `resize_token_embeddings` would work on a few rows as if they were the matrix."""
+    """Refuse `resize_token_embeddings` on a model with PEMA rows.
+
+    Raises:
+        SurgeryError: it would resize the K rows in memory as if they were the matrix [V, d].
+    """
     try:
-        embedding = input_embedding(model)
+        embedding = get_input_embedding(model)
     except SurgeryError:
         return
-    layer = _upstream.pema_layer(model)
+    layer = upstream.pema_layer(model)
     partial = isinstance(embedding, PartialEmbedding) and embedding.is_shrunk
     if new_num_tokens in (None, embedding.num_embeddings):
         return
     if layer is not None:
         layer.refuse_while_merged(f"resize_token_embeddings to {new_num_tokens}")
-    if not (partial or (layer and layer.with_rows())):
+    if not (partial or (layer and layer.adapters_with_rows())):
         return
     raise SurgeryError(
         f"resize_token_embeddings to {new_num_tokens}: the model holds PEMA rows of a vocabulary of "
@@ -34,8 +38,16 @@ def refuse_resize(model: Any, new_num_tokens: int | None) -> None:
 
 
 def refuse_hub_kernel(config: Any, where: str) -> None:
-    """Raise FormatError where a config names an attention kernel on the Hub, whose code Transformers would run."""
-    found = _upstream.find_hub_kernel(config)
+    """Refuse a config that names an attention kernel on the Hub, whose code Transformers would run.
+
+    Args:
+        config: a dictionary or a `PretrainedConfig`.
+        where: the start of the message, a file name, say.
+
+    Raises:
+        FormatError: the field, its value, and what to do.
+    """
+    found = upstream.find_hub_kernel(config)
     if found is not None:
         raise FormatError(
             f"{where}: {found[0]} names {found[1]!r}, a kernel on the Hub whose code Transformers would download and "
@@ -44,14 +56,18 @@ def refuse_hub_kernel(config: Any, where: str) -> None:
 
 
 def refuse_tie(model: Any, embedding: nn.Module, head: nn.Module) -> None:
-    """Raise SurgeryError where Transformers is about to tie a head to a matrix that is not in memory."""
+    """Refuse to tie a head to an embedding whose matrix is not in memory.
+
+    Raises:
+        SurgeryError: the head, by name, and what to do.
+    """
     if isinstance(embedding, PartialEmbedding) and (embedding.is_shrunk or "weight" not in embedding._parameters):
         name = next((name for name, module in model.named_modules() if module is head), "")
-        raise SurgeryError(_tied(name, head, embedding))
+        raise SurgeryError(_tie_message(name, head, embedding))
 
 
-def is_tied_already(embedding: nn.Module, head: nn.Module) -> bool:
-    """Whether `head` shares the matrix of a partial `embedding` in the way that is possible."""
+def is_tied(embedding: nn.Module, head: nn.Module) -> bool:
+    """Return whether `head` shares the matrix of a shrunk `embedding` already."""
     if not isinstance(embedding, PartialEmbedding) or not embedding.is_shrunk:
         return False
     if isinstance(head, PartialEmbedding):
@@ -59,7 +75,7 @@ def is_tied_already(embedding: nn.Module, head: nn.Module) -> bool:
     return isinstance(head, PartialOutput) and head.embedding is embedding.owner
 
 
-def _tied(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
+def _tie_message(name: str, head: nn.Module, embedding: nn.Embedding) -> str:
     return (
         f"the head {name!r} ({type(head).__name__}) is tied to the input embedding and needs all "
         f"{embedding.num_embeddings} rows, which are not in memory: add it before shrink_embeddings, or call "

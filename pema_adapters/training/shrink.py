@@ -1,4 +1,4 @@
-"""Putting the partial embedding in the place of the full one, and back (the paper's section 4, before and after)."""
+"""Replace the full embedding by the partial one, and restore it (the paper's section 4, before and after training)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from adapters import ConfigUnion
 from torch import Tensor, nn
 
 from pema_adapters.errors import SurgeryError, VocabularyError
-from pema_adapters.training.base.find_base import Base, find_base
-from pema_adapters.training.base.model_vocabulary import complete_vocabulary, input_embedding
-from pema_adapters.training.embedding.partial_embedding import PartialEmbedding, convert_all, parts_of, revert, sites
+from pema_adapters.training import upstream
+from pema_adapters.training.base.base_model import BaseModel
+from pema_adapters.training.base.find_base import find_base
+from pema_adapters.training.base.model_vocabulary import complete_vocabulary, get_input_embedding
+from pema_adapters.training.embedding.conversion import convert_all, find_aliases, find_embeddings, revert
+from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
+from pema_adapters.training.embedding.partial_rows import PartialRows
 from pema_adapters.training.embedding.row_table import RowTable
 from pema_adapters.training.method.config import PEMAConfig
 from pema_adapters.training.output.full_matrix import load_full_matrix
-from pema_adapters.training.output.tied_head import convert_heads, has_tied_head, revert_heads
-from pema_adapters.training.upstream import private_names as _upstream
+from pema_adapters.training.output.tied_head import PartialOutput, convert_heads, has_tied_head, revert_heads
 from pema_adapters.vocabulary import PartialVocabulary
 
 logger = logging.getLogger(__name__)
@@ -36,89 +39,88 @@ def shrink_embeddings(
 ) -> PartialVocabulary:
     """Keep only the rows of `vocabulary` in memory, as the trainable rows [K, d] of adapter `adapter_name`.
 
-    The model computes the same function as before; original token ids go in. The full matrix [V, d] is let go: other
-    rows are read from the checkpoint on disk when they are needed. Rows that the adapter has already are kept, trained
-    as they are, and so is what an optimizer knows of them: a second stage of training may have a larger vocabulary.
+    The model computes the same function as before, and still takes original token ids. The full matrix [V, d] is
+    released: other rows are read from the checkpoint on disk when they are needed. Rows that the adapter has already
+    keep their trained values and optimizer state, so a second stage of training can use a larger vocabulary.
 
     Args:
         model: a Transformers model with adapters (`adapters.init` or AutoAdapterModel); changed in place.
         adapter_name: an adapter with a `PEMAConfig`; None for full fine-tuning without adapters.
-        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one (see `PartialVocabulary.from_dataset`). A
-            `PEMAConfig(vocabulary="grow")` needs none: training adds the tokens that it meets to what is given here.
-            "grow" in full fine-tuning: the same, without a config.
-        output_embeddings: full fine-tuning of a language model; an adapter's `PEMAConfig` says it for adapters.
+        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one (see `PartialVocabulary.from_dataset`).
+            Optional with `PEMAConfig(vocabulary="grow")`: training adds the tokens that it meets. "grow" means the
+            same in full fine-tuning.
+        output_embeddings: as in `PEMAConfig`, for full fine-tuning of a language model.
 
     Returns:
-        The vocabulary in use: with the ids that the model inserts itself (pad, bos, eos, decoder start), and rows that
-        `resize_token_embeddings` added to the checkpoint's. One that grows: as it is now.
+        The vocabulary in use. It also contains the ids that the model inserts itself (pad, bos, eos, decoder start),
+        and rows that `resize_token_embeddings` added. A growing vocabulary is returned as it is now.
 
     Raises:
-        SurgeryError: no such adapter, no PEMA in it, no token embedding, one that cannot be shared with the output, or
-            a vocabulary that is to grow under a head that is tied to it.
+        SurgeryError: no such adapter, an adapter without PEMA, a model without a token embedding, an embedding that
+            the output shares in an unsupported way, or a growing vocabulary with a tied head.
         VocabularyError: a vocabulary of another size than the model's V, or data that cannot be scanned.
     """
-    embedding = input_embedding(model)
-    layer = _upstream.pema_layer(model)
+    embedding = get_input_embedding(model)
+    layer = upstream.pema_layer(model)
     if layer is not None:
         layer.refuse_while_merged("shrink_embeddings")
-    holder = None if adapter_name is None else _rows_of(model, adapter_name)
-    grows = _grows(model, adapter_name, vocabulary)
-    ties = _output_policy(model, adapter_name, output_embeddings) != "full"
-    if grows and ties:
-        _refuse_growing_softmax(model, embedding)
-    if vocabulary is None or _is_grow(vocabulary):
-        vocabulary = PartialVocabulary([], embedding.num_embeddings)
-    used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
-    base = _base_of(model, embedding)
+    adapter_rows = None if adapter_name is None else _get_adapter_rows(model, adapter_name)
+    grows = _decide_growth(model, adapter_name, vocabulary)
+    tied = _get_output_policy(model, adapter_name, output_embeddings) != "full"
+    if grows and tied:
+        _refuse_growing_output(model, embedding)
+    used = _complete_vocabulary(model, embedding.num_embeddings, vocabulary)
+    base = _get_base(model, embedding)
     owner = convert_all(model, embedding)
-    target: RowTable = owner if holder is None else holder
-    if holder is None:
-        owner.ties_output = ties
+    table: RowTable = owner if adapter_rows is None else adapter_rows
+    if adapter_rows is None:
+        owner.tied_to_output = tied
     heads = convert_heads(model, owner)
-    untied = _untied(model, heads) if heads and not ties else ""
-    used = used | _already_in(target, owner, base, used.vocab_size)
+    untied = _untie(model, heads) if heads and not tied else ""
+    used = used | _find_required_ids(table, owner, base, used.vocab_size)
     token_ids = torch.from_numpy(used.token_ids.copy())
-    rows = _current_rows(target, owner, token_ids)
-    fingerprint = base.fingerprint_for(token_ids, with_drawn=holder is not None, untied=untied)
-    if not owner.is_shrunk:
-        for head in heads.values():
-            head.hold_base()
-        owner.shrink(base)
-    target.set_rows(token_ids, rows, fingerprint)
-    target.grows_over = base if grows else None
-    if holder is not None:
+    rows = _read_current_rows(table, owner, token_ids)
+    is_adapter = adapter_rows is not None
+    fingerprint = base.make_fingerprint(token_ids, include_newly_initialized=is_adapter, untied=untied)
+    _release_matrix(owner, heads.values(), base)
+    table.set_rows(token_ids, rows, fingerprint)
+    table.growth_source = base if grows else None
+    if is_adapter:
         _drop_untrained(owner, base)
     return used
 
 
 def restore_embeddings(model: Any) -> None:
-    """Back to a full embedding [V, d] with the active adapter's rows written in; its PEMA part is gone.
+    """Restore the full embedding [V, d], with the active adapter's rows written in.
 
-    After full fine-tuning the trained rows are written in; with no PEMA adapter active the matrix is the base's, and
-    the adapters keep their rows. An adapter that had nothing but PEMA is deleted. A model that was never shrunk is
-    left alone.
+    The adapter loses its PEMA part; one with PEMA alone is deleted. With no PEMA adapter active, the matrix is the
+    base's and the adapters keep their rows. After full fine-tuning the trained rows are written in. A model that was
+    never shrunk is left alone.
+
+    Args:
+        model: changed in place.
 
     Raises:
-        SurgeryError: other adapters have rows of their own, which lie over the base and not over the matrix to be; or
-            `merge_adapter` has merged rows already.
+        SurgeryError: other adapters have rows, which were trained on the base and not on the restored matrix; or
+            `merge_adapter` has merged rows.
     """
-    embedding = input_embedding(model)
+    embedding = get_input_embedding(model)
     if not isinstance(embedding, PartialEmbedding):
         return
-    owner, layer = embedding.owner, _upstream.pema_layer(model)
+    owner, layer = embedding.owner, upstream.pema_layer(model)
     if layer is not None:
         layer.refuse_while_merged("restore_embeddings")
-    name = _active_name(layer)
+    name = _find_active_adapter(layer)
     _refuse_other_rows(layer, name)
-    load_full_matrix(model, owner, None if name is None else layer.rows_of(name))
+    load_full_matrix(model, owner, None if name is None else layer.get_rows(name))
     if name is not None:
         _drop_pema_part(model, name)
     if layer is None or not len(layer.adapters):
-        _detach(model, owner)
+        _remove_all(model, owner)
 
 
-def _rows_of(model: Any, adapter_name: str) -> RowTable:
-    if not _upstream.has_adapters_support(model):
+def _get_adapter_rows(model: Any, adapter_name: str) -> PartialRows:
+    if not upstream.has_adapters_support(model):
         raise SurgeryError(
             f"{type(model).__name__} has no adapters yet: call adapters.init(model) and "
             f'model.add_adapter("{adapter_name}", config=PEMAConfig()) first (or use load_model for full fine-tuning)'
@@ -134,11 +136,11 @@ def _rows_of(model: Any, adapter_name: str) -> RowTable:
             f"adapter {adapter_name!r} has no PEMA in its config: add it with "
             f'model.add_adapter("{adapter_name}", config=ConfigUnion(PEMAConfig(), ...))'
         )
-    return _upstream.pema_layer(model).adapters[adapter_name]  # type: ignore[no-any-return]
+    return upstream.pema_layer(model).adapters[adapter_name]  # type: ignore[no-any-return]
 
 
-def _grows(model: Any, adapter_name: str | None, vocabulary: Any) -> bool:
-    """Whether training is to add rows. Raises: VocabularyError where there is neither that nor a vocabulary."""
+def _decide_growth(model: Any, adapter_name: str | None, vocabulary: Any) -> bool:
+    """Return whether training adds rows. Raises: VocabularyError if it does not and there is no vocabulary."""
     if adapter_name is None:
         grows, how = _is_grow(vocabulary), 'shrink_embeddings(model, None, "grow")'
     else:
@@ -156,24 +158,38 @@ def _is_grow(vocabulary: Any) -> bool:
     return isinstance(vocabulary, str) and vocabulary == GROW
 
 
-def _output_policy(model: Any, adapter_name: str | None, policy: str | None) -> str | None:
-    """What is to become of a tied head: `policy` in full fine-tuning, else as the adapter's config says."""
+def _get_output_policy(model: Any, adapter_name: str | None, policy: str | None) -> str | None:
+    """Return what happens to a tied head: `policy` in full fine-tuning, else the adapter's `output_embeddings`."""
     return policy if adapter_name is None else model.adapters_config.match(adapter_name, PEMAConfig).output_embeddings
 
 
-def _refuse_growing_softmax(model: Any, embedding: nn.Embedding) -> None:
-    """Rows of a tied output have gradients at every step, from the first: one that comes later has missed them."""
+def _refuse_growing_output(model: Any, embedding: nn.Embedding) -> None:
+    """Refuse rows added later in a tied output: every row of an output has a gradient from the first step on."""
     if not has_tied_head(model, embedding.owner if isinstance(embedding, PartialEmbedding) else embedding):
         return
     full = "" if model.config.is_encoder_decoder else 'use output_embeddings="full", or '
     raise SurgeryError(
-        f"the output of {type(model).__name__} is tied to the input embedding, so rows that come in training would "
-        f"have missed the gradients of the output up to then: {full}give shrink_embeddings all of the data before"
+        f"the output of {type(model).__name__} is tied to the input embedding, so rows added during training would "
+        f"have missed the gradients of the output before: {full}give shrink_embeddings all of the data beforehand"
     )
 
 
-def _untied(model: Any, heads: Iterable[str]) -> str:
-    """Input and output are two matrices from now on, and the config says so. Returns the name of the output matrix."""
+def _complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
+    if vocabulary is None or _is_grow(vocabulary):
+        vocabulary = PartialVocabulary([], vocab_size)
+    return complete_vocabulary(model, vocab_size, vocabulary)
+
+
+def _release_matrix(owner: PartialEmbedding, heads: Iterable[PartialOutput], base: BaseModel) -> None:
+    """Shrink the embedding, unless it is shrunk already; tied heads keep the matrix."""
+    if not owner.is_shrunk:
+        for head in heads:
+            head.hold_base()
+        owner.shrink(base)
+
+
+def _untie(model: Any, heads: Iterable[str]) -> str:
+    """Record in the config that input and output are two matrices. Returns the name of the output matrix."""
     if model.config.is_encoder_decoder:
         raise SurgeryError(
             f"{type(model).__name__} ties the embeddings of its encoder and decoder along with its output, so "
@@ -188,49 +204,49 @@ def _untied(model: Any, heads: Iterable[str]) -> str:
     return f"{head}.weight"
 
 
-def _base_of(model: Any, embedding: nn.Embedding) -> Base:
-    if isinstance(embedding, PartialEmbedding) and isinstance(embedding.owner.base, Base):
+def _get_base(model: Any, embedding: nn.Embedding) -> BaseModel:
+    if isinstance(embedding, PartialEmbedding) and isinstance(embedding.owner.base, BaseModel):
         return embedding.owner.base
-    name = next(iter(sites(model.base_model, embedding)))
+    name = next(iter(find_embeddings(model.base_model, embedding)))
     return find_base(model, embedding.weight, f"{name}.weight")
 
 
-def _already_in(target: RowTable, owner: PartialEmbedding, base: Base, vocab_size: int) -> PartialVocabulary:
-    """Ids that need a row of their own whatever the data say: rows there are, and rows that no checkpoint has."""
-    tables = [table.token_ids for table in (target, owner) if table.token_ids is not None]
+def _find_required_ids(table: RowTable, owner: PartialEmbedding, base: BaseModel, vocab_size: int) -> PartialVocabulary:
+    """Return ids that need a row in any case: those that have one, and rows that the checkpoint lacks."""
+    tables = [each.token_ids for each in (table, owner) if each.token_ids is not None]
     added = torch.arange(base.matrix.file_rows, vocab_size)
     return PartialVocabulary(torch.cat([*(ids.cpu() for ids in tables), added]).numpy(), vocab_size)
 
 
-def _current_rows(target: RowTable, owner: PartialEmbedding, token_ids: Tensor) -> Tensor:
-    """The rows [K, d] of `token_ids` as the target has them, else as the embedding has."""
-    rows = owner.rows(token_ids)
-    if target is not owner and target.token_ids is not None and len(target.token_ids):
-        places = torch.searchsorted(token_ids.to(rows.device), target.token_ids.long())
-        rows[places] = target.weight.detach()
+def _read_current_rows(table: RowTable, owner: PartialEmbedding, token_ids: Tensor) -> Tensor:
+    """Return the rows [K, d] of `token_ids` [K]: the table's, else the embedding's."""
+    rows = owner.read_rows(token_ids)
+    if table is not owner and table.token_ids is not None and len(table.token_ids):
+        positions = torch.searchsorted(token_ids.to(rows.device), table.token_ids.long())
+        rows[positions] = table.weight.detach()
     return rows
 
 
-def _drop_untrained(owner: PartialEmbedding, base: Base) -> None:
-    """Own rows (of `load_model`) that are still the base's need no place in memory once an adapter has them."""
+def _drop_untrained(owner: PartialEmbedding, base: BaseModel) -> None:
+    """Drop own rows (of `load_model`) that still equal the base's, once an adapter has rows."""
     if owner.token_ids is None:
         return
     ids = owner.token_ids.cpu().long()
-    if torch.equal(base.rows(ids).to(owner.weight.dtype), owner.weight.detach().cpu()):
+    if torch.equal(base.read_rows(ids).to(owner.weight.dtype), owner.weight.detach().cpu()):
         owner.token_ids = owner.fingerprint = None
         owner.shrink(base)
 
 
-def _active_name(layer: Any) -> str | None:
-    rows = None if layer is None else layer.active_rows()
+def _find_active_adapter(layer: Any) -> str | None:
+    rows = None if layer is None else layer.get_active_rows()
     return next((name for name, table in layer.adapters.items() if table is rows), None) if rows is not None else None
 
 
 def _refuse_other_rows(layer: Any, active: str | None) -> None:
-    others = [name for name in layer.with_rows() if name != active] if layer is not None and active else []
+    others = [name for name in layer.adapters_with_rows() if name != active] if layer is not None and active else []
     if others:
         raise SurgeryError(
-            f"writing the rows of {active!r} into the matrix would change what lies under the rows of "
+            f"writing the rows of {active!r} into the matrix would change the base under the rows of "
             f"{', '.join(others)}: save and delete those adapters first, or deactivate {active!r}"
         )
 
@@ -241,14 +257,14 @@ def _drop_pema_part(model: Any, name: str) -> None:
     if not rest:
         model.delete_adapter(name)
         return
-    _upstream.pema_layer(model).delete_adapter(name)
-    _upstream.replace_adapter_config(model, name, rest[0] if len(rest) == 1 else ConfigUnion(*rest))
+    upstream.pema_layer(model).delete_adapter(name)
+    upstream.replace_adapter_config(model, name, rest[0] if len(rest) == 1 else ConfigUnion(*rest))
 
 
-def _detach(model: Any, owner: PartialEmbedding) -> None:
-    """Leave no trace: plain embeddings, and no layer."""
-    if _upstream.pema_layer(model) is not None:
-        _upstream.remove_child(model.base_model)
+def _remove_all(model: Any, owner: PartialEmbedding) -> None:
+    """Remove the layer and revert all heads and embeddings to their own classes."""
+    if upstream.pema_layer(model) is not None:
+        upstream.remove_child(model.base_model)
     revert_heads(model, owner)
-    for part in parts_of(model, owner).values():
-        revert(part)
+    for alias in find_aliases(model, owner).values():
+        revert(alias)

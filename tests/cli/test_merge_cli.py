@@ -16,7 +16,7 @@ def arguments(pair, *more):
     return ["--base", str(pair[0].folder), "--delta", str(pair[1].folder), *more]
 
 
-def test_the_two_flags_are_enough(pair, capsys):
+def test_base_and_delta_are_enough(pair, capsys):
     assert main(arguments(pair)) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -28,25 +28,25 @@ def test_the_two_flags_are_enough(pair, capsys):
     assert err == ""
 
 
-def test_json(pair, capsys):
+def test_json_prints_the_report(pair, capsys):
     assert main(arguments(pair, "--json", "--verify")) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["rows_merged"] == 6
     assert report["output"].endswith("/merged")
 
 
-def test_quiet(pair, capsys):
+def test_quiet_prints_nothing(pair, capsys):
     assert main(arguments(pair, "--quiet")) == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_dry_run(pair, capsys):
+def test_dry_run_writes_nothing(pair, capsys):
     assert main(arguments(pair, "--dry-run", "--verify")) == 0
     assert capsys.readouterr().out.startswith("would write ")
     assert not (pair[1].folder / "merged").exists()
 
 
-def test_refused(pair, capsys):
+def test_a_refusal_is_one_line_and_exit_code_1(pair, capsys):
     assert main(arguments(pair, "--output", str(pair[0].folder))) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -55,13 +55,13 @@ def test_refused(pair, capsys):
     )
 
 
-def test_overwrite(pair, capsys):
+def test_overwrite_replaces_an_earlier_merge(pair, capsys):
     assert main(arguments(pair)) == 0
     assert main(arguments(pair)) == 1
     assert main(arguments(pair, "--overwrite")) == 0
 
 
-def test_wrong_usage(capsys):
+def test_wrong_usage_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--base", "x"])
     assert stop.value.code == 2
@@ -78,7 +78,7 @@ def test_an_interrupt_is_one_line(pair, capsys, monkeypatch):
     assert not list(pair[1].folder.glob("*merged*"))
 
 
-def test_the_lines_that_load_what_stays_an_adapter(make_base, make_adapter, capsys):  # noqa: F811
+def test_the_summary_shows_how_to_load_what_stays_an_adapter(make_base, make_adapter, capsys):  # noqa: F811
     base = make_base()
     rest = {"bert.encoder.layer.0.adapters.task.down": T.of(noise(1, 4))}
     pair = base, make_adapter(base, rest=rest, head={"classifier.weight": T.of(noise(3, 4))})
@@ -91,7 +91,7 @@ def test_the_lines_that_load_what_stays_an_adapter(make_base, make_adapter, caps
     ]
 
 
-def test_a_flexible_head_alone(make_base, make_adapter, capsys):  # noqa: F811
+def test_the_summary_shows_how_to_load_a_flexible_head(make_base, make_adapter, capsys):  # noqa: F811
     base = make_base()
     pair = base, make_adapter(base, flexible={"heads.task.1.weight": T.of(noise(3, 4))})
     assert main(arguments(pair)) == 0
@@ -114,7 +114,7 @@ def bytes_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_in_place_and_back(pair, capsys):
+def test_in_place_and_undo(pair, capsys):
     before = bytes_of(pair[0].folder)
     assert main(arguments(pair, "--in-place", "--verify")) == 0
     assert capsys.readouterr().out.startswith(f"changed {pair[0].folder} (")
@@ -143,27 +143,33 @@ def test_in_place_and_back(pair, capsys):
         ),
         (
             ["--base", "b", "--delta", "d", "--in-place", "--overwrite"],
-            "--in-place changes the base itself: it goes without",
+            "--in-place modifies the base itself: it cannot be combined with",
         ),
         (
             ["--base", "b", "--delta", "d", "--in-place", "--push-to-hub", "r"],
-            "--in-place changes the base itself: it goes",
+            "--in-place modifies the base itself: it cannot",
         ),
-        (["--delta", "d", "--in-place"], "--in-place changes the base: name its folder with --base"),
-        (["--undo"], "--undo changes the base: name its folder with --base"),
-        (["--base", "b", "--undo", "--dry-run"], "--undo takes --base and --quiet alone, found --dry-run"),
-        (["--base", "b", "--undo", "--delta", "d"], "--undo takes --base and --quiet alone, found --delta"),
-        (["--delta", "d", "--private"], "--private, --create-pr, --commit-message and --token go with --push-to-hub"),
+        (["--delta", "d", "--in-place"], "--in-place modifies the base: give its folder with --base"),
+        (["--undo"], "--undo modifies the base: give its folder with --base"),
+        (
+            ["--base", "b", "--undo", "--dry-run"],
+            "--undo can only be combined with --base and --quiet, found --dry-run",
+        ),
+        (
+            ["--base", "b", "--undo", "--delta", "d"],
+            "--undo can only be combined with --base and --quiet, found --delta",
+        ),
+        (["--delta", "d", "--private"], "--private, --create-pr, --commit-message and --token need --push-to-hub"),
     ],
 )
-def test_options_that_do_not_go_together(given, line, capsys):
+def test_options_that_cannot_be_combined(given, line, capsys):
     with pytest.raises(SystemExit) as stop:
         main(given)
     assert stop.value.code == 2
     assert line in capsys.readouterr().err
 
 
-def test_another_dtype(pair, capsys):
+def test_the_summary_names_another_dtype(pair, capsys):
     assert main(arguments(pair, "--dtype", "bfloat16")) == 0
     assert "4 as they were, in bfloat16" in capsys.readouterr().out
     config = json.loads((pair[1].folder / "merged" / "config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Standard output that is ASCII, full or closed; --version; python -m pema_adapters."""
+"""The commands with an ASCII, full or closed standard output; --version; python -m pema_adapters."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def call(pair, *more, command=MERGE, **options):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_what_the_encoding_lacks_is_escaped(pair, encoding):
+def test_characters_that_the_encoding_lacks_are_escaped(pair, encoding):
     done = call(pair, env={"PYTHONIOENCODING": encoding})
     assert (done.returncode, done.stderr) == (0, b"")
     shown = "\\u03b1" + ("\\xe9" if encoding == "ascii" else "\xe9")
@@ -42,7 +42,7 @@ def test_what_the_encoding_lacks_is_escaped(pair, encoding):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_full_disk_behind_standard_output(pair, more):
+def test_a_full_disk_behind_standard_output_is_reported(pair, more):
     with Path("/dev/full").open("w") as full:
         done = call(pair, *more, stdout=full)
     assert done.returncode == 0
@@ -53,14 +53,14 @@ def test_a_full_disk_behind_standard_output(pair, more):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_dry_run_is_its_report(pair):
+def test_a_dry_run_that_cannot_be_printed_fails(pair):
     with Path("/dev/full").open("w") as full:
         done = call(pair, "--dry-run", stdout=full)
     assert done.returncode == 1
     assert done.stderr == b"pema-merge: error: standard output cannot be written (No space left on device)\n"
 
 
-def test_a_closed_pipe(pair):
+def test_a_closed_pipe_is_no_failure(pair):
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -72,7 +72,7 @@ def test_a_closed_pipe(pair):
 
 
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
-def test_closed_descriptors(pair, closed):
+def test_closed_descriptors_are_no_failure(pair, closed):
     done = call(pair, command=["sh", "-c", f'exec "$0" "$@" {closed}', *MERGE])
     assert done.returncode == 0, done
     assert read(pair[1].folder / "merged")
@@ -81,7 +81,7 @@ def test_closed_descriptors(pair, closed):
 @pytest.mark.parametrize(
     ("command", "name"), [(MERGE, "pema-merge"), (SCAN, "pema-scan"), (MERGE[:3], "python -m pema_adapters")]
 )
-def test_version(command, name):
+def test_version_is_one_line(command, name):
     import numpy
     import safetensors
 
@@ -102,7 +102,7 @@ def test_the_module_refuses_other_commands():
     )
 
 
-def test_what_a_file_says_cannot_forge_lines(make_base, make_adapter, capsys):  # noqa: F811
+def test_text_from_files_cannot_forge_lines(make_base, make_adapter, capsys):  # noqa: F811
     from pema_adapters.cli.merge import main
 
     base = make_base()

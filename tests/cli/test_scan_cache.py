@@ -1,4 +1,4 @@
-"""pema-scan remembers: the second scan is none, an interrupted one goes on, and damage to the cache is no harm."""
+"""The scan cache: a second scan reads it, an interrupted scan resumes from it, and damage to it does no harm."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def entries(folder, kind):
     return sorted(path for path in found if path.suffix != ".tmp")  # on its way
 
 
-def test_the_second_scan_is_none(folder, capsys, no_more_scans):
+def test_a_second_scan_reads_the_cache(folder, capsys, no_more_scans):
     first = scanned(capsys)
     no_more_scans()
     second = scanned(capsys)
@@ -79,7 +79,7 @@ def test_the_second_scan_is_none(folder, capsys, no_more_scans):
     assert capsys.readouterr().out.endswith(f"\n\nnote: {note}\n")
 
 
-def test_it_is_the_content_that_counts(folder, capsys, no_more_scans):
+def test_files_are_identified_by_content(folder, capsys, no_more_scans):
     scanned(capsys)
     (folder / "x.txt").rename(folder / "y.txt")
     save_tokenizer("the-same")
@@ -100,7 +100,7 @@ OTHER = {
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*sv:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("other", OTHER)
-def test_other_scans_are_others(other, folder, capsys):
+def test_other_options_need_another_scan(other, folder, capsys):
     scanned(capsys)
     arguments, change = OTHER[other]
     if change:
@@ -108,7 +108,7 @@ def test_other_scans_are_others(other, folder, capsys):
     assert not scanned(capsys, "x.csv" if Path("x.csv").exists() else "x.txt", *arguments)["from_cache"]
 
 
-def test_folders(folder, capsys):
+def test_folders_are_cached(folder, capsys):
     Dataset.from_dict({"input_ids": [[1, 2], [3]]}).save_to_disk("ids")
     capsys.readouterr()
     assert [scanned(capsys, "ids")["from_cache"] for _ in range(2)] == [False, True]
@@ -118,7 +118,7 @@ def test_folders(folder, capsys):
     assert not scanned(capsys, "ids")["from_cache"]
 
 
-def test_a_file_is_read_once(folder, capsys, monkeypatch):
+def test_a_file_is_hashed_once(folder, capsys, monkeypatch):
     """But not one that is so new that it may change within a tick of its clock."""
     scanned(capsys)
     assert not entries(folder, "file")
@@ -131,7 +131,7 @@ def test_a_file_is_read_once(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["scan", "file"])
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?", lambda _: b""])
-def test_damaged_entries_are_written_anew(kind, damage, folder, capsys):
+def test_damaged_entries_are_rewritten(kind, damage, folder, capsys):
     os.utime("x.txt", (time.time() - 60,) * 2)
     first = scanned(capsys)
     (entry,) = entries(folder, kind)
@@ -143,7 +143,7 @@ def test_damaged_entries_are_written_anew(kind, damage, folder, capsys):
     assert entry.read_bytes() == whole
 
 
-def test_data_that_change_meanwhile_are_not_remembered(folder, capsys, monkeypatch):
+def test_data_that_change_during_a_scan_are_not_cached(folder, capsys, monkeypatch):
     real = scan_text
 
     def change_after(*arguments, **options):
@@ -156,12 +156,12 @@ def test_data_that_change_meanwhile_are_not_remembered(folder, capsys, monkeypat
     assert not entries(folder, "scan")
 
 
-def test_no_folder_for_it(folder, capsys):
+def test_an_unwritable_cache_is_ignored(folder, capsys):
     (folder / "hf").touch()
     assert [scanned(capsys)["from_cache"] for _ in range(2)] == [False, False]
 
 
-def test_a_data_set_of_the_hub(folder, hub, capsys, no_more_scans, monkeypatch):
+def test_a_data_set_of_the_hub_is_cached(folder, hub, capsys, no_more_scans, monkeypatch):
     """The real client and a real server: splits by their names, and the second scan is none."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
     hub.publish("someone/texts", {"train.jsonl": b'{"text": "a b"}\n{"text": "c"}\n', "test.jsonl": b'{"text": "d"}\n'})
@@ -173,7 +173,7 @@ def test_a_data_set_of_the_hub(folder, hub, capsys, no_more_scans, monkeypatch):
     assert "someone/nothing: cannot be read as a data set" in capsys.readouterr().err
 
 
-def test_data_sets_of_the_hub_go_by_their_fingerprint(folder):
+def test_data_sets_of_the_hub_are_identified_by_fingerprint(folder):
     """What `load_dataset` gives lies in the cache of datasets, under a name that is no file here."""
     data, split = DataSource(("someone/texts",)), Dataset.from_dict({"text": ["a b"]})
     data.__dict__["loaded"] = {"someone/texts train": split}
@@ -183,7 +183,7 @@ def test_data_sets_of_the_hub_go_by_their_fingerprint(folder):
     assert data.compute_key(store) is None
 
 
-def test_tokenizers_in_python(folder):
+def test_tokenizers_in_python_are_identified_by_their_files(folder):
     """Known by what they save; classes from elsewhere are not known at all."""
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
     (folder / "same.txt").write_bytes((folder / "vocab.txt").read_bytes())
@@ -225,7 +225,7 @@ def make_long(folder):
     (folder / "x.txt").write_text("\n".join(lines))
 
 
-def test_it_goes_on_where_it_was_killed(folder, capsys):
+def test_a_killed_scan_is_resumed(folder, capsys):
     """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scan.py."""
     make_long(folder)
     whole = scanned(capsys, "x.txt", "--no-cache")
@@ -245,59 +245,7 @@ def test_it_goes_on_where_it_was_killed(folder, capsys):
     assert not entries(folder, "partial")
 
 
-def test_the_cache_is_that_of_the_hub(folder, capsys):
+def test_the_cache_is_in_hf_home(folder, capsys):
     assert str(folder / "hf") == constants.HF_HOME
     scanned(capsys)
     assert len(entries(folder, "scan")) == 1
-
-
-class TestAnswers:
-    """The same question again is answered from one entry; files that have just been written are not trusted."""
-
-    def ask(self, capsys, *arguments):
-        code = main(["--tokenizer", "tok", "--data", "x.txt", *arguments])
-        return code, *capsys.readouterr()
-
-    @pytest.fixture
-    def old(self, folder):
-        for path in folder.rglob("*"):
-            os.utime(path, (1e9, 1e9))
-        return folder
-
-    def test_nothing_is_loaded(self, old, capsys):
-        assert self.ask(capsys, "--json")[0] == 0
-        call = "from pema_adapters.cli.scan import main; import sys; code = main(sys.argv[1:]); "
-        check = "assert not {'transformers', 'datasets', 'torch'} & set(sys.modules); sys.exit(code)"
-        command = [sys.executable, "-c", call + check, "--tokenizer", "tok", "--data", "x.txt"]
-        again = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (again.returncode, again.stderr) == (0, "")
-        assert "tokens seen                3\n" in again.stdout
-        assert "\n\nnote: the figures are those of an earlier scan" in again.stdout
-
-    def test_files_are_written_all_the_same(self, old, capsys):
-        self.ask(capsys)
-        code, shown, _ = self.ask(capsys, "--save", "x.vocabulary")
-        assert (code, Path("x.vocabulary").exists()) == (0, True)
-        assert "earlier scan" in shown
-
-    @pytest.mark.parametrize("arguments, key", [(["--unused"], "unused"), (["--max-length", "1"], "tokens")])
-    def test_another_question(self, old, capsys, arguments, key):
-        first = json.loads(self.ask(capsys, "--json")[1])
-        assert json.loads(self.ask(capsys, "--json", *arguments)[1])[key] != first.get(key)
-
-    def test_no_cache(self, old, capsys):
-        self.ask(capsys)
-        assert not json.loads(self.ask(capsys, "--json", "--no-cache")[1])["from_cache"]
-
-    def test_another_tokenizer_of_that_name(self, old, capsys):
-        first = json.loads(self.ask(capsys, "--json")[1])
-        WORDS.append("more")
-        try:
-            save_tokenizer("tok")
-        finally:
-            WORDS.pop()
-        assert json.loads(self.ask(capsys, "--json")[1])["vocab_size"] == first["vocab_size"] + 1
-
-    def test_a_tokenizer_that_may_change_unnoticed(self, folder, capsys):
-        self.ask(capsys)
-        assert not entries(folder, "answer")

@@ -1,4 +1,4 @@
-"""pema-scan on files of every kind, against counting by hand. What else it prints and writes: test_scan_outputs.py."""
+"""pema-scan on every kind of file, compared with counting by hand."""
 
 import gzip
 import json
@@ -75,7 +75,7 @@ def scanned(capsys, *arguments):
 # datasets leaves it to the garbage collector to close CSV files
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*sv:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source(source, folder, capsys):
+def test_every_kind_of_data_is_scanned(source, folder, capsys):
     SOURCES[source](folder / source)
     capsys.readouterr()
     figures = scanned(capsys, source)
@@ -84,7 +84,7 @@ def test_every_source(source, folder, capsys):
     assert not any(path.stat().st_size for path in (folder / "cache").rglob("*.*"))  # no copy of local files, but locks
 
 
-def test_table(folder, capsys):
+def test_the_report_as_text(folder, capsys):
     """The whole output, with a model and two kinds of data."""
     (folder / "x.txt").write_text("a b c a\n")
     Dataset.from_dict({"input_ids": [[5, 6]]}).save_to_disk("ids")
@@ -104,7 +104,7 @@ def test_table(folder, capsys):
         "embedding parameters       76,800\n"
         "  with PEMA                320\n"
         "\n"
-        "note: the embedding alone is counted, not the model: base: cannot build AutoModel from this config: "
+        "note: only the embedding is counted, not the model: base: cannot build AutoModel from this config: "
         "The hidden size (64) is not a multiple of the number of attention heads (12)\n"
     )
 
@@ -114,7 +114,7 @@ def save_config(folder, **config):
     (folder / "base" / "config.json").write_text(json.dumps({"model_type": "bert", **config}))
 
 
-def test_width_of_factorized_embeddings(folder, capsys):
+def test_the_width_of_factorized_embeddings_is_found(folder, capsys):
     (folder / "x.txt").write_text("a b")
     save_config(folder, model_type="albert", vocab_size=20, hidden_size=64, embedding_size=8)
     figures = scanned(capsys, "x.txt", "--model", "base")
@@ -122,14 +122,14 @@ def test_width_of_factorized_embeddings(folder, capsys):
     assert figures["partial_embedding_parameters"] == 16
 
 
-def test_rows_that_the_tokenizer_states(folder, capsys):
+def test_the_rows_that_a_tokenizer_states_are_used(folder, capsys):
     (folder / "x.txt").write_text("a b")
     config = json.loads((folder / "tok" / "tokenizer_config.json").read_text())
     (folder / "tok" / "tokenizer_config.json").write_text(json.dumps(config | {"embedding_rows": 64}))
     assert scanned(capsys, "x.txt")["vocab_size"] == 64
 
 
-def test_named_columns_and_truncation(folder, capsys):
+def test_text_column_and_max_length(folder, capsys):
     (folder / "x.jsonl").write_text(json.dumps({"words": ["a b", "c"], "text": "d e f", "input_ids": [9]}))
     (folder / "y.jsonl").write_text(json.dumps({"other": "g h"}))
     figures = scanned(capsys, "x.jsonl", "y.jsonl", "--text-column", "text", "--text-column", "other")
@@ -145,7 +145,7 @@ PAIRS = [
 ]
 
 
-def test_pairs(folder, capsys):
+def test_pairs_are_tokenized_as_in_training(folder, capsys):
     """As training has them: the tokenizer, here one with [PAD] between two texts, gets both; truncated longest first."""
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -215,7 +215,7 @@ def test_failures_are_one_line(failure, folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--data", "x"], ["--tokenizer", "t", "--data", "x", "--max-length", "0"]])
-def test_wrong_usage(arguments, capsys):
+def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""What pema-scan prints and writes about a trained tokenizer, its model, and several of them."""
+"""What pema-scan prints and writes, with memory, several tokenizers, unused tokens, plots and interrupts."""
 
 import io
 import json
@@ -69,14 +69,14 @@ def figures_of(capsys, *arguments):
 # ---- memory
 
 
-def test_memory_in_json(folder, capsys):
+def test_json_has_the_memory(folder, capsys):
     """The figures are those of memory_report; what they are is tested there."""
     figures = figures_of(capsys, "--tokenizer", "large", "--model", "large")
     vocabulary = PartialVocabulary(ids_by_hand("large"), 400)
     assert figures["memory"] == [memory_report("large", vocabulary, optimizer).to_dict() for optimizer in OPTIMIZERS]
 
 
-def test_table_with_memory(folder, capsys):
+def test_the_table_has_the_memory(folder, capsys):
     out = printed(capsys, "--tokenizer", "large", "--model", "large")
     kept, dim = len({*ids_by_hand("large"), 0}), 32
     saved, params = (400 - kept) * dim, memory_report("large", PartialVocabulary([], 400)).parameters
@@ -93,7 +93,7 @@ def test_table_with_memory(folder, capsys):
     assert rows[2][6:8] == [f"{2 * saved / 1e3:.1f}", "kB"]
 
 
-def test_tied_head_is_noted(folder, capsys):
+def test_a_tied_head_is_noted(folder, capsys):
     out = printed(capsys, "--tokenizer", "small", "--model", "small")
     assert "(GPT2LMHeadModel)" in out
     assert out.endswith(
@@ -105,7 +105,7 @@ def test_tied_head_is_noted(folder, capsys):
 # ---- several tokenizers
 
 
-def test_several(folder, capsys):
+def test_several_tokenizers_make_a_table(folder, capsys):
     both = ["--tokenizer", "small", "--tokenizer", "large"]
     small, large = figures_of(capsys, *both)
     assert (small, large) == (figures_of(capsys, *both[:2]), figures_of(capsys, *both[2:]))
@@ -116,7 +116,7 @@ def test_several(folder, capsys):
     ]
 
 
-def test_several_with_models(folder, capsys):
+def test_several_models_make_a_memory_table(folder, capsys):
     both = ["--tokenizer", "small", "--tokenizer", "large", "--model", "small", "--model", "large"]
     small, large = figures_of(capsys, *both)
     assert [figures["memory"][0]["model"] for figures in (small, large)] == ["small", "large"]
@@ -134,7 +134,7 @@ WRONG_USAGE = {
 
 
 @pytest.mark.parametrize("case", WRONG_USAGE)
-def test_wrong_usage(case, capsys):
+def test_wrong_usage_exits_with_2(case, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--data", "x", *WRONG_USAGE[case]])
     assert caught.value.code == 2
@@ -144,14 +144,14 @@ def test_wrong_usage(case, capsys):
 # ---- the vocabulary as a file; what is not in it
 
 
-def test_save(folder, capsys):
+def test_save_writes_the_vocabulary(folder, capsys):
     figures = figures_of(capsys, "--tokenizer", "large", "--model", "large", "--save", "x.vocabulary")
     vocabulary = PartialVocabulary.load("x.vocabulary")
     assert vocabulary == PartialVocabulary(ids_by_hand("large"), 400)
     assert (len(vocabulary), vocabulary.vocab_size) == (figures["partial_vocab_size"], figures["vocab_size"])
 
 
-def test_unused(folder, capsys):
+def test_unused_lists_tokens_in_json(folder, capsys):
     used, tokenizer = {*ids_by_hand("large"), 0}, AutoTokenizer.from_pretrained("large")
     unused = [token_id for token_id in range(400) if token_id not in used]
     figures = figures_of(capsys, "--tokenizer", "large", "--model", "large", "--unused", "999")
@@ -161,7 +161,7 @@ def test_unused(folder, capsys):
     assert "unused" not in figures_of(capsys, "--tokenizer", "large")
 
 
-def test_unused_as_text(folder, capsys):
+def test_unused_lists_tokens_as_text(folder, capsys):
     alone = printed(capsys, "--tokenizer", "large", "--unused")
     assert (
         f"tokens never used          {len(AutoTokenizer.from_pretrained('large')) - len({0, *ids_by_hand('large')})}\n"
@@ -174,7 +174,7 @@ def test_unused_as_text(folder, capsys):
     assert "\n  399  no token\n" in printed(capsys, "--tokenizer", "large", "--model", "large", "--unused", "999")
 
 
-def test_a_terminal_that_knows_only_ascii(folder, monkeypatch):
+def test_an_ascii_terminal_gets_escapes(folder, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["--data", "x.txt", "--tokenizer", "large", "--unused", "200"]) == 0
@@ -184,7 +184,7 @@ def test_a_terminal_that_knows_only_ascii(folder, monkeypatch):
 # ---- growth
 
 
-def test_growth(folder, capsys):
+def test_json_has_the_growth(folder, capsys):
     (folder / "x.txt").write_text(TEXT * 40)
     figures = figures_of(capsys, "--tokenizer", "large")
     ids = ids_by_hand("large") * 40
@@ -194,7 +194,7 @@ def test_growth(folder, capsys):
 
 
 @needs_matplotlib
-def test_plot(folder, capsys):
+def test_plot_writes_a_figure(folder, capsys):
     printed(capsys, "--tokenizer", "small", "--tokenizer", "large", "--plot", "growth.png")
     assert (folder / "growth.png").read_bytes().startswith(b"\x89PNG")
 
@@ -218,7 +218,7 @@ def test_outputs_are_refused_before_the_scan(case, folder, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(f"pema-scan: error: {message}")
 
 
-def test_plot_without_matplotlib(folder, capsys, monkeypatch):
+def test_plot_without_matplotlib_is_refused(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["--data", "x.txt", "--tokenizer", "large", "--plot", "x.png"]) == 1
     err = capsys.readouterr().err
@@ -239,7 +239,7 @@ def run_in_child(folder, *arguments, before="", **environment):
     )  # fmt: skip
 
 
-def test_silent_without_a_terminal(folder, capsys):
+def test_nothing_but_the_result_without_a_terminal(folder, capsys):
     """Even a long scan, and even what datasets does before it."""
     before = "import pema_adapters.scanning.progress as p; p.SECONDS_BEFORE_BAR = 0"
     done = run_in_child(folder, "--model", "large", before=before)
@@ -251,9 +251,9 @@ def test_silent_without_a_terminal(folder, capsys):
 @needs_matplotlib
 @pytest.mark.parametrize(
     "where",
-    ["scanning.cache.cached_scan.scan_text", "cli._scan_report.memory_report", "analysis.heaps_law.render_figure"],
+    ["scanning.cache.cached_scan.scan_text", "cli._scan_metrics.memory_report", "analysis.heaps_law.render_figure"],
 )
-def test_interrupted(where, folder, capsys, monkeypatch):
+def test_an_interrupted_scan_is_one_line(where, folder, capsys, monkeypatch):
     """Ctrl-C amid the scan, the report, or the output: one line, and no files."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setattr(f"pema_adapters.{where}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
@@ -264,7 +264,7 @@ def test_interrupted(where, folder, capsys, monkeypatch):
     assert [path.name for path in folder.glob("x.*")] == ["x.txt"]
 
 
-def test_interrupted_in_a_stream(folder):
+def test_an_interrupted_stream_is_one_line(folder):
     """The generators that are left half-way have nothing to say either."""
     (folder / "x.txt").write_text(TEXT * 5_000)
     before = (
@@ -275,59 +275,3 @@ def test_interrupted_in_a_stream(folder):
     done = run_in_child(folder, before=before)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "pema-scan: interrupted; the same command goes on from row 1,000\n"
-
-
-# ---- code of a repository
-
-CODE = "from pathlib import Path\nPath({canary!r}).touch()\n"
-CONFIG_CLASS = """
-from transformers import PretrainedConfig
-class Own(PretrainedConfig):
-    model_type = "own"
-"""
-TOKENIZER_CLASS = """
-from transformers import PreTrainedTokenizerFast
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-@pytest.fixture
-def with_code(folder, monkeypatch):
-    """A tokenizer and a config that need code of their own, which says that it ran; "y" stands on stdin."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
-    monkeypatch.syspath_prepend(folder / "modules")
-    canary = folder / "ran"
-    for name, kind in (("configuration_own", CONFIG_CLASS), ("tokenization_own", TOKENIZER_CLASS)):
-        (folder / "large" / f"{name}.py").write_text(CODE.format(canary=str(canary)) + kind)
-    settings = json.loads((folder / "large" / "tokenizer_config.json").read_text())
-    settings |= {
-        "tokenizer_class": "OwnTokenizer",
-        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
-    }
-    (folder / "large" / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "own").mkdir()
-    (folder / "own" / "configuration_own.py").write_text(CODE.format(canary=str(canary)) + CONFIG_CLASS)
-    config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}, "vocab_size": 400, "d_model": 8}
-    (folder / "own" / "config.json").write_text(json.dumps(config))
-    return canary
-
-
-NEEDS_CODE = {
-    "tokenizer": (["--tokenizer", "large"], "large: the tokenizer needs code of its repository, which is not run"),
-    "model": (["--tokenizer", "small", "--model", "own"], "own: the model config needs code of its repository, which"),
-}
-
-
-@pytest.mark.parametrize("kind", NEEDS_CODE)
-def test_code_of_a_repository_is_run_on_demand_alone(kind, with_code, capsys):
-    arguments, message = NEEDS_CODE[kind]
-    assert main(["--data", "x.txt", "--no-cache", *arguments]) == 1
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert message in err
-    assert "--trust-remote-code" in err
-    assert not with_code.exists()
-    assert main(["--data", "x.txt", "--no-cache", "--trust-remote-code", *arguments]) == 0
-    assert with_code.exists()

@@ -1,4 +1,4 @@
-"""A system without fcntl and resource, such as Windows: all works but merging, which refuses in one line."""
+"""Without fcntl and resource, as on Windows, everything works but merging, which refuses in one line."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def run(program, *arguments):
 
 @pytest.mark.parametrize("command", ["merge", "scan"])
 @pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version(command, option):
+def test_help_and_version_work(command, option):
     done = run(f"from pema_adapters.cli.{command} import main; main()", option)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"pema-{command}" in done.stdout

@@ -1,4 +1,4 @@
-"""Pickled files that torch.save would not write: their description of tensors is made by hand."""
+"""Make pickled files that torch.save would not write, from opcodes."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""adapter_config.json: every spelling of methods, and everything that is none."""
+"""adapter_config.json: every spelling of methods is parsed, everything else is refused."""
 
 import json
 from pathlib import Path
@@ -49,12 +49,12 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("config", "names"), METHODS)
-def test_methods_by_name(config, names):
+def test_methods_are_named_as_in_adapters(config, names):
     assert [method.name for method in parsed(config).methods] == names
 
 
 @pytest.mark.parametrize("name", sorted(adapters.ADAPTER_CONFIG_MAP))
-def test_strings_and_dictionaries_of_adapters_are_the_same(name):
+def test_strings_and_dictionaries_parse_to_the_same_methods(name):
     """But for strings that stand for a union, which keep their name."""
     config = adapters.ADAPTER_CONFIG_MAP[name]
     if isinstance(config, adapters.ConfigUnion):
@@ -66,12 +66,12 @@ def test_strings_and_dictionaries_of_adapters_are_the_same(name):
 
 @pytest.mark.parametrize("config", [INVERTIBLE, union(PEMA, INVERTIBLE), "pema|seq_bn_inv", "seq_bn[inv_adapter='glow']",
                                     {"invertible_adapter": {"block_type": "nice", "reduction_factor": 2}}])  # fmt: skip
-def test_invertible_in_every_spelling(config):
+def test_invertible_adapters_are_recognized_in_every_spelling(config):
     assert any(method.is_invertible for method in parsed(config).methods)
     assert not any(method.is_invertible for method in parsed(union(PEMA, BOTTLENECK, LORA)).methods)
 
 
-def test_rows_that_do_not_train():
+def test_frozen_rows_are_not_trained_rows():
     for config in (PEMA | {"trainable": False}, union(LORA, PEMA | {"trainable": False}), "pema[trainable=False]"):
         assert parsed(config).has_pema and not parsed(config).trains_rows
     assert parsed("pema").trains_rows and not parsed(LORA).has_pema
@@ -90,7 +90,7 @@ WITHOUT = [
 
 
 @pytest.mark.parametrize(("config", "left"), WITHOUT)
-def test_without_pema(config, left):
+def test_dropping_pema_leaves_the_other_methods(config, left):
     found = parsed(config).without(lambda method: method.is_pema)
     if left is None:
         assert found is None
@@ -109,7 +109,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("name", "text"), NAMES)
-def test_names_that_are_none(name, text):
+def test_invalid_names_are_refused(name, text):
     refused({"name": name, "config": PEMA}, text)
     if name is None:
         refused({"config": PEMA}, text)
@@ -135,12 +135,12 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("config", "text"), CONFIGS)
-def test_configs_that_are_none(config, text):
+def test_invalid_configs_are_refused(config, text):
     refused({"name": "task", "config": config}, text)
     if config is None:
         refused({"name": "task"}, text)
 
 
-def test_the_config_of_pema_is_understood():
+def test_the_config_that_adapters_saves_for_pema_is_parsed():
     (method,) = parsed(pema_adapters.PEMAConfig(trainable=False).to_dict()).methods
     assert method.is_pema and not method.trains_rows

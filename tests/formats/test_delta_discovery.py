@@ -1,4 +1,4 @@
-"""Which folder holds the delta."""
+"""Find the folder of the delta."""
 
 import json
 
@@ -31,7 +31,7 @@ def refused(folder, name, match):
 
 @pytest.mark.parametrize("where", [".", "task", "checkpoint-500", "checkpoint-500/task"])
 @pytest.mark.parametrize("make", [adapter, full])
-def test_up_to_two_levels_down(tmp_path, where, make):
+def test_a_delta_is_found_up_to_two_levels_below(tmp_path, where, make):
     run = tmp_path / "run"
     made = make(run / where)
     assert find_delta(run, None) == made
@@ -40,7 +40,7 @@ def test_up_to_two_levels_down(tmp_path, where, make):
     assert find_delta(run, where + "/") == made
 
 
-def test_not_three_levels_down(tmp_path):
+def test_a_delta_three_levels_below_is_not_found(tmp_path):
     adapter(tmp_path / "run" / "a" / "b" / "task")
     refused(tmp_path / "run", None, r"run: no delta here or up to two levels below; expected adapter_config.json with")
 
@@ -48,12 +48,12 @@ def test_not_three_levels_down(tmp_path):
 @pytest.mark.parametrize(
     "weights", ["model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
 )
-def test_full_deltas_in_any_format(tmp_path, weights):
+def test_full_deltas_are_found_in_any_format(tmp_path, weights):
     full(tmp_path, weights)
     assert find_delta(tmp_path, None) == tmp_path
 
 
-def test_the_first_level_that_holds_any_decides(tmp_path):
+def test_the_first_level_with_a_delta_counts(tmp_path):
     deep = adapter(tmp_path / "checkpoint-500" / "task")
     upper = adapter(tmp_path / "final", "task")
     assert find_delta(tmp_path, None) == upper
@@ -64,7 +64,7 @@ def test_the_first_level_that_holds_any_decides(tmp_path):
     assert find_delta(tmp_path, "task") == upper
 
 
-def test_several(tmp_path):
+def test_several_deltas_are_refused_unless_one_is_named(tmp_path):
     for step in (1000, 500, 1500):
         adapter(tmp_path / f"checkpoint-{step}" / "task")
     listed = r"\(checkpoint-500/task, checkpoint-1000/task, checkpoint-1500/task\)"
@@ -76,7 +76,7 @@ def test_several(tmp_path):
     assert find_delta(tmp_path / "checkpoint-500", None) == tmp_path / "checkpoint-500" / "task"
 
 
-def test_adapters_of_one_name(tmp_path):
+def test_adapters_of_the_same_name_are_told_apart_by_path(tmp_path):
     for run in ("one", "the other"):
         adapter(tmp_path / run / "task")
     refused(
@@ -85,13 +85,13 @@ def test_adapters_of_one_name(tmp_path):
     assert find_delta(tmp_path, "the other/task") == tmp_path / "the other" / "task"
 
 
-def test_a_long_list_is_cut(tmp_path):
+def test_a_long_list_is_shortened(tmp_path):
     for step in range(20):
         full(tmp_path / f"checkpoint-{step}")
     refused(tmp_path, None, r"holds 20 deltas \(checkpoint-0, .*checkpoint-7, \.\.\.\)")
 
 
-def test_adapters_with_rows_are_preferred_but_others_are_deltas_too(tmp_path):
+def test_adapters_with_rows_are_preferred(tmp_path):
     lora = adapter(tmp_path / "lora", method="lora")
     assert find_delta(tmp_path, None) == lora
     task = adapter(tmp_path / "task")
@@ -100,14 +100,14 @@ def test_adapters_with_rows_are_preferred_but_others_are_deltas_too(tmp_path):
 
 
 @pytest.mark.parametrize("hidden", [".cache", ".run.pema-partial"])
-def test_hidden_folders_are_left_out(tmp_path, hidden):
+def test_hidden_folders_are_skipped(tmp_path, hidden):
     adapter(tmp_path / "run" / hidden)
     adapter(tmp_path / "run" / hidden / "task")
     refused(tmp_path / "run", None, "no delta here")
     assert find_delta(tmp_path / "run" / hidden, None) == tmp_path / "run" / hidden
 
 
-def test_what_earlier_merges_wrote_is_left_out_with_all_below(tmp_path):
+def test_outputs_of_merges_are_skipped_with_everything_below(tmp_path):
     merged = full(tmp_path / "run" / "merged")
     (merged / MERGE_MANIFEST).write_text("{}")
     adapter(merged / "task")
@@ -118,7 +118,7 @@ def test_what_earlier_merges_wrote_is_left_out_with_all_below(tmp_path):
     assert find_delta(tmp_path / "run", None) == task
 
 
-def test_links(tmp_path):
+def test_links_to_deltas_are_followed_once(tmp_path):
     run, elsewhere = tmp_path / "run", adapter(tmp_path / "elsewhere" / "task")
     adapter(tmp_path / "someone_else_s")
     checkpoint = adapter(run / "checkpoint-500" / "task").parent
@@ -132,7 +132,7 @@ def test_links(tmp_path):
     assert find_delta(run, None) == run / "linked"
 
 
-def test_what_cannot_be_read_does_not_stand_in_the_way(tmp_path):
+def test_unreadable_folders_are_skipped(tmp_path):
     damaged, task = adapter(tmp_path / "damaged"), adapter(tmp_path / "task")
     (damaged / "adapter_config.json").write_text("{")
     (tmp_path / "a_file").write_text("")
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_does_not_stand_in_the_way(tmp_path):
     assert find_delta(tmp_path, "damaged") == damaged
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     refused(
         tmp_path / "nowhere",
         None,

@@ -38,7 +38,7 @@ def taken(store):
     return Fingerprint.compute(store(state()), embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)
 
 
-def test_what_it_holds(taken):
+def test_a_fingerprint_covers_rows_and_other_tensors(taken):
     assert (taken.embedding, taken.prefix) == ("embeddings.word_embeddings.weight", "bert")
     assert (taken.vocab_size, taken.base_vocab_size) == (12, 10)
     assert taken.tensors["layer.LayerNorm.weight"][0] == (3,)
@@ -51,12 +51,12 @@ def test_round_trip(taken):
 
 @pytest.mark.parametrize("prefix", ["bert.", "", "model."])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_same_base_in_other_layouts(taken, store, prefix, dtype):
+def test_the_same_base_matches_in_other_layouts(taken, store, prefix, dtype):
     tensors = {name: t.to(dtype) for name, t in state(prefix).items()}
     taken.check(store(tensors, "other"), IDS, where="other")
 
 
-def test_modern_spelling_is_the_same(taken, store):
+def test_the_same_base_matches_in_modern_spelling(taken, store):
     tensors = {name.replace("gamma", "weight"): tensor for name, tensor in state().items()}
     taken.check(store(tensors, "other"), IDS, where="other")
 
@@ -88,7 +88,7 @@ def test_rows_of_other_tokens_may_differ(taken, store):
 
 
 @pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 1500])
-def test_blocks_do_not_show_in_the_digest(count):
+def test_the_digest_does_not_depend_on_the_block_size(count):
     import hashlib
 
     rows = np.arange(3000, dtype=np.float32).reshape(1500, 2)
@@ -103,7 +103,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("data", NONSENSE)
-def test_nonsense(data):
+def test_damaged_fingerprints_are_refused(data):
     with pytest.raises(FormatError, match="fingerprint cannot be read"):
         Fingerprint.from_array(np.frombuffer(data, np.uint8))
 
@@ -115,7 +115,7 @@ FIELDS = ["embedding", "prefix", "vocab_size", "base_vocab_size", "rows", "tenso
 
 
 @given(field=st.sampled_from(FIELDS), value=JSON)
-def test_any_json_is_read_or_refused(field, value):
+def test_arbitrary_json_is_read_or_refused(field, value):
     good = {
         "embedding": "E",
         "prefix": "",
@@ -150,7 +150,7 @@ class Counting:
         return self.checkpoint.values(name, positions)
 
 
-def test_shapes_are_asked_for_once_however_many_tensors_there_are(store):
+def test_shapes_are_read_once(store):
     source = Counting(store(state() | {f"bert.layer.{i}.weight": torch.ones(2) for i in range(50)}))
     names = [name for name in source.checkpoint.tensors if name != E]
     taken = Fingerprint.compute(source, embedding=E, prefix="bert", vocab_size=12, token_ids=IDS, names=names)

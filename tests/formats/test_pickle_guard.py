@@ -1,4 +1,4 @@
-"""Small pickles that describe endless things are told from those that torch writes."""
+"""Small pickles that expand without bound are detected; those that torch writes pass."""
 
 import io
 import pickle
@@ -28,15 +28,15 @@ def states():
 
 
 @pytest.mark.parametrize(("name", "content"), states())
-def test_what_torch_saves(tmp_path, name, content):
+def test_pickles_of_torch_pass(tmp_path, name, content):
     assert find_expansion_attack(saved(tmp_path / "x.bin", content)) is None
 
 
-def test_a_size_that_is_used_again():
+def test_a_reused_size_passes():
     assert find_expansion_attack(pickle.dumps([(3, 4), (size := (1, 2)), size, size], 2)) is None
 
 
-def test_growth_by_references():
+def test_growth_by_references_is_detected():
     word = "x" * 10_000
     assert find_expansion_attack(pickle.dumps([word, word], 2)) is None
     assert "refers to the same value again and again" in find_expansion_attack(pickle.dumps([word] * 100, 2))
@@ -55,12 +55,12 @@ def test_growth_by_references():
         (b"}q\x00X\x01\x00\x00\x00ah\x00s", "refers to the same value"),
     ],
 )
-def test_endless(code, what):
+def test_expanding_pickles_are_detected(code, what):
     assert what in find_expansion_attack(b"\x80\x02" + code + b".")
 
 
 @pytest.mark.parametrize("code", [b"", b"\x80\x02", b"\xfe.", b"X\xff\xff\xff\x7fabc.", b"cx\n"])
-def test_no_instructions(code):
+def test_anything_but_a_pickle_is_refused(code):
     with pytest.raises(ValueError, match=r".+"):
         find_expansion_attack(code)
 
@@ -70,7 +70,7 @@ def test_a_stack_that_is_too_short_is_left_to_the_unpickler(code):
     assert find_expansion_attack(code) is None
 
 
-def test_many_items_are_not_deep():
+def test_many_items_pass():
     buffer = io.BytesIO()
     pickle.Pickler(buffer, 2).dump([[i] for i in range(5000)])
     assert find_expansion_attack(buffer.getvalue()) is None

@@ -25,7 +25,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-def test_by_hand(tmp_path):
+def test_a_file_written_by_hand_is_read(tmp_path):
     path = written(tmp_path / "x.safetensors", {"a": entry(), "__metadata__": {"format": "pt"}}, b"12345678")
     header = read_header(path)
     assert header.data_start == path.stat().st_size - 8
@@ -39,8 +39,8 @@ BROKEN = {
     "hole": ({"a": entry(), "b": entry(offsets=(9, 17))}, TWO + b"1", "'b' leaves a hole before it"),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, TWO[:12], "'b' overlaps the tensor before it"),
     "late start": ({"a": entry(offsets=(1, 9))}, b"123456789", "'a' leaves a hole before it"),
-    "beyond the end": ({"a": entry()}, b"1234567", "'a' ends at byte .*, but the file has .*; it is cut short"),
-    "left over": ({"a": entry()}, b"123456789", "1 bytes after the last tensor that no tensor owns"),
+    "beyond the end": ({"a": entry()}, b"1234567", "'a' ends at byte .*, but the file has .*; it is truncated"),
+    "left over": ({"a": entry()}, b"123456789", "1 bytes after the last tensor belong to no tensor"),
     "wrong size": ({"a": entry(shape=(3,))}, b"12345678", r"F32 \[3\] takes 12 bytes, but its data_offsets hold 8"),
     "backwards": ({"a": entry(offsets=(8, 0))}, b"12345678", r"data_offsets \[8, 0\] are not \[begin, end\]"),
     "one offset": ({"a": entry(offsets=(8,))}, b"12345678", r"data_offsets \[8\] are not \[begin, end\]"),
@@ -67,7 +67,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_headers(tmp_path, name):
+def test_damaged_headers_are_refused(tmp_path, name):
     header, data, text = BROKEN[name]
     path = written(tmp_path / "x.safetensors", header, data)
     with pytest.raises(FormatError, match=f"x.safetensors: .*{text}") as error:
@@ -76,12 +76,12 @@ def test_broken_headers(tmp_path, name):
     assert len(str(error.value)) < 600
 
 
-def test_broken_lengths(tmp_path):
+def test_damaged_lengths_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     cases = {
         b"": "0 bytes are too few",
         b"1234567": "7 bytes are too few",
-        (9).to_bytes(8, "little") + b"{}": "header of 9 bytes in a file of 10; the file is cut short",
+        (9).to_bytes(8, "little") + b"{}": "header of 9 bytes in a file of 10; the file is truncated",
         (2**63).to_bytes(8, "little"): "expected at most 100000000; not a safetensors file",
     }
     for data, text in cases.items():
@@ -90,7 +90,7 @@ def test_broken_lengths(tmp_path):
             read_header(path)
 
 
-def test_no_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FormatError, match="nowhere: cannot be read: no such file or directory"):
         read_header(tmp_path / "nowhere")
     with pytest.raises(FormatError, match="expected a file, but is a directory"):
@@ -119,7 +119,7 @@ def test_round_trip(tmp_path_factory, tensors, metadata):
     assert theirs == {name: (dtype, shape) for name, dtype, shape in listed}
 
 
-def test_reads_what_the_library_writes(tmp_path):
+def test_files_of_the_safetensors_library_are_read(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(4)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     found = read_header(tmp_path / "x.safetensors").tensors
@@ -129,7 +129,7 @@ def test_reads_what_the_library_writes(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64", "I64", "I32", "U8", "BOOL"])
-def test_numbers(dtype):
+def test_numbers_are_decoded(dtype):
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
              "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
     values = torch.tensor([[0.0, 1.0, 2.5], [3.0, 100.0, 0.1]]).to(kinds[dtype])
@@ -137,12 +137,12 @@ def test_numbers(dtype):
     assert np.array_equal(as_float32(raw, dtype), values.float().numpy())
 
 
-def test_numbers_of_no_known_kind():
+def test_numbers_of_an_unknown_dtype_are_refused():
     with pytest.raises(FormatError, match="cannot read numbers of dtype F8_E4M3"):
         as_float32(np.zeros(1, np.uint8), "F8_E4M3")
 
 
-def test_bytes_of_a_tensor():
+def test_tensor_sizes_in_bytes():
     assert size_in_bytes("BF16", (3, 2)) == 12
     assert size_in_bytes("F4", (3,)) == 2
     assert size_in_bytes("I64", ()) == 8

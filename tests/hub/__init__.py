@@ -1,4 +1,4 @@
-"""A Hub on this machine, for the real client: `Hub` is the server, `fixture` points the client to it."""
+"""A local Hub for the real client: `Hub` is the server, and the module `fixture` points the client to it."""
 
 from .answers import Account, Refusal
 from .server import Hub

@@ -1,4 +1,4 @@
-"""What the server says: answers, and refusals in the words and codes of the real Hub."""
+"""Answers of the server, and refusals with the texts and codes of the real Hub."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Account:
-    """Who a token belongs to. It writes to its own namespace and those of its orgs, if `write`."""
+    """The account of a token. With `write` it may write to its own namespace and those of its orgs."""
 
     user: str
     orgs: tuple[str, ...] = ()
     write: bool = True
     granted: tuple[str, ...] = ()
-    """Gated repositories of others that it was given access to."""
+    """Gated repositories of others to which it has access."""
 
     def owns(self, repo_id: str) -> bool:
         return repo_id.split("/", maxsplit=1)[0] in (self.user, *self.orgs)
@@ -21,7 +21,7 @@ class Account:
 
 @dataclass
 class Answer:
-    """body: bytes, or a part of a file that is streamed."""
+    """An answer. Its body is bytes, or a range of a file that is streamed."""
 
     status: int = 200
     body: bytes = b""
@@ -32,7 +32,7 @@ class Answer:
 
     @classmethod
     def of(cls, value: object, status: int = 200, **headers: str) -> "Answer":
-        """JSON; `X_Repo_Commit="..."` becomes the header X-Repo-Commit."""
+        """Return an answer in JSON; `X_Repo_Commit="..."` becomes the header X-Repo-Commit."""
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         return cls(status, json.dumps(value).encode(), {"Content-Type": "application/json", **named})
 
@@ -42,7 +42,7 @@ class Answer:
 
 
 class Refusal(Exception):
-    """An answer that is an error. code: the header X-Error-Code, by which the client picks its exception."""
+    """An error as answer. The client chooses its exception by `code`, the header X-Error-Code."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(f"{status} {message}")
@@ -52,16 +52,16 @@ class Refusal(Exception):
 
 
 class Dropped(Exception):
-    """The connection is to be cut without an answer."""
+    """Raised to cut the connection without an answer."""
 
 
 def wrong_token() -> Refusal:
-    """So the Hub answers for public repositories too."""
+    """Return the Hub's answer to an unknown token, given for public repositories too."""
     return Refusal(401, "Invalid credentials in Authorization header")
 
 
 def not_logged_in(*, repository: bool = True) -> Refusal:
-    """The real Hub sends no code; its client then goes by the address, but takes notice of https:// only."""
+    """Return the answer without login. The real Hub sends no code, and its client goes by an https:// address instead."""
     return Refusal(401, "Invalid username or password.", "RepoNotFound" if repository else None)
 
 
@@ -92,4 +92,4 @@ def no_rights(repo_id: str) -> Refusal:
 
 
 QUOTA = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
-"""The real Hub's words, at 403, for the LFS batch and the commit: `hub.fail("POST .*/batch", status=403, message=QUOTA)`."""
+"""The real Hub's text at status 403, for the LFS batch and the commit: `hub.fail("POST .*/batch", status=403, message=QUOTA)`."""

@@ -1,4 +1,4 @@
-"""The addresses below /api: repositories, what is in them, and commits."""
+"""The routes below /api: repositories, their contents, and commits."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ _FRONT = re.compile(r"^---[ \t]*\r?\n(.*?)\r?\n---", re.DOTALL)
 
 @route("GET", "/api/whoami-v2")
 def whoami(call: Call) -> Answer:
-    """Who the token belongs to."""
+    """Answer whose token it is."""
     if (account := call.account) is None:
         raise not_logged_in(repository=False)
     token = {"displayName": "test", "role": "write" if account.write else "read"}
@@ -29,7 +29,7 @@ def whoami(call: Call) -> Answer:
 
 @route("POST", "/api/repos/create")
 def create(call: Call) -> Answer:
-    """409 where it is there already, which the client takes for success with exist_ok."""
+    """Create a repository; 409 if it exists, which the client takes for success with exist_ok."""
     account, wanted = call.account, call.json()
     if account is None:
         raise not_logged_in(repository=False)
@@ -45,7 +45,7 @@ def create(call: Call) -> Answer:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Answer:
-    """JSON from `HfApi.create_commit`, a form from `ModelCard.validate`, which shows the text at 400."""
+    """Validate a card: JSON from `HfApi.create_commit`, a form from `ModelCard.validate`."""
     form = "form" in call.content_type
     text = call.form()["content"][0] if form else call.json()["content"]
     try:
@@ -71,7 +71,7 @@ def _metadata(text: str) -> dict[str, Any]:
 @route("GET", "/api/models/{id}/tree/{revision}")
 @route("GET", "/api/models/{id}/tree/{revision}/{path}")
 def tree(call: Call, id: str, revision: str, path: str = "") -> Answer:
-    """Files and folders; those that do not fit on a page follow the header Link."""
+    """List files and folders, in pages that the header Link chains."""
     commit = call.readable(id).at(revision)
     below = f"{path}/" if path else ""
     entries = list(_entries(commit, below, call.query.get("recursive", "").lower() in ("true", "1")))
@@ -106,14 +106,14 @@ def _entry(path: str, blob: Blob) -> dict[str, Any]:
 
 @route("POST", "/api/models/{id}/paths-info/{revision}")
 def paths_info(call: Call, id: str, revision: str) -> Answer:
-    """Those of the paths that there are."""
+    """List those of the given paths that exist."""
     commit, paths = call.readable(id).at(revision), call.form().get("paths", [])
     return Answer.of([_entry(path, commit.files[path]) for path in paths if path in commit.files])
 
 
 @route("GET", "/api/models/{id}/refs")
 def refs(call: Call, id: str) -> Answer:
-    """Branches, tags and, where they are asked for, pull requests."""
+    """List branches, tags and, on request, pull requests."""
     found: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
     for ref, commit in call.readable(id).refs.items():
         kind = {"refs/tags/": "tags", "refs/pr/": "pullRequests"}.get(ref[: ref.rfind("/") + 1], "branches")
@@ -125,7 +125,7 @@ def refs(call: Call, id: str) -> Answer:
 
 @route("GET", "/api/models/{id}/commits/{revision}")
 def commits(call: Call, id: str, revision: str) -> Answer:
-    """The newest first."""
+    """List commits, newest first."""
     keys = [
         {"id": one.id, "title": one.title, "message": one.description, "authors": [], "date": _date(one)}
         for one in call.readable(id).history(revision)
@@ -135,7 +135,7 @@ def commits(call: Call, id: str, revision: str) -> Answer:
 
 @route("POST", "/api/models/{id}/branch/{name}")
 def branch(call: Call, id: str, name: str) -> Answer:
-    """At `startingPoint`, else at main."""
+    """Create a branch at `startingPoint`, else at main."""
     repository = call.writable(id)
     if name in repository.refs:
         raise Refusal(409, f"Reference already exists: {name}")
@@ -145,7 +145,7 @@ def branch(call: Call, id: str, name: str) -> Answer:
 
 @route("POST", "/api/models/{id}/preupload/{revision}")
 def preupload(call: Call, id: str, revision: str) -> Answer:
-    """Which files go by LFS, and what is there under their names already."""
+    """Answer which files to upload by LFS, and what is stored under their names already."""
     by_pull_request = "create_pr" in call.query
     commit = call.writable(id, by_pull_request=by_pull_request).at(revision)
     found = []
@@ -160,7 +160,7 @@ def preupload(call: Call, id: str, revision: str) -> Answer:
 
 @route("POST", "/api/models/{id}/commit/{revision}")
 def commit(call: Call, id: str, revision: str) -> Answer:
-    """Lines of JSON, the header first; nothing is changed before all of them are understood."""
+    """Commit lines of JSON, the header first; nothing is changed before all are valid."""
     by_pull_request = "create_pr" in call.query
     repository = call.writable(id, by_pull_request=by_pull_request)
     lines = ((line["key"], line["value"]) for line in map(json.loads, call.body.lines()))
@@ -197,7 +197,7 @@ def _change(call: Call, base: Commit, key: str, value: dict[str, Any]) -> Mappin
 @route("GET", "/api/models/{id}/revision/{revision}")
 @route("GET", "/api/models/{id}")
 def info(call: Call, id: str, revision: str = "main") -> Answer:
-    """Of gated repositories too: their files alone are kept back."""
+    """Answer for gated repositories too: only their files are withheld."""
     repository = call.readable(id)
     commit = repository.at(revision)
     siblings = [_sibling(path, blob, "blobs" in call.query) for path, blob in sorted(commit.files.items())]

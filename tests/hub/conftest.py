@@ -1,3 +1,3 @@
-"""Bases and deltas to download."""
+"""Fixtures: bases and deltas to download."""
 
 from tests.merging.conftest import make_adapter, make_base  # noqa: F401

@@ -1,4 +1,4 @@
-"""Faults on demand, and the log of what was asked."""
+"""Inject faults into requests, and log the requests."""
 
 import re
 import threading
@@ -13,18 +13,18 @@ LOGGED = ("authorization", "range", "user-agent", "content-type")
 
 @dataclass
 class Request:
-    """One line of the log. path: unquoted, without the query; sent, received: bytes of the bodies so far."""
+    """One request in the log: its unquoted path without query, and the bytes of the bodies sent and received so far."""
 
     method: str
     path: str
     headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
-    """None where the connection was cut before an answer."""
+    """None if the connection was cut before an answer."""
     sent: int = 0
     received: int = 0
     repo: str | None = None
     file: str | None = None
-    """The file whose contents were asked for, in `repo`."""
+    """The requested file of `repo`."""
 
     @classmethod
     def of(cls, method: str, target: str, headers: dict[str, str]) -> "Request":
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What is to go wrong with requests whose "METHOD /path" the pattern is found in.
+    """A fault to inject into requests whose "METHOD /path" matches the pattern.
 
     With `after_bytes` the connection is cut after so many bytes of the body: of the answer to a GET, of what is
     received by a PUT or POST. With `before` that is called, and the request answered as ever. With `json` that is
@@ -54,14 +54,14 @@ class Fault:
     before: Callable[[], object] | None = None
     json: object = None
     skip: int = 0
-    """So many matching requests go through first."""
+    """How many matching requests pass first."""
 
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.status, self.after_bytes, self.before, self.json)) != 1:
             raise ValueError("a fault has one of status, after_bytes, before and json")
 
     def answer(self) -> Answer | None:
-        """The answer in place of the usual one; None for the usual one."""
+        """Return the answer to give instead of the usual one, None for the usual one."""
         if self.before:
             self.before()
         return None if self.json is None else Answer.of(self.json, **self.headers)
@@ -75,7 +75,7 @@ class Fault:
 
 
 class Faults:
-    """The faults still to come, in the order asked for."""
+    """The queue of faults to inject."""
 
     def __init__(self) -> None:
         self._queue: list[Fault] = []
@@ -90,7 +90,7 @@ class Faults:
             self._queue.clear()
 
     def take(self, request: Request) -> Fault | None:
-        """The fault for this request, which then is one fewer to come."""
+        """Take the fault for this request off the queue."""
         with self._lock:
             fault = next((one for one in self._queue if re.search(one.match, str(request))), None)
             if fault is None or fault.skip:

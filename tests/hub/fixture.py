@@ -1,4 +1,4 @@
-"""The fixture `hub`: a server, and the real client pointed to it, in this process and in those that it starts."""
+"""The fixture `hub`: a server, with the real client pointed to it in this process and its children."""
 
 import re
 import sys
@@ -18,21 +18,21 @@ from .server import UNSET, Hub
 
 PACKAGES = ("huggingface_hub", "transformers", "adapters", "datasets")
 ADDRESSES = ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HUGGINGFACE_CO_RESOLVE_ENDPOINT", "HUGGINGFACE_CO_PREFIX")
-"""Read from the environment at import, as are the folders; every module that bound one by value gets the new one."""
+"""Constants read from the environment at import, as are the folders; all modules that hold a copy are patched."""
 FOLDERS = {
     "HF_HOME": "", "hf_cache_home": "", "HF_TOKEN_PATH": "token", "HF_STORED_TOKENS_PATH": "stored_tokens",
     "HF_HUB_CACHE": "hub", "HUGGINGFACE_HUB_CACHE": "hub", "TRANSFORMERS_CACHE": "hub", "default_cache_path": "hub",
     "HF_ASSETS_CACHE": "assets", "HUGGINGFACE_ASSETS_CACHE": "assets", "HF_XET_CACHE": "xet",
     "HF_MODULES_CACHE": "modules",
 }  # fmt: skip
-"""Where they are below HF_HOME."""
+"""Folders by constant, relative to HF_HOME."""
 
 for _name in ("_commit_api", "_snapshot_download", "lfs", "repocard", "utils._cache_manager", "utils._git_credential"):
     import_module(f"huggingface_hub.{_name}")  # before the settings change: what is imported later would keep the new
 
 
 class ClientHub(Hub):
-    """home: HF_HOME; cache: the client's; waits: the seconds it wanted to sleep before it tried again, and did not."""
+    """A Hub with HF_HOME, the client's cache, and the seconds that the client would have waited before each retry."""
 
     home: Path
     cache: Path
@@ -41,7 +41,7 @@ class ClientHub(Hub):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClientHub]:
-    """An empty Hub, and the real client pointed to it; a token counts when it is in HF_TOKEN."""
+    """Start an empty Hub with the real client pointed to it; set HF_TOKEN to use a token."""
     server = ClientHub(tmp_path / "hub-contents")
     server.home, server.cache, server.waits = tmp_path / "hf-home", tmp_path / "hf-home" / "hub", []
     with server:
@@ -74,7 +74,7 @@ def _set_constants(hub: ClientHub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _Elsewhere(HTTPAdapter):
-    """Sends to `hub` what is for huggingface.co, whose name stands in `ModelCard.validate`; refuses the rest."""
+    """Redirects requests for huggingface.co, which `ModelCard.validate` hard-codes, to `hub`; refuses all others."""
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub

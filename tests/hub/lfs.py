@@ -1,4 +1,4 @@
-"""The addresses of contents: resolve, where large files are kept, and how they are uploaded."""
+"""The routes of contents: resolve, large files, and their upload."""
 
 import math
 import re
@@ -14,7 +14,7 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 @route("GET HEAD", "/{id}/resolve/{revision}/{path}")
 def resolve(call: Call, id: str, revision: str, path: str) -> Answer:
-    """A small file itself; of a large one where it is kept, an address that needs no token."""
+    """Answer with a small file itself, or redirect to the address of a large one, which needs no token."""
     repository = call.readable(id)
     commit = repository.at(revision)
     _pass_gate(call, repository)
@@ -38,7 +38,7 @@ def _pass_gate(call: Call, repository: Repository) -> None:
 
 @route("GET HEAD", "/cdn/{sha256}/{name}/{path}")
 def cdn(call: Call, sha256: str, name: str, path: str) -> Answer:
-    """A large file."""
+    """Answer with a large file."""
     call.log.repo, call.log.file = name, path
     size = call.hub.store.sizes[sha256]
     return _content(call, Blob(sha256, sha256, size, lfs=True), {"ETag": f'"{sha256}"'})
@@ -62,7 +62,7 @@ def _content(call: Call, blob: Blob, headers: dict[str, str]) -> Answer:
 
 @route("POST", "/{id}.git/info/lfs/objects/batch")
 def batch(call: Call, id: str) -> Answer:
-    """What to do with each object: nothing where it is here already, else put it, at once or in parts."""
+    """Answer what to do with each object: nothing if it is stored, else upload it, at once or in parts."""
     wanted = call.json()
     call.writable(id, by_pull_request="ref" not in wanted)
     objects = [_instructions(call, id, one["oid"], one["size"]) for one in wanted["objects"]]
@@ -86,20 +86,20 @@ def _instructions(call: Call, repo_id: str, oid: str, size: int) -> dict[str, An
 
 @route("PUT", "/upload/{oid}/{size}")
 def upload(call: Call, oid: str, size: str) -> Answer:
-    """The whole file."""
+    """Store a whole file."""
     call.hub.uploads.put(oid, int(size), call.body.chunks())
     return Answer(200)
 
 
 @route("PUT", "/upload-part/{name}/{number}")
 def upload_part(call: Call, name: str, number: str) -> Answer:
-    """A part of it."""
+    """Store a part of a file."""
     return Answer(200, headers={"ETag": call.hub.uploads.put_part(name, int(number), call.body.chunks())})
 
 
 @route("POST", "/upload-complete/{name}")
 def upload_complete(call: Call, name: str) -> Answer:
-    """All parts were put."""
+    """Complete an upload in parts."""
     done = call.json()
     call.hub.uploads.complete(name, done["oid"], done["parts"])
     return Answer.of({"success": True})
@@ -107,7 +107,7 @@ def upload_complete(call: Call, name: str) -> Answer:
 
 @route("POST", "/{id}.git/info/lfs/objects/verify")
 def verify(call: Call, id: str) -> Answer:
-    """Whether the object arrived."""
+    """Verify that the object arrived."""
     call.readable(id)
     wanted = call.json()
     if call.hub.store.sizes.get(wanted["oid"]) != wanted["size"]:

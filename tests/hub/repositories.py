@@ -1,4 +1,4 @@
-"""Repositories as the Hub keeps them: commits that never change, and contents on disk under their SHA-256."""
+"""Repositories as on the Hub: immutable commits, and contents on disk under their SHA-256."""
 
 import fnmatch
 import hashlib
@@ -17,13 +17,13 @@ LFS = [
     f"*.{end}"
     for end in ("safetensors", "bin", "pt", "pth", "h5", "msgpack", "onnx", "npz", "npy", "pkl", "zip", "model")
 ]
-"""What a new repository's .gitattributes names."""
+"""The patterns in a new repository's .gitattributes."""
 ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS).encode()
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One file of a commit. oid: what git calls it, of LFS files that of the pointer."""
+    """One file of a commit, with its git oid, for LFS files that of the pointer."""
 
     sha256: str
     oid: str
@@ -51,7 +51,7 @@ def _git_oid(size: int, chunks: Iterable[bytes]) -> str:
 
 
 class Store:
-    """Contents on disk. keep_lfs: False to hash what arrives by LFS and throw it away."""
+    """Contents on disk. With keep_lfs=False, LFS uploads are hashed and discarded."""
 
     def __init__(self, folder: Path, keep_lfs: bool = True) -> None:
         self.folder, self.keep_lfs = folder, keep_lfs
@@ -65,7 +65,7 @@ class Store:
         return self.folder / f"tmp-{uuid.uuid4()}"
 
     def put(self, content: bytes | Path) -> tuple[str, int]:
-        """SHA-256 and size."""
+        """Return SHA-256 and size."""
         digest, size, path = hashlib.sha256(), 0, self.temporary()
         with path.open("wb") as out:
             for chunk in [content] if isinstance(content, bytes) else _chunks(content):
@@ -75,7 +75,7 @@ class Store:
         return digest.hexdigest(), size
 
     def adopt(self, path: Path | None, sha256: str, size: int) -> None:
-        """Take a finished file as the content; None where it was thrown away."""
+        """Adopt a finished file as content; None if it was discarded."""
         if path:
             path.replace(self.path(sha256))
         self.sizes[sha256] = size
@@ -103,7 +103,7 @@ def is_lfs(path: str, size: int, threshold: int) -> bool:
 
 @dataclass(frozen=True)
 class Commit:
-    """A state of all files. parent: the id of the commit before."""
+    """A state of all files, with the id of its parent commit."""
 
     id: str
     parent: str | None
@@ -114,7 +114,7 @@ class Commit:
 
 
 class Repository:
-    """refs: branches, "refs/tags/..." and "refs/pr/N", to the ids of commits."""
+    """A repository. `refs` maps branches, "refs/tags/..." and "refs/pr/N" to commit ids."""
 
     def __init__(self, repo_id: str, store: Store, private: bool = False, gated: bool = False) -> None:
         self.id, self.private, self.gated = repo_id, private, gated
@@ -125,7 +125,7 @@ class Repository:
         self.refs["main"] = self._add(None, "initial commit", "", {".gitattributes": self.attributes}).id
 
     def at(self, revision: str) -> Commit:
-        """The commit of a branch, tag, pull request or 40-digit id."""
+        """Return the commit of a branch, tag, pull request or 40-digit id."""
         name = revision.removeprefix("refs/heads/")
         found = self.refs.get(name) or self.refs.get(f"refs/tags/{name}") or name
         if found not in self.commits:
@@ -135,7 +135,7 @@ class Repository:
     def commit(
         self, ref: str, title: str, changes: Mapping[str, Blob | None], description: str = "", parent: str | None = None
     ) -> Commit:
-        """Put changes (None: deleted) on top of a branch. parent: what the branch has to point to still."""
+        """Commit changes (None: deleted) on a branch, which must still point to `parent`."""
         with self.lock:
             head = self.check_parent(ref, parent)
             files = {path: blob for path, blob in {**head.files, **changes}.items() if blob}
@@ -144,7 +144,7 @@ class Repository:
             return made
 
     def check_parent(self, ref: str, parent: str | None) -> Commit:
-        """The commit that a branch points to, which has to be `parent` where one is named."""
+        """Return the commit of a branch, which must be `parent` if given."""
         head = self.at(ref)
         if ref not in self.refs:
             raise Refusal(400, f"{ref} is not a branch")
@@ -153,14 +153,14 @@ class Repository:
         return head
 
     def pull_request(self, start: str) -> int:
-        """A new ref refs/pr/N at a commit; N."""
+        """Create refs/pr/N at a commit and return N."""
         with self.lock:
             number = 1 + sum(ref.startswith("refs/pr/") for ref in self.refs)
             self.refs[f"refs/pr/{number}"] = self.at(start).id
             return number
 
     def history(self, revision: str = "main") -> list[Commit]:
-        """The newest first."""
+        """List commits, newest first."""
         found, now = [], self.at(revision)
         while True:
             found.append(now)

@@ -1,4 +1,4 @@
-"""Which function answers what address, and what such a function is given."""
+"""Route requests to the functions that answer them."""
 
 import json
 import re
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 PARTS = {"id": r"[^/]+(?:/[^/]+)?", "path": r".+"}
 DATASETS = re.compile("^(/api)?/datasets/")
-"""Repositories of data sets are as those of models here, and their names no others."""
+"""Data set repositories share routes and names with model repositories here."""
 ROUTES: list[tuple[tuple[str, ...], re.Pattern[str], Callable[..., Answer]]] = []
 
 
 def route(methods: str, template: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
-    """For "GET HEAD" and "/{id}/resolve/{revision}/{path}"; the parts come as keywords, unquoted."""
+    """Register a handler, for "GET HEAD" and "/{id}/resolve/{revision}/{path}" for example; parts are unquoted keywords."""
     pattern = re.sub(r"\{(\w+)\}", lambda m: f"(?P<{m[1]}>{PARTS.get(m[1], '[^/]+')})", template.replace(".", r"\."))
 
     def add(function: Callable[..., Answer]) -> Callable[..., Answer]:
@@ -33,7 +33,7 @@ def route(methods: str, template: str) -> Callable[[Callable[..., Answer]], Call
 
 
 def answer(call: "Call") -> Answer:
-    """The first route that fits, in the order they were written."""
+    """Answer a call with the first matching route, in order of registration."""
     for methods, pattern, function in ROUTES:
         found = pattern.fullmatch(call.target)
         if found and call.log.method in methods:
@@ -42,13 +42,13 @@ def answer(call: "Call") -> Answer:
 
 
 class Body:
-    """What the client sends. cut: the connection is dropped after so many bytes of it."""
+    """A request body. The connection is dropped after `cut` bytes of it."""
 
     def __init__(self, stream: BufferedIOBase, length: int, log: Request, cut: int | None) -> None:
         self._stream, self._left, self._log, self._cut = stream, length, log, cut
 
     def read(self, most: int = -1, *, line: bool = False) -> bytes:
-        """At most so many bytes; with line, up to the end of one."""
+        """Read at most so many bytes, or up to the end of a line."""
         self._drop_if_due()
         rest = self._left if self._cut is None else min(self._left, self._cut - self._log.received)
         size = rest if most < 0 else min(most, rest)
@@ -79,7 +79,7 @@ class Body:
 
 @dataclass
 class Call:
-    """One request on its way. target: the quoted path; log: its line in the log."""
+    """A request being handled, with its quoted path and its entry in the log."""
 
     hub: "Hub"
     log: Request
@@ -97,7 +97,7 @@ class Call:
 
     @property
     def account(self) -> Account | None:
-        """None where no token is sent; one that is not known is refused, whatever is asked for."""
+        """The account of the token, None without one; an unknown token is always refused."""
         kind, _, token = self.log.headers.get("authorization", "").partition(" ")
         if not kind:
             return None
@@ -112,14 +112,14 @@ class Call:
         return parse_qs(self.body.read().decode())
 
     def readable(self, repo_id: str) -> Repository:
-        """The repository, unless it is private to others or not there, which look the same."""
+        """Return a repository; private ones of others look like missing ones."""
         account, found = self.account, self.hub.repositories.get(repo_id)
         if found is None or (found.private and not (account and account.owns(repo_id))):
             raise no_repository() if account else not_logged_in()
         return found
 
     def writable(self, repo_id: str, *, by_pull_request: bool = False) -> Repository:
-        """by_pull_request: those may be opened by all who can read."""
+        """Check the right to write; anyone who can read may open a pull request."""
         found, account = self.readable(repo_id), self.account
         if account is None:
             raise not_logged_in(repository=self.target.startswith("/api/models/"))

@@ -1,4 +1,4 @@
-"""The server: a `Hub` on a port of this machine, what a test asks of it, and how it speaks HTTP."""
+"""The server: a `Hub` on a local port, the methods that tests call, and its HTTP handler."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ from .uploads import Uploads
 
 UNSET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE",
          "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_HUB_ENABLE_HF_TRANSFER", "HF_ASSETS_CACHE", "HF_XET_CACHE")  # fmt: skip
-"""Variables that would lead the client elsewhere."""
+"""Environment variables that would direct the client elsewhere."""
 
 
 class Hub:
-    """A Hub on 127.0.0.1, for `with`; what it holds goes when it stops.
+    """A Hub on 127.0.0.1, used as a context manager; its contents are deleted when it stops.
 
     folder: where contents are kept. chunk_size: larger files are uploaded in parts of so many bytes. lfs_threshold:
     larger ones go by LFS whatever their name. keep_lfs: False to hash what is uploaded by LFS and throw it away.
@@ -63,24 +63,24 @@ class Hub:
         self.store.close()
 
     def stop(self) -> None:
-        """From now on there is no network: the port is closed and so is every connection."""
+        """Cut the network: close the port and every connection."""
         self._server.shutdown()
         self._server.server_close()
         self._server.cut_all()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables for a process whose client is to use this Hub and keep its files in `home`."""
+        """Return environment variables that point a process's client to this Hub, with its files in `home`."""
         kept = {name: value for name, value in os.environ.items() if name not in UNSET}
         return {**kept, **self.variables(home)}
 
     def variables(self, home: Path) -> dict[str, str]:
-        """Those of `environment` that are set."""
+        """Return those of `environment` that are set."""
         on = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")
         local = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), **dict.fromkeys(on, "1"), **local}
 
     def create(self, repo_id: str, *, private: bool = False, gated: bool = False) -> Repository:
-        """An empty repository, but for .gitattributes."""
+        """Create a repository with only .gitattributes."""
         self.repositories[repo_id] = Repository(repo_id, self.store, private, gated)
         return self.repositories[repo_id]
 
@@ -93,7 +93,7 @@ class Hub:
         gated: bool = False,
         revision: str = "main",
     ) -> str:
-        """Commit exactly these files, past the client, to a repository and branch that are made if need be; its id."""
+        """Commit exactly these files directly, creating repository and branch as needed; return the commit id."""
         if repo_id not in self.repositories:
             self.create(repo_id, private=private, gated=gated)
         repository = self.repositories[repo_id]
@@ -108,7 +108,7 @@ class Hub:
         return self.store.blob(sha256, size, is_lfs(name, size, self.lfs_threshold))
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """All files; .gitattributes only if it is not that of a new repository."""
+        """Return all files; .gitattributes only if it was changed."""
         repository = self.repositories[repo_id]
         found = repository.at(revision).files.items()
         return {
@@ -116,20 +116,20 @@ class Hub:
         }
 
     def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
-        """The newest first; the last is the initial commit."""
+        """List commits, newest first, down to the initial one."""
         return self.repositories[repo_id].history(revision)
 
     def fail(self, match: str, **fault: Any) -> None:
-        """Make requests fail whose "METHOD /path" the pattern is found in; see `Fault` for the keywords."""
+        """Inject a fault into requests whose "METHOD /path" matches the pattern; see `Fault` for the keywords."""
         self.faults.add(Fault(match, **fault))
 
     def downloaded(self, repo_id: str) -> list[str]:
-        """The files whose contents were asked for, sorted, once for each time."""
+        """Return the downloaded files, sorted, once for each download."""
         bodies = (one for one in self.requests if one.method == "GET" and one.repo == repo_id and one.status != 302)
         return sorted(str(one.file) for one in bodies)
 
     def asked(self, match: str) -> list[Request]:
-        """The requests whose "METHOD /path" the text is in."""
+        """Return the requests whose "METHOD /path" contains the text."""
         return [one for one in self.requests if match in str(one)]
 
 
@@ -159,7 +159,7 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news; all else is an error of this server."""
+        """Ignore clients that disconnect; record anything else as an error of this server."""
         error = sys.exc_info()[1]
         if not isinstance(error, ConnectionError):
             self.hub.crashes.append(error)
@@ -219,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(chunk)
 
     def _reset(self) -> None:
-        """Cut the connection so that the client notices at once, whatever it still sends."""
+        """Cut the connection so that the client notices at once, even while sending."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         with contextlib.suppress(OSError):

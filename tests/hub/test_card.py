@@ -1,4 +1,4 @@
-"""Our section of a model card: written once, replaced later, and never over one of a newer version."""
+"""Our section of a model card is added once, replaced later, and never replaces one of a newer version."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from pema_adapters.hub.card import VERSION, has_pema_section, render_card
 UNVERSIONED = "# Task\n\nMine.\n\n<!-- pema: begin -->\nold words\n<!-- pema: end -->\n\nAlso mine.\n"
 
 
-def test_a_section_says_its_version():
+def test_a_section_states_its_version():
     card = render_card("", "me/task", "New words.", {}, {})
     assert f"<!-- pema: version {VERSION} -->" in card
 
@@ -20,7 +20,7 @@ def test_a_section_without_version_is_replaced_and_other_text_stays():
     assert has_pema_section(card)
 
 
-def test_writing_again_changes_nothing():
+def test_rendering_twice_changes_nothing():
     card = render_card(UNVERSIONED, "me/task", "New words.", {}, {})
     assert render_card(card, "me/task", "New words.", {}, {}) == card
 
@@ -32,7 +32,7 @@ def test_a_section_of_a_newer_version_is_refused(space):
         render_card(newer, "me/task", "New words.", {}, {})
 
 
-def test_a_section_of_version_zero_is_damaged():
+def test_a_section_of_version_zero_is_refused():
     damaged = UNVERSIONED.replace("begin -->", "begin -->\n<!-- pema: version 0 -->")
     with pytest.raises(FormatError, match=r"me/task: README\.md: its version is '0'"):
         render_card(damaged, "me/task", "New words.", {}, {})

@@ -1,4 +1,4 @@
-"""A base or a delta by its Hub id: from the cache, or downloaded by the real client from the server in tests/hub."""
+"""Bases and deltas are downloaded from the local Hub by the real client, or found in its cache."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def index_of(**weight_map):
 
 
 @pytest.mark.parametrize("revision", [None, "main", "commit"])
-def test_from_the_cache(cached, tmp_path, revision):
+def test_a_cached_base_is_used_offline(cached, tmp_path, revision):
     base, delta, commit = cached
     revision = commit if revision == "commit" else revision
     report = merge_checkpoint(TINY, delta.folder, tmp_path / "out", revision=revision)
@@ -79,7 +79,7 @@ def test_only_what_a_merge_needs_is_downloaded(hub, make_base, make_adapter, tmp
         (["pytorch_model.bin.index.json", "b.bin", "c.bin"], ["b.bin", "pytorch_model.bin.index.json"]),
     ],
 )  # fmt: skip
-def test_weights_come_in_one_format(hub, publish, names, expected):
+def test_weights_are_downloaded_in_one_format(hub, publish, names, expected):
     contents = {
         "model.safetensors.index.json": index_of(x="a.safetensors", y="b.safetensors", z="../secret"),
         "pytorch_model.bin.index.json": index_of(x="b.bin"),
@@ -100,7 +100,7 @@ def test_weights_come_in_one_format(hub, publish, names, expected):
     ],
 )
 @pytest.mark.parametrize("missing", [None, "config.json", "one.bin", "one.safetensors"])
-def test_a_cache_counts_if_it_is_whole(hub, files, missing):
+def test_only_a_complete_cache_is_used_offline(hub, files, missing):
     hub.publish(TINY, {"config.json": b"{}", **files})
     snapshot = Path(snapshot_download(TINY, ignore_patterns=missing))
     before = hub.downloaded(TINY)
@@ -116,7 +116,7 @@ def test_a_cache_counts_if_it_is_whole(hub, files, missing):
         download_base(TINY, None)
 
 
-def test_who_loaded_a_model_gets_the_files_beside_it(hub, publish):
+def test_a_cache_of_from_pretrained_is_completed(hub, publish):
     publish("config.json", "model.safetensors", "tokenizer.json", "README.md")
     for name in ("config.json", "model.safetensors"):
         hf_hub_download(TINY, name)
@@ -124,7 +124,7 @@ def test_who_loaded_a_model_gets_the_files_beside_it(hub, publish):
     assert found == hub.downloaded(TINY) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 
-def test_a_repository_without_weights(hub, publish):
+def test_a_repository_without_weights_is_refused(hub, publish):
     publish("config.json", "tf_model.h5")
     with pytest.raises(MergeError, match=r"base someone/tiny: the Hub repository holds no model\.safetensors and no"):
         download_base(TINY, None)
@@ -150,7 +150,7 @@ def test_a_repository_without_weights(hub, publish):
          [f"task/{name}" for name in ADAPTER]),
     ],
 )  # fmt: skip
-def test_of_a_delta_only_the_delta_is_downloaded(hub, publish, names, expected):
+def test_only_the_files_of_a_delta_are_downloaded(hub, publish, names, expected):
     index = index_of(x="a.safetensors")
     commit = publish(*names, contents={name: index for name in names if name.endswith(".index.json")})
     folder = download_delta(TINY)
@@ -163,17 +163,17 @@ def test_of_a_delta_only_the_delta_is_downloaded(hub, publish, names, expected):
     "names", [[], ["README.md"], ["adapter_config.json", "adapter_model.safetensors"], ["a/b/adapter_config.json"],
               ["model.safetensors"]]
 )  # fmt: skip
-def test_a_repository_without_delta(hub, publish, names):
+def test_a_repository_without_delta_is_refused(hub, publish, names):
     publish(*names)
     with pytest.raises(
-        MergeError, match=r"^delta someone/tiny: the Hub repository holds no delta, neither itself nor one"
+        MergeError, match=r"^delta someone/tiny: the Hub repository holds no delta, neither at the top nor one"
     ):
         download_delta(TINY)
     assert hub.downloaded(TINY) == []
 
 
 @pytest.mark.parametrize("where", [".", "task"])
-def test_a_delta_from_the_cache(hub, make_base, make_adapter, tmp_path, where):
+def test_a_cached_delta_is_used_offline(hub, make_base, make_adapter, tmp_path, where):
     make_adapter(make_base(), folder=f"run/{where}")
     commit = hub.publish(TINY, tmp_path / "run")
     snapshot = download_delta(TINY)
@@ -188,7 +188,7 @@ def test_a_delta_from_the_cache(hub, make_base, make_adapter, tmp_path, where):
         download_delta(TINY)
 
 
-def test_of_a_cached_delta_what_is_new_is_downloaded(hub, publish):
+def test_new_files_of_a_cached_delta_are_downloaded(hub, publish):
     publish(*ADAPTER)
     old = download_delta(TINY)
     new = publish(*ADAPTER, contents={"adapter.safetensors": b"new"})
@@ -196,7 +196,7 @@ def test_of_a_cached_delta_what_is_new_is_downloaded(hub, publish):
     assert hub.downloaded(TINY) == sorted([*ADAPTER, "adapter.safetensors"])
 
 
-def test_a_cached_delta_does_not_hide_what_the_hub_says(hub, publish):
+def test_a_cached_delta_does_not_hide_a_refusal(hub, publish):
     publish(*ADAPTER)
     download_delta(TINY)
     hub.repositories[TINY].private = True
@@ -204,20 +204,20 @@ def test_a_cached_delta_does_not_hide_what_the_hub_says(hub, publish):
         download_delta(TINY)
 
 
-def test_who_was_let_in(hub, monkeypatch):
+def test_a_token_opens_a_gated_repository(hub, monkeypatch):
     hub.publish("others/gated", {name: name.encode() for name in ADAPTER}, gated=True)
     hub.tokens["hf_let_in"] = Account("else", granted=("others/gated",))
     monkeypatch.setenv("HF_TOKEN", "hf_let_in")
     assert (download_delta("others/gated") / ADAPTER[1]).read_bytes() == ADAPTER[1].encode()
 
 
-def test_a_damaged_index(publish):
+def test_a_damaged_index_is_refused(publish):
     publish("config.json", "model.safetensors.index.json")
     with pytest.raises(FormatError, match=r"model.safetensors.index.json: not valid JSON"):
         download_base(TINY, None)
 
 
-def test_a_download_that_broke_off_goes_on(hub, make_base, make_adapter, tmp_path, monkeypatch):
+def test_an_interrupted_download_is_resumed(hub, make_base, make_adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # else ten million bytes have to arrive to be kept
     base = make_base(extra={"lm_head.decoder": T.of(noise(50, 50))})
     delta = make_adapter(base)
@@ -228,7 +228,7 @@ def test_a_download_that_broke_off_goes_on(hub, make_base, make_adapter, tmp_pat
     assert read(tmp_path / "out") == oracle(base, delta)
 
 
-def test_a_download_that_breaks_off_again_and_again(hub, make_base, make_adapter, tmp_path):
+def test_a_download_that_keeps_failing_is_refused(hub, make_base, make_adapter, tmp_path):
     base = make_base()
     delta = make_adapter(base)
     hub.publish(TINY, base.folder)
@@ -240,7 +240,7 @@ def test_a_download_that_breaks_off_again_and_again(hub, make_base, make_adapter
     assert read(tmp_path / "out") == oracle(base, delta)
 
 
-def test_too_many_requests(hub, make_base):
+def test_too_many_requests_are_retried(hub, make_base):
     hub.publish(TINY, make_base().folder)
     hub.fail("GET .*/tree/", status=429, headers={"Retry-After": "7"}, times=2)
     hub.fail("GET .*/api/models/", status=429, headers={"Retry-After": "7"}, times=1)
@@ -248,14 +248,14 @@ def test_too_many_requests(hub, make_base):
     assert hub.waits[:1] == [7.0]
 
 
-def test_a_hub_out_of_order_and_a_cache_that_holds_it(hub, make_base):
+def test_the_cache_is_used_if_the_hub_is_down(hub, make_base):
     hub.publish(TINY, make_base().folder)
     folder = download_base(TINY, None)
     hub.fail("/api/models/", status=503, times=99)
     assert download_base(TINY, None) == folder
 
 
-def test_the_modules_of_a_sentence_transformer_come_along(hub, make_base, make_adapter, tmp_path):
+def test_modules_of_a_sentence_transformer_are_downloaded(hub, make_base, make_adapter, tmp_path):
     base = make_base()
     delta = make_adapter(base)
     pooling = base.folder / "1_Pooling"

@@ -1,4 +1,4 @@
-"""What is said where a base or a delta cannot be downloaded from the Hub, and what the environment settles, by the command."""
+"""A base or a delta that cannot be downloaded is explained in one line, by the library and by the command."""
 
 import subprocess
 import sys
@@ -91,7 +91,7 @@ def files_alone_fail(hub, monkeypatch):
         ),
     ],
 )
-def test_what_the_hub_refuses(hub, monkeypatch, arrange, what):
+def test_each_refusal_of_the_hub_is_explained(hub, monkeypatch, arrange, what):
     arrange(hub, monkeypatch)
     for kind, resolve in (("base", download_base), ("delta", download_delta)):
         with pytest.raises(
@@ -102,7 +102,7 @@ def test_what_the_hub_refuses(hub, monkeypatch, arrange, what):
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "", "/abs", "a b"])
-def test_what_is_no_hub_id(hub, name):
+def test_invalid_hub_ids_are_refused(hub, name):
     for kind, resolve in (("base", download_base), ("delta", download_delta)):
         with pytest.raises(MergeError, match=rf"^{kind} .*: no such folder, and not a Hub id"):
             resolve(name, None)
@@ -110,7 +110,7 @@ def test_what_is_no_hub_id(hub, name):
 
 
 @pytest.mark.parametrize("name", ["some/a--b", "some/thing.git", "some/thing-"])
-def test_what_the_client_takes_for_no_hub_id(hub, name):
+def test_ids_that_the_client_refuses_are_explained(hub, name):
     for resolve in (download_base, download_delta):
         with pytest.raises(MergeError, match=rf"{name}: no such folder, and cannot .*'{name}'.*\); check the name$"):
             resolve(name, None)
@@ -133,7 +133,7 @@ def pair(make_base, make_adapter):
         (no_such_revision, ["--revision", "v2"], "(no revision 'v2'); give a branch, tag or commit of it"),
     ],
 )  # fmt: skip
-def test_the_command_says_it_in_one_line(hub, pair, monkeypatch, capsys, arrange, more, line):
+def test_the_command_reports_a_refusal_in_one_line(hub, pair, monkeypatch, capsys, arrange, more, line):
     arrange(hub, monkeypatch)
     assert main(["--base", "some/thing", "--delta", str(pair[1].folder), *more]) == 1
     start = "pema-merge: error: base some/thing: no such folder, and cannot be downloaded from the Hub "
@@ -141,7 +141,7 @@ def test_the_command_says_it_in_one_line(hub, pair, monkeypatch, capsys, arrange
     assert not (pair[1].folder / "merged").exists()
 
 
-def test_the_command_without_network(hub, pair, tmp_path, capsys):
+def test_the_command_reports_a_missing_network_in_one_line(hub, pair, tmp_path, capsys):
     hub.stop()
     assert main(["--base", str(pair[0].folder), "--delta", "some/thing", "--output", str(tmp_path / "out")]) == 1
     out, err = capsys.readouterr()
@@ -162,7 +162,7 @@ def run(hub, home, output, **variables):
     )
 
 
-def test_the_environment_counts(hub, pair, tmp_path):
+def test_settings_of_the_environment_are_used(hub, pair, tmp_path):
     base, delta = pair
     hub.publish("someone/tiny", base.folder, private=True)
     hub.publish("someone/task", delta.folder, private=True)

@@ -1,4 +1,4 @@
-"""What the real client does where something is refused or breaks off: its exceptions, and what it tries again."""
+"""How the real client reacts to refusals and broken connections: its exceptions and its retries."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def puts(hub):
     return [(one.status, one.received) for one in hub.requests if one.method == "PUT"]
 
 
-def test_what_cannot_be_seen(hub, monkeypatch):
+def test_private_repositories_are_hidden(hub, monkeypatch):
     hub.publish(REPO, {"a.txt": b"a"}, private=True)
     hub.tokens["hf_other"] = Account("other")
     for token, status in ((None, 401), ("hf_other", 404)):
@@ -44,7 +44,7 @@ def test_what_cannot_be_seen(hub, monkeypatch):
     assert hf_hub_download(REPO, "a.txt")
 
 
-def test_what_is_not_there(hub):
+def test_missing_things_are_not_found(hub):
     hub.publish(REPO, {"a.txt": b"a"})
     with pytest.raises(errors.EntryNotFoundError):
         hf_hub_download(REPO, "b.txt")
@@ -55,7 +55,7 @@ def test_what_is_not_there(hub):
             HfApi().list_repo_files(REPO, revision=revision)
 
 
-def test_a_gate(hub, monkeypatch):
+def test_gated_repositories_need_access(hub, monkeypatch):
     hub.publish("others/gated", {"a.txt": b"a"}, gated=True)
     assert HfApi().model_info("others/gated").gated == "auto"
     assert HfApi().list_repo_files("others/gated") == [".gitattributes", "a.txt"]
@@ -68,7 +68,7 @@ def test_a_gate(hub, monkeypatch):
     assert hf_hub_download("others/gated", "a.txt")
 
 
-def test_a_wrong_token_is_refused_even_for_what_is_public(hub, monkeypatch):
+def test_a_wrong_token_is_refused_even_for_public_repositories(hub, monkeypatch):
     hub.publish(REPO, {"a.txt": b"a"})
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
     for ask in (lambda: HfApi().list_repo_files(REPO), lambda: hf_hub_download(REPO, "a.txt")):
@@ -82,7 +82,7 @@ def test_a_wrong_token_is_refused_even_for_what_is_public(hub, monkeypatch):
         upload_file(path_or_fileobj=b"", path_in_repo="a.txt", repo_id=REPO)
 
 
-def test_a_download_that_breaks_off_resumes_when_asked_again(hub, small_pieces):
+def test_an_interrupted_download_is_resumed(hub, small_pieces):
     hub.publish(REPO, {"model.safetensors": LARGE})
     hub.fail("GET .*model.safetensors", after_bytes=20_500)
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
@@ -93,7 +93,7 @@ def test_a_download_that_breaks_off_resumes_when_asked_again(hub, small_pieces):
 
 
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 500}, {"after_bytes": 0}])
-def test_what_the_client_tries_again(hub, fault):
+def test_faults_that_the_client_retries(hub, fault):
     hub.publish(REPO, {"a.bin": LARGE})
     hub.fail("HEAD", times=2, **fault)
     assert hf_hub_download(REPO, "a.bin")
@@ -105,7 +105,7 @@ def test_what_the_client_tries_again(hub, fault):
         assert hub.waits == [1, 2, 1]
 
 
-def test_what_it_does_not(hub, api):
+def test_faults_that_the_client_does_not_retry(hub, api):
     hub.publish(REPO, {"a.txt": b"a"})
     hub.fail("/api/models", status=503)
     with pytest.raises(errors.HfHubHTTPError, match="503 Server Error"):
@@ -122,7 +122,7 @@ def test_what_it_does_not(hub, api):
 
 @pytest.mark.parametrize("chunk_size", [None, 10_000])
 @pytest.mark.parametrize("fault", [{"after_bytes": 5000}, {"status": 500}])
-def test_an_upload_that_breaks_off_is_tried_again(hub, api, chunk_size, fault):
+def test_an_interrupted_upload_is_retried(hub, api, chunk_size, fault):
     hub.chunk_size = chunk_size
     create_repo(REPO)
     hub.fail("PUT", skip=2 if chunk_size else 0, times=2, **fault)
@@ -131,7 +131,7 @@ def test_an_upload_that_breaks_off_is_tried_again(hub, api, chunk_size, fault):
     assert hub.waits == [1, 2]
 
 
-def test_an_upload_that_breaks_off_each_time(hub, api):
+def test_an_upload_that_keeps_failing_is_refused(hub, api):
     create_repo(REPO)
     hub.fail("PUT", after_bytes=5000, times=99)
     with pytest.raises(RuntimeError, match=r"Error while uploading 'a.bin' to the Hub.") as raised:
@@ -142,14 +142,14 @@ def test_an_upload_that_breaks_off_each_time(hub, api):
 
 
 @pytest.mark.parametrize("where", ["POST .*/objects/batch", "POST .*/commit/"])
-def test_a_quota(hub, api, where):
+def test_a_quota_is_enforced(hub, api, where):
     create_repo(REPO)
     hub.fail(where, status=403, message=QUOTA)
     with pytest.raises(errors.HfHubHTTPError, match="403 Forbidden: Private repository storage limit reached"):
         upload_file(path_or_fileobj=LARGE, path_in_repo="a.bin", repo_id=REPO)
 
 
-def test_no_network(hub):
+def test_without_the_server_there_is_no_network(hub):
     hub.publish(REPO, {"a.txt": b"a"})
     hf_hub_download(REPO, "a.txt")
     hub.stop()

@@ -1,4 +1,4 @@
-"""The server as the real client sees it, where all goes well."""
+"""The server as the real client sees it, without faults."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def puts(hub):
     return [(one.status, one.received) for one in hub.requests if one.method == "PUT"]
 
 
-def test_what_a_folder_becomes(hub, api, tmp_path):
+def test_a_folder_is_uploaded(hub, api, tmp_path):
     files = {
         "README.md": CARD,
         "config.json": b"{}",
@@ -66,7 +66,7 @@ def test_what_a_folder_becomes(hub, api, tmp_path):
         assert Path(hf_hub_download(REPO, name)).read_bytes() == content
 
 
-def test_a_repository_is_made_once(hub, api):
+def test_a_repository_is_created_once(hub, api):
     assert create_repo(REPO, private=True) == create_repo(REPO, exist_ok=True)
     assert hub.repositories[REPO].private
     with pytest.raises(errors.HfHubHTTPError, match="already created"):
@@ -77,7 +77,7 @@ def test_a_repository_is_made_once(hub, api):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 10_000])
-def test_a_large_file_from_a_file_object(hub, api, chunk_size):
+def test_a_large_file_is_uploaded_from_a_file_object(hub, api, chunk_size):
     class Slow(io.BytesIO):
         """A file object that is no plain one, and gives less than is asked for."""
 
@@ -95,7 +95,7 @@ def test_a_large_file_from_a_file_object(hub, api, chunk_size):
     assert len(puts(hub)) == (6 if chunk_size else 1)
 
 
-def test_large_files_are_thrown_away(hub, api):
+def test_large_files_are_discarded(hub, api):
     hub.store.keep_lfs, hub.chunk_size = False, 10_000
     create_repo(REPO)
     done = upload_file(path_or_fileobj=LARGE, path_in_repo="model.bin", repo_id=REPO)
@@ -109,7 +109,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert not (tmp_path / "contents").exists()
 
 
-def test_deleted_and_replaced(hub, api):
+def test_files_are_deleted_and_replaced(hub, api):
     hub.publish(REPO, {"a.txt": b"a", "b.txt": b"b", "sub/c.bin": b"c"})
     changes = [CommitOperationDelete("a.txt"), CommitOperationDelete("sub/"), add("b.txt", b"new")]
     api.create_commit(REPO, changes, commit_message="m")
@@ -148,7 +148,7 @@ def test_branches_and_parents(hub, api):
         upload_file(path_or_fileobj=b"c", path_in_repo="a.txt", repo_id=REPO, parent_commit=first)
 
 
-def test_a_snapshot(hub, tmp_path):
+def test_a_snapshot_is_downloaded(hub, tmp_path):
     hub.page_size = 2
     files = {"README.md": CARD, "config.json": b"{}", "a/b/model.safetensors": LARGE, "a/x.bin": b"1", "x.bin": b"2"}
     commit = hub.publish(REPO, files)
@@ -164,7 +164,7 @@ def test_a_snapshot(hub, tmp_path):
     assert {one.rfilename: one.size for one in info.siblings}["a/b/model.safetensors"] == len(LARGE)
 
 
-def test_the_card(hub, api):
+def test_a_card_is_pushed(hub, api):
     create_repo(REPO)
     ModelCard(CARD.decode()).push_to_hub(REPO)
     assert hub.files(REPO)["README.md"] == CARD
@@ -175,7 +175,7 @@ def test_the_card(hub, api):
     assert len(hub.commits(REPO)) == 3
 
 
-def test_another_process(hub, monkeypatch):
+def test_another_process_reaches_the_server(hub, monkeypatch):
     hub.publish(REPO, {"a.bin": LARGE}, private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     program = f"from huggingface_hub import hf_hub_download as get; print(get({REPO!r}, 'a.bin'))"

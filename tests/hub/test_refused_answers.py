@@ -1,4 +1,4 @@
-"""Tokens that cannot be sent, and answers that no Hub gives: one line each, without the token."""
+"""Invalid tokens and malformed answers are explained in one line each, without the token."""
 
 import subprocess
 import sys
@@ -44,7 +44,7 @@ UNFIT = [
 
 
 @pytest.mark.parametrize(("token", "found"), UNFIT)
-def test_a_token_that_no_header_can_hold(hub, pair, capsys, token, found):
+def test_a_token_that_no_header_can_hold_is_refused(hub, pair, capsys, token, found):
     assert main(pushing(pair, "--token", token)) == 1
     check_refused(
         capsys, f"the token cannot be sent to the Hub: {found}; give --token as https://huggingface.co/settings"
@@ -53,13 +53,13 @@ def test_a_token_that_no_header_can_hold(hub, pair, capsys, token, found):
 
 
 @pytest.mark.parametrize("token", ["hf_good\r", "hf_good\r\n", " hf_good\n"])
-def test_blanks_around_a_token_do_not_count(hub, pair, token):
+def test_whitespace_around_a_token_is_stripped(hub, pair, token):
     assert main(pushing(pair, "--token", token, "--quiet")) == 0
     assert "model.safetensors" in hub.files(MERGED)
 
 
 @pytest.mark.parametrize("more", [["--base", BASE], ["--delta", BASE, "--output", "out"], ["--push-to-hub", MERGED]])
-def test_an_unfit_token_of_the_environment(hub, pair, capsys, monkeypatch, more):
+def test_an_invalid_token_of_the_environment_is_refused(hub, pair, capsys, monkeypatch, more):
     monkeypatch.setenv("HF_TOKEN", f"{SECRET}-日本")
     assert main(["--base", str(pair[0]), "--delta", str(pair[1]), *more]) == 1
     check_refused(capsys, "character 15 of 16 is not printable ASCII; set HF_TOKEN as https://huggingface.co/settings")
@@ -69,9 +69,9 @@ def test_an_unfit_token_of_the_environment(hub, pair, capsys, monkeypatch, more)
 @pytest.mark.parametrize(
     ("content", "found"),
     [(f"{SECRET}-日本".encode(), "character 15 of 16 is not printable ASCII"),
-     (SECRET.encode() + b"\xff", "no token can be read (UnicodeDecodeError)")],
+     (SECRET.encode() + b"\xff", "the token cannot be read (UnicodeDecodeError)")],
 )  # fmt: skip
-def test_an_unfit_token_of_hf_auth_login(hub, pair, capsys, monkeypatch, tmp_path, content, found):
+def test_an_invalid_token_of_hf_auth_login_is_refused(hub, pair, capsys, monkeypatch, tmp_path, content, found):
     (tmp_path / "token").write_bytes(content)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     assert main(["--base", BASE, "--delta", str(pair[1])]) == 1
@@ -79,7 +79,7 @@ def test_an_unfit_token_of_hf_auth_login(hub, pair, capsys, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("match", ["POST /api/repos/create", "POST .*/commit/", "GET /api/models/"])
-def test_a_token_that_the_server_sends_back(hub, pair, capsys, match):
+def test_a_token_that_the_server_echoes_is_not_shown(hub, pair, capsys, match):
     hub.tokens[SECRET] = hub.tokens["hf_good"]
     hub.fail(match, status=403, message=f"{SECRET} may not do that")
     assert main(pushing(pair, "--token", SECRET)) == 1
@@ -88,12 +88,12 @@ def test_a_token_that_the_server_sends_back(hub, pair, capsys, match):
 
 def a_commit_that_is_a_path(hub):
     hub.fail("GET /api/models/someone/base$", json={"id": BASE, "sha": "../../x"}, times=9)
-    return "the Hub says that it is at '../../x', expected a commit's id"
+    return "the Hub says that it is at '../../x', expected a commit id"
 
 
 def no_commit(hub):
     hub.fail("GET /api/models/someone/base$", json={"id": BASE}, times=9)
-    return "the Hub says that it is at 'None', expected a commit's id"
+    return "the Hub says that it is at 'None', expected a commit id"
 
 
 def a_file_of_a_commit_that_is_a_path(hub):
@@ -109,12 +109,12 @@ def a_file_of_another_commit(hub):
 
 def a_name_above_the_repository(hub):
     hub.fail("/tree/", json=[{"type": "file", "oid": "1", "size": 1, "path": "../model.safetensors"}], times=9)
-    return "the Hub lists '../model.safetensors', expected names of files in the repository"
+    return "the Hub lists '../model.safetensors', expected paths in the repository"
 
 
 def a_number_for_a_name(hub):
     hub.fail("/tree/", json=[{"type": "file", "oid": "1", "size": 1, "path": 5}], times=9)
-    return "the Hub lists 5, expected names of files in the repository"
+    return "the Hub lists 5, expected paths in the repository"
 
 
 def a_number_for_a_list(hub):
@@ -143,7 +143,7 @@ def redirects_to_itself(hub):
      a_name_above_the_repository, a_number_for_a_name, a_number_for_a_list, text_for_an_object, redirects_without_end,
      redirects_to_itself],
 )  # fmt: skip
-def test_an_answer_that_no_hub_gives(hub, pair, capsys, arrange):
+def test_a_malformed_answer_is_refused(hub, pair, capsys, arrange):
     hub.publish(BASE, pair[0])
     expected = arrange(hub)
     assert main(["--base", BASE, "--delta", str(pair[1])]) == 1
@@ -151,7 +151,7 @@ def test_an_answer_that_no_hub_gives(hub, pair, capsys, arrange):
     assert not (pair[1] / "merged").exists()
 
 
-def test_one_line_for_all_tries_of_the_client(hub, pair, tmp_path):
+def test_all_tries_of_the_client_make_one_line(hub, pair, tmp_path):
     hub.publish(BASE, pair[0])
     hub.fail("HEAD", status=503, times=2)
     hub.fail("HEAD", after_bytes=0, times=99)
@@ -165,7 +165,7 @@ def test_one_line_for_all_tries_of_the_client(hub, pair, tmp_path):
     assert "the local cache has no complete copy" in done.stderr
 
 
-def test_a_base_is_of_one_commit_whatever_is_pushed_meanwhile(hub, pair):
+def test_a_base_is_of_one_commit_even_if_something_is_pushed(hub, pair):
     first = hub.publish(BASE, pair[0])
     newer = {path.name: path.read_bytes() for path in pair[0].iterdir()} | {"tokenizer.json": b'{"newer": true}'}
     hub.fail("HEAD", before=lambda: hub.publish(BASE, newer), skip=1)
@@ -182,7 +182,7 @@ def test_a_delta_is_of_one_commit(hub, pair):
     assert download_delta("someone/task").name == first
 
 
-def test_without_network_the_branch_is_what_was_downloaded(hub, pair):
+def test_offline_a_branch_is_the_commit_that_was_downloaded(hub, pair):
     hub.publish(BASE, pair[0], revision="v2")
     folder = download_base(BASE, "v2")
     hub.stop()

@@ -1,4 +1,4 @@
-"""Large files on their way in, hashed as they arrive and never whole in memory."""
+"""Uploads of large files, hashed as they arrive and never held in memory as a whole."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ from .repositories import CHUNK, Store
 
 @dataclass
 class _Multipart:
-    """hashes: after each part that of all up to it, so that a part may be sent again."""
+    """An upload. `hashes` has the state after each part, so that a part may be sent again."""
 
     oid: str
     size: int
@@ -24,7 +24,7 @@ class _Multipart:
 
 
 class Uploads:
-    """Bodies are put at once, or in parts that come in order; both count only if size and SHA-256 are right."""
+    """Uploads, at once or in parts that come in order; they are accepted only if size and SHA-256 are right."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -38,13 +38,13 @@ class Uploads:
         self._store.adopt(path, oid, size)
 
     def begin(self, oid: str, size: int) -> str:
-        """The id of an upload in parts."""
+        """Start an upload in parts and return its id."""
         name = uuid.uuid4().hex
         self._open[name] = _Multipart(oid, size)
         return name
 
     def put_part(self, name: str, number: int, body: Iterator[bytes]) -> str:
-        """The ETag of the part, which counts from 1."""
+        """Store a part, counted from 1, and return its ETag."""
         upload = self._open[name]
         if number > len(upload.etags) + 1:
             raise Refusal(
@@ -82,7 +82,7 @@ class Uploads:
 
 
 def _joined(parts: list[Path]) -> Path | None:
-    """The first part with all others appended."""
+    """Append all other parts to the first and return it."""
     for part in parts[1:]:
         with parts[0].open("ab") as out, part.open("rb") as file:
             shutil.copyfileobj(file, out, CHUNK)

@@ -1,4 +1,4 @@
-"""Text from files, made safe for a terminal, for Markdown and for Python code."""
+"""Text from files is made safe for a terminal, for Markdown and for Python code."""
 
 import ast
 
@@ -28,16 +28,16 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("escape", [escape_terminal, escape_markdown, format_code_span, format_python_literal])
-def test_one_printable_line(escape, text):
+def test_text_becomes_one_printable_line(escape, text):
     assert escape(text).isprintable()
 
 
 @given(st.text(st.characters(codec=None)))
-def test_a_literal_is_the_text(text):
+def test_a_python_literal_evaluates_to_the_text(text):
     assert ast.literal_eval(format_python_literal(text)) == text
 
 
-def test_a_literal_of_a_file_name_that_is_not_utf_8():
+def test_a_python_literal_of_a_file_name_that_is_not_utf_8():
     name = b"\xff".decode(errors="surrogateescape")
     assert format_python_literal(name) == r'"\udcff"' and ast.literal_eval(format_python_literal(name)) == name
 
@@ -49,7 +49,7 @@ def test_long_text_keeps_its_ends():
 @pytest.mark.parametrize(
     ("text", "code"), [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("```", "```` ``` ````"), (" a", "`  a `")]
 )
-def test_code_in_a_line(text, code):
+def test_a_code_span_is_not_ended_by_backticks(text, code):
     assert format_code_span(text) == code
 
 

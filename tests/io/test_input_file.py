@@ -1,4 +1,4 @@
-"""Input files that are held open: changes underneath are seen, descriptors stay few."""
+"""Input files held open: changes are detected, and few descriptors are needed."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ def rewrite_with_old_times(path):
 
 
 @pytest.mark.parametrize("change", [rewrite, rename_over, cut, grow, rewrite_with_old_times])
-def test_every_change_is_seen_and_named(path, change):
+def test_every_change_is_detected_and_named(path, change):
     file = InputFile(path)
     file.check()
     change(path)
@@ -54,14 +54,14 @@ def test_every_change_is_seen_and_named(path, change):
 
 
 @pytest.mark.parametrize("change", [rewrite, cut, grow])
-def test_contents_only_still_sees_writes(path, change):
+def test_contents_only_still_detects_writes(path, change):
     file = InputFile(path)
     change(path)
     with pytest.raises(InputChangedError):
         file.view(0, 10, contents_only=True)
 
 
-def test_contents_only_does_not_mind_another_name_or_mode(path):
+def test_contents_only_ignores_a_new_name_or_mode(path):
     file = InputFile(path)
     path.chmod(0o600)
     os.link(path, path.with_name("second"))
@@ -72,7 +72,7 @@ def test_contents_only_does_not_mind_another_name_or_mode(path):
         file.check()
 
 
-def test_a_read_beyond_the_end_says_so(path):
+def test_a_read_beyond_the_end_is_refused(path):
     file = InputFile(path)
     assert file.read(250, 260) == bytes([250, 251, 252, 253, 254, 255, 0, 1, 2, 3])
     cut(path)
@@ -87,7 +87,7 @@ def test_empty_files_have_no_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "missing"])
-def test_what_is_no_file_is_refused(tmp_path, kind):
+def test_anything_but_a_regular_file_is_refused(tmp_path, kind):
     path = tmp_path / kind
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "missing": lambda: None}[kind]()
     with pytest.raises(FormatError, match=str(path)):
@@ -109,14 +109,14 @@ except Exception as error:
 """
 
 
-def test_many_files_need_few_descriptors_and_are_checked_when_opened_again(tmp_path):
+def test_many_files_need_few_descriptors_and_are_checked_when_reopened(tmp_path):
     for i in range(300):
         (tmp_path / f"{i:04}").write_bytes(bytes([i % 251]))
     done = subprocess.run([sys.executable, "-c", MANY, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "InputChangedError"
 
 
-def test_descriptors_go_with_their_objects(path):
+def test_descriptors_are_closed_with_their_objects(path):
     def count():
         return len(list(Path("/proc/self/fd").iterdir()))
 

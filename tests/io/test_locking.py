@@ -1,4 +1,4 @@
-"""Locks on folders, between processes and without fcntl."""
+"""Locks on folders: between processes, within one, and on systems without fcntl."""
 
 import errno
 import os
@@ -56,7 +56,7 @@ def hold(tmp_path):
         ("exclusive", "exclusive", False),
     ],
 )
-def test_two_processes(hold, tmp_path, first, second, both):
+def test_locks_exclude_other_processes(hold, tmp_path, first, second, both):
     process = hold(first)
     if both:
         with hold_lock(tmp_path, second == "exclusive", "is in use"):
@@ -78,14 +78,14 @@ def test_a_killed_process_leaves_no_lock(hold, tmp_path):
         pass
 
 
-def test_an_error_in_the_block_ends_the_lock(tmp_path):
+def test_an_error_in_the_block_releases_the_lock(tmp_path):
     with pytest.raises(KeyError), hold_lock(tmp_path, True, "is in use"):
         raise KeyError
     with hold_lock(tmp_path, True, "is in use"):
         pass
 
 
-def test_of_one_process_a_second_descriptor_is_excluded(tmp_path):
+def test_locks_exclude_other_descriptors_of_the_same_process(tmp_path):
     one, other = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
     try:
         assert lock_shared(one)
@@ -99,7 +99,7 @@ def test_of_one_process_a_second_descriptor_is_excluded(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
+def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch, code):
     def refuse(descriptor, operation):
         raise OSError(code, os.strerror(code))
 
@@ -108,7 +108,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, code):
         pass
 
 
-def test_other_errors_of_the_system_come_through(tmp_path):
+def test_other_system_errors_are_raised(tmp_path):
     with pytest.raises(FileNotFoundError), hold_lock(tmp_path / "nowhere", False, "is in use"):
         pass
     with pytest.raises(OSError, match="Bad file descriptor"):

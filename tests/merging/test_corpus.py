@@ -31,12 +31,12 @@ def sharded(tmp_path, make_base, make_adapter):
 LENGTHS = {
     "no bytes": (lambda file: b"", "0 bytes are too few"),
     "seven bytes": (lambda file: file[:7], "7 bytes are too few"),
-    "cut in the header": (lambda file: file[:50], "the file is cut short"),
-    "cut in the data": (lambda file: file[:-1], "it is cut short"),
+    "cut in the header": (lambda file: file[:50], "the file is truncated"),
+    "cut in the data": (lambda file: file[:-1], "it is truncated"),
     "a byte more": (lambda file: file + b"\0", "1 bytes after the last tensor"),
     "a header of 0 bytes": (lambda file: bytes(8) + file[8:], "header is not valid JSON"),
     "a header of 2^63 bytes": (lambda file: (2**63).to_bytes(8, "little") + file[8:], "expected at most 100000000"),
-    "a header as long as the file": (lambda file: len(file).to_bytes(8, "little") + file[8:], "the file is cut short"),
+    "a header as long as the file": (lambda file: len(file).to_bytes(8, "little") + file[8:], "the file is truncated"),
     "halves exchanged": (lambda file: file[len(file) // 2 :] + file[: len(file) // 2], "header"),
     "a zip archive": (lambda file: b"PK\x03\x04" + file, "not a safetensors file"),
 }

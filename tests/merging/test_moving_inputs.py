@@ -71,7 +71,7 @@ def test_a_change_between_plan_and_commit_is_refused(pair, tmp_path, monkeypatch
 
 def test_a_delta_saved_again_is_refused_in_place_and_the_base_is_as_it_was(pair, tmp_path, monkeypatch):
     before = content(tmp_path / "base")
-    change_after(monkeypatch, execute, "_apply", lambda: rewrite(tmp_path / "run" / "adapter.safetensors"))
+    change_after(monkeypatch, execute, "_apply_changes", lambda: rewrite(tmp_path / "run" / "adapter.safetensors"))
     with pytest.raises(InputChangedError, match=r"adapter.safetensors: changed while it was in use: it was written to"):
         merge_checkpoint(*pair, in_place=True)
     assert content(tmp_path / "base") == before
@@ -79,7 +79,7 @@ def test_a_delta_saved_again_is_refused_in_place_and_the_base_is_as_it_was(pair,
 
 def test_a_base_that_changes_before_it_is_patched_is_refused(pair, tmp_path, monkeypatch):
     path = tmp_path / "base" / "model.safetensors"
-    change_after(monkeypatch, execute, "todo_of", lambda: rewrite(path))
+    change_after(monkeypatch, execute, "plan_changes", lambda: rewrite(path))
     with pytest.raises(InputChangedError, match=r"model.safetensors: changed while it was in use"):
         merge_checkpoint(*pair, in_place=True)
     assert not (tmp_path / "base" / ".pema-undo").exists()

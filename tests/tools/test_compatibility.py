@@ -16,7 +16,7 @@ from compat.matrix import auto_markdown, markdown
 from compat.models import ALONE, FAMILIES, LM_HEADS, METHODS, UNUSED, V
 from compatibility import Worker, _save_result, cells, render
 from pema_adapters.merging.planning import planner
-from pema_adapters.training.base.mapped_rows import BaseRows
+from pema_adapters.training.base.mapped_rows import MappedRows
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning"
@@ -110,8 +110,10 @@ def test_a_matrix_that_is_alive_is_our_failure(benches):
 
 
 def test_rows_that_a_base_gives_wrongly_are_our_failure(benches, monkeypatch):
-    rows, wrong = BaseRows.rows, torch.randn(128)
-    monkeypatch.setattr(BaseRows, "rows", lambda base, ids: rows(base, ids) + (ids == UNUSED[0])[:, None] * wrong)
+    read_rows, wrong = MappedRows.read_rows, torch.randn(128)
+    monkeypatch.setattr(
+        MappedRows, "read_rows", lambda base, ids: read_rows(base, ids) + (ids == UNUSED[0])[:, None] * wrong
+    )
     result = run(Cell("bert", "lora", "classification"), benches)
     assert result.status == OURS and result.reason.endswith("(tokens outside the vocabulary)")
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows: no synchronisation a step, and the late but certain word on unseen tokens."""
+"""On a GPU: no synchronisation per step, and unseen tokens are reported at a later step or before a save."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def on_device(inputs):
     return {name: value.cuda() for name, value in inputs.items()}
 
 
-def test_function_is_the_full_model_s(case, model):
+def test_outputs_equal_those_of_the_full_model(case, model):
     with torch.no_grad():
         matrix_of(model).mul_(1.5)
     oracle = with_rows(case.plain().cuda(), model.get_input_embeddings().token_ids, matrix_of(model))

@@ -1,4 +1,4 @@
-"""Artifacts whose token ids are missing or are none: load_adapter says so instead of computing the base."""
+"""Artifacts with missing or damaged token ids: load_adapter refuses them instead of computing with the base."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ WEIGHT = "bert.pema.adapters.task.weight"
 
 @pytest.fixture
 def artifact(case, tmp_path):
-    """The folder of an artifact, and the outputs of its adapter."""
+    """The folder of a saved artifact, and the outputs of its adapter."""
     model = shrunk(case)
     perturb(model)
     model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
@@ -55,7 +55,7 @@ def test_damaged_ids_are_refused_in_one_line(case, artifact, damage):
         load(case, folder)
 
 
-def test_ids_of_64_bits_are_taken(case, artifact):
+def test_int64_ids_are_accepted(case, artifact):
     folder, expected = artifact
     rewrite(folder, lambda tensors: tensors.update({IDS: tensors[IDS].long()}))
     model = load(case, folder)

@@ -1,4 +1,4 @@
-"""EncoderDecoderModel: two models with a vocabulary each, of which PEMA has the encoder's."""
+"""EncoderDecoderModel: two models with a vocabulary each; PEMA shrinks the encoder's."""
 
 import adapters
 import pytest
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.filterwarnings(
 V, DECODER_V = 120, 150
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 DATA = [{"input_ids": [3, 5, 8, 13, 100], "labels": [4, 6, 149]}]
-"""149 is a row of the decoder's matrix, and no row of the encoder's."""
+"""Token id 149 is a row of the decoder's matrix only."""
 USED = [0, 1, 2, 3, 5, 8, 13, 100]
-"""What the encoder reads, and what the config inserts."""
+"""The ids that the encoder reads, and those that the config inserts."""
 BATCH = {name: torch.tensor([ids]) for name, ids in DATA[0].items()}
 UNSEEN = {"input_ids": torch.tensor([[3, 77, 8, 13, 100]]), "labels": torch.tensor([[4, 7, 80]])}
 
@@ -83,7 +83,7 @@ def test_full_fine_tuning(base, tmp_path):
     assert torch.equal(logits(EncoderDecoderModel.from_pretrained(tmp_path / "merged")), trained)
 
 
-def test_restored_it_is_as_it_was(model, base):
+def test_restore_gives_the_original_model(model, base):
     before = logits(model)
     names = set(model.state_dict())
     model.add_adapter("task", config=PEMAConfig())
@@ -96,7 +96,7 @@ def test_restored_it_is_as_it_was(model, base):
     assert not model.add_base_adapters
 
 
-def test_it_generates(model):
+def test_generation_is_unchanged(model):
     model.add_adapter("task", config=PEMAConfig())
     before = model.eval().generate(BATCH["input_ids"], max_length=6)
     pema_adapters.shrink_embeddings(model, "task", DATA)

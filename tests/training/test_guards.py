@@ -1,4 +1,4 @@
-"""A base whose config.json has Transformers run a kernel from the Hub (CVE-2026-4372): load_model refuses it."""
+"""load_model refuses a base whose config.json has Transformers run a kernel from the Hub (CVE-2026-4372)."""
 
 import json
 from pathlib import Path
@@ -28,14 +28,14 @@ def change(case, fields):
 
 @pytest.fixture
 def requested(monkeypatch):
-    """The kernels that Transformers sets out to load."""
+    """The kernels that Transformers tries to load."""
     found = []
     monkeypatch.setattr("transformers.modeling_utils.load_and_register_kernel", found.append)
     return found
 
 
 @pytest.mark.parametrize("fields", FIELDS)
-def test_a_kernel_named_by_the_base_is_refused_before_it_is_loaded(case, requested, fields):
+def test_a_kernel_in_the_base_config_is_refused_before_it_is_loaded(case, requested, fields):
     change(case, FIELDS[fields])
     with pytest.raises(
         FormatError, match=rf"config\.json: _?attn_implementation\w* names '{KERNEL}.*CVE-2026-4372.*; remove"
@@ -44,7 +44,7 @@ def test_a_kernel_named_by_the_base_is_refused_before_it_is_loaded(case, request
     assert requested == []
 
 
-def test_a_config_that_was_read_before_is_refused_too(case, requested):
+def test_a_kernel_in_a_given_config_is_refused(case, requested):
     change(case, FIELDS["internal"])
     config = AutoConfig.from_pretrained(case.folder)
     with pytest.raises(FormatError, match=f"config: _attn_implementation_internal names '{KERNEL}'"):
@@ -52,7 +52,7 @@ def test_a_config_that_was_read_before_is_refused_too(case, requested):
     assert requested == []
 
 
-def test_transformers_itself_would_load_it(case, requested):
+def test_transformers_itself_would_load_the_kernel(case, requested):
     change(case, FIELDS["internal"])
     with pytest.raises(KeyError, match=KERNEL):  # as none was registered here
         case.plain()
@@ -60,7 +60,7 @@ def test_transformers_itself_would_load_it(case, requested):
 
 
 @pytest.mark.parametrize("fields", [{"_attn_implementation_internal": "eager"}, {"_attn_implementation_autoset": True}])
-def test_what_names_no_kernel_is_left_alone(case, fields):
+def test_configs_without_a_kernel_are_accepted(case, fields):
     expected = outputs(case.plain(), MIXED)
     change(case, fields)
     torch_outputs = outputs(load_model(case.auto_class, case.folder, VOCABULARY, attn_implementation="sdpa"), MIXED)

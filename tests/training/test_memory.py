@@ -1,4 +1,4 @@
-"""Loading and saving never hold the matrix in memory of their own: RssAnon, sampled in a process of its own."""
+"""Loading and saving never allocate the full matrix: RssAnon, sampled in a separate process."""
 
 from tests.anonymous_memory import printed_by
 
@@ -50,6 +50,6 @@ print(growth())
 """
 
 
-def test_the_matrix_is_never_memory_of_the_process(tmp_path):
+def test_loading_grows_by_less_than_a_quarter_of_the_matrix(tmp_path):
     program = LOADING.format(folder=str(tmp_path), rows=LOADED_MB * 2**20 // (128 * 4))
     assert printed_by(program) < LOADED_MB / 4

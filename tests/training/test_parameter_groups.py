@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of the embedding rows apart from everything else."""
+"""Parameter groups with a separate learning rate and weight decay for the embedding rows."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_every_trainable_parameter_is_in_one_group(case):
     assert {names[id(each)].rpartition(".")[2] for each in others["params"]} == {"bias"}
 
 
-def test_without_rates_they_are_the_optimizer_s(case):
+def test_without_rates_the_optimizer_default_applies(case):
     optimizer = torch.optim.AdamW(parameter_groups(prepared(case), embedding_lr=1e-5), lr=1e-2)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-5, 1e-2, 1e-2]
 
@@ -46,7 +46,7 @@ def test_full_fine_tuning(case):
     assert rows == {"params": [model.get_input_embeddings().weight], "lr": 1e-5, "weight_decay": 0.01}
 
 
-def test_rows_that_grow_keep_their_rate(case):
+def test_added_rows_keep_their_learning_rate(case):
     model = prepared(case, PEMAConfig(vocabulary="grow"))
     optimizer = torch.optim.SGD(parameter_groups(model, embedding_lr=0.0, lr=0.1))
     for ids in ([[3, 5]], [[8, 13]]):

@@ -1,4 +1,4 @@
-"""Pipelines of Transformers on shrunk models: the same answers as the merged model's."""
+"""Transformers pipelines give the same answers on shrunk models as on merged ones."""
 
 import pytest
 from tokenizers import Tokenizer

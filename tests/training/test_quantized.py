@@ -1,4 +1,4 @@
-"""Bases that are quantised in memory (bitsandbytes, on the CPU): rows train in full precision, the merge is of the original."""
+"""Quantised bases (bitsandbytes, on the CPU): rows train in full precision and merge into the original."""
 
 import adapters
 import pytest
@@ -32,7 +32,7 @@ def quantized(base, **how):
 
 
 @pytest.mark.parametrize(("how", "tolerance"), [({"load_in_8bit": True}, 0), ({"load_in_4bit": True}, 1e-3)])
-def test_the_same_function(base, how, tolerance):
+def test_outputs_equal_those_of_the_quantized_model(base, how, tolerance):
     """On the CPU, 4-bit layers compute in another order once anybody has asked the model for its state."""
     model = quantized(base, **how)
     adapters.init(model)  # replaces the quantised layers by its own
@@ -60,12 +60,12 @@ def test_training_and_merging(base, tmp_path, caplog):
     rows = model.bert.pema.adapters["task"]
     assert torch.equal(matrix_of(merged)[rows.token_ids.long()], rows.weight)
     for one, other in zip(outputs(merged, MIXED), outputs(model, MIXED), strict=True):
-        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)  # 8 bits are not 32
+        torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)  # 8-bit weights
 
 
 @pytest.mark.parametrize(("skipped", "dtype"), [(None, "U8"), (["classifier"], "F32")])
-def test_a_quantized_head_is_refused_with_the_way_out(base, tmp_path, skipped, dtype):
-    """A list of modules to skip takes the place of Transformers' own, which has the head."""
+def test_a_quantized_tied_head_is_refused(base, tmp_path, skipped, dtype):
+    """A list of modules to skip replaces Transformers' default, which contains the head."""
     model = quantized(base, load_in_4bit=True, llm_int8_skip_modules=skipped or ["pooler"])
     adapters.init(model)
     model.add_adapter("task", config=PEMAConfig())

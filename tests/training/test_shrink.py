@@ -1,4 +1,4 @@
-"""The semantics: same function in and out of the vocabulary, nothing [V, d] alive, and the way back."""
+"""Shrinking and restoring: same outputs for all tokens, no tensor [V, d] alive, and an exact way back."""
 
 import copy
 import gc
@@ -49,7 +49,7 @@ def perturb(model, name="task"):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_function_is_that_of_the_full_matrix_with_the_rows_written_in(make_case, family, head):
+def test_outputs_equal_those_of_the_full_matrix_with_the_rows_written_in(make_case, family, head):
     case = make_case(family, head)
     full, model = case.with_adapters(), shrunk(case)
     assert_same(outputs(model, MIXED), outputs(full, MIXED))
@@ -62,7 +62,7 @@ def test_function_is_that_of_the_full_matrix_with_the_rows_written_in(make_case,
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_full_fine_tuning_function(make_case, family):
+def test_full_fine_tuning_has_the_same_outputs(make_case, family):
     case = make_case(family)
     model = load_model(case.auto_class, case.folder, PartialVocabulary(USED, V))
     embedding = model.get_input_embeddings()
@@ -73,7 +73,7 @@ def test_full_fine_tuning_function(make_case, family):
     assert_same(outputs(model, MIXED), outputs(oracle, MIXED))
 
 
-def test_no_tensor_of_the_matrix_is_left(case):
+def test_no_tensor_of_the_full_matrix_is_alive(case):
     d = matrix_of(case.plain()).shape[1]
     before = len(live_tensors_of_shape((V, d)))
     full = case.with_adapters()
@@ -88,7 +88,7 @@ def test_no_tensor_of_the_matrix_is_left(case):
     assert not [name for name, tensor in full.state_dict().items() if tensor.shape[:1] == (V,)]
 
 
-def test_the_config_the_data_and_the_module_stay(case, data):
+def test_config_data_and_module_are_unchanged(case, data):
     model = case.with_adapters()
     module, config, rows = model.get_input_embeddings(), model.config.to_dict(), data.to_dict()
     model.add_adapter("task", config="pema")
@@ -108,7 +108,7 @@ def test_ids_that_the_model_inserts_are_added(case, data):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_restore_gives_the_full_model_back(case, trained):
+def test_restore_gives_the_full_model(case, trained):
     model, full = shrunk(case, ConfigUnion(PEMAConfig(), COMPACTER)), case.with_adapters()
     embedding = model.get_input_embeddings()
     expected = full
@@ -153,17 +153,17 @@ def test_restore_of_an_untouched_model_does_nothing(case):
     assert_same([matrix_of(model)], [matrix_of(case.plain())])
 
 
-def test_restore_refuses_to_change_what_lies_under_another_adapter(case):
+def test_restore_refuses_to_change_the_base_of_another_adapter(case):
     model = shrunk(case)
     model.add_adapter("other", config="pema")
     shrink_embeddings(model, "other", PartialVocabulary([7], V))
     with pytest.raises(
-        SurgeryError, match="rows of 'task' into the matrix would change what lies under the rows of other"
+        SurgeryError, match="rows of 'task' into the matrix would change the base under the rows of other"
     ):
         restore_embeddings(model)
 
 
-def test_several_adapters_switch(case):
+def test_several_adapters_can_be_switched(case):
     model, full = shrunk(case), case.with_adapters()
     model.add_adapter("other", config="pema")
     shrink_embeddings(model, "other", PartialVocabulary([2, 4, 99], V))
@@ -238,7 +238,7 @@ def test_rows_added_by_a_resize_are_all_in_the_vocabulary(case):
         (lambda m, v: shrink_embeddings(m, "task", Dataset.from_dict({"input_ids": [[1], [120]]})), VocabularyError, "120"),
     ],
 )  # fmt: skip
-def test_bad_calls_show_the_good_one(case, call, error, message):
+def test_errors_show_the_right_call(case, call, error, message):
     model = case.with_adapters()
     model.add_adapter("task", config="pema")
     model.add_adapter("plain", config=COMPACTER)
@@ -262,6 +262,6 @@ def test_a_tied_head_added_later_is_refused(case):
         model.add_masked_lm_head("mlm")
 
 
-def test_a_plain_model_without_adapters_says_what_to_call(case):
+def test_a_model_without_adapters_is_told_what_to_call(case):
     with pytest.raises(SurgeryError, match=r"call adapters\.init\(model\)"):
         shrink_embeddings(case.plain(), "task", PartialVocabulary(USED, V))

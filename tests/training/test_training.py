@@ -1,4 +1,4 @@
-"""Same training: bit for bit that of the full matrix, through every trainer, and resumed runs equal uninterrupted ones."""
+"""Training equals that of the full matrix bit for bit, with every trainer, and resumed runs equal uninterrupted ones."""
 
 import numpy as np
 import pytest
@@ -127,7 +127,7 @@ def test_load_best_model_at_end(case, data, tmp_path, trainer_class, make):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
 
 
-def test_a_checkpoint_on_the_way_is_not_mistaken_for_a_model(case, data, tmp_path):
+def test_a_trainer_checkpoint_is_not_mistaken_for_a_model(case, data, tmp_path):
     run(Trainer, partial_model(case), data, tmp_path, save_strategy="steps", save_steps=6)
     with pytest.raises(RuntimeError, match="size mismatch"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-6")
@@ -154,7 +154,7 @@ def test_save_pretrained_writes_an_ordinary_checkpoint(case, data, tmp_path, mak
     assert not [path for path in (tmp_path / "saved").iterdir() if path.name.startswith(".")]
 
 
-def test_save_pretrained_over_the_base_leaves_the_model_as_it_is(make_case):
+def test_save_pretrained_over_the_base_keeps_the_model_intact(make_case):
     case = make_case("roberta")
     model = partial_model(case)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_a_failed_save_over_the_base_keeps_the_base(case, monkeypatch):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_save_delta_holds_what_was_trained(case, data, tmp_path):
+def test_save_delta_saves_the_trained_weights(case, data, tmp_path):
     model = partial_model(case)
     for parameter in model.base_model.encoder.layer[0].parameters():
         parameter.requires_grad_(False)
@@ -199,13 +199,13 @@ def test_save_delta_over_the_base_is_refused(case):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_save_delta_of_an_adapter_model_says_what_to_call(case, tmp_path):
+def test_save_delta_of_an_adapter_model_is_told_what_to_call(case, tmp_path):
     with pytest.raises(SurgeryError, match=r"model\.save_adapter\(folder, name\)"):
         save_delta(adapter_model(case), tmp_path / "delta")
     assert not (tmp_path / "delta").exists()
 
 
-def test_public_names_are_there():
+def test_public_names_exist():
     for name in pema_adapters.__all__:
         assert getattr(pema_adapters, name) is not None
     with pytest.raises(AttributeError, match="nothing_like_it"):

@@ -32,7 +32,7 @@ from pema_adapters import (
     save_delta,
     shrink_embeddings,
 )  # fmt: skip
-from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
+from pema_adapters.merging.load_snippet import RemainingAdapterFiles, load_snippet
 
 NAME, STEPS = "task", 3
 EQUAL, REFUSED, WARNED, ADAPTERS, WRONG = "equal", "refused", "warned", "adapters", "WRONG"
@@ -165,10 +165,10 @@ def _write_merged(subject: Subject, model: Any, folder: Path) -> None:
 
 def _load_merged(subject: Subject, folder: Path) -> Any:
     """By the lines that pema-merge prints."""
-    left = {each.name: LeftAdapter.read(partial(_read, each)) for each in sorted(folder.glob("adapters/*"))}
+    left = {each.name: RemainingAdapterFiles.read(partial(_read, each)) for each in sorted(folder.glob("adapters/*"))}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names: dict[str, Any] = {"adapters": adapters, "transformers": transformers}
-    exec("\n".join(loading_lines(str(folder), config, left, lambda name: repr(f"{folder}/adapters/{name}"))), names)
+    exec("\n".join(load_snippet(str(folder), config, left, lambda name: repr(f"{folder}/adapters/{name}"))), names)
     return names["model"].eval()
 
 

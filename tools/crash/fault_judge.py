@@ -177,8 +177,9 @@ def _is_excused(case: Case, state: State) -> bool:
         return True
     if run.code == -15:
         return is_journaled
+    missing = case.expected.before[0].keys() - state.keys()
     is_lost = any(
-        name.startswith(("base", "delta", "work/out")) for name in case.expected.before[0].keys() - state.keys()
+        name.startswith(("base", "delta", "work/out")) and not name.startswith("base/.pema-undo") for name in missing
     )
     if is_lost and not is_journaled and not fault.command:
         return False

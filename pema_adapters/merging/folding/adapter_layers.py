@@ -16,7 +16,7 @@ from pema_adapters.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, 
 from pema_adapters.formats.delta import Delta, RemainingAdapter
 from pema_adapters.formats.safetensors_header import FLOATS
 from pema_adapters.formats.stored_tensor import StoredTensor
-from pema_adapters.merging.plan.dtype_cast import wide
+from pema_adapters.merging.plan.dtype_cast import upcast
 
 _PART = re.compile(r"(?P<module>.+)\.loras\.(?P<name>[^.]+)\.(?P<part>.+)")
 _SHARED = re.compile(r"(?:.+\.)?shared_parameters\.(?P<name>[^.]+)\.(?P<part>lora_A|lora_B)")
@@ -24,7 +24,7 @@ _PARTS = {"lora_A", "lora_B", "vera_D", "vera_B", "m.weight"}
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedLinear:
     """A linear layer that the adapter changes: `module` is its name, `method` the settings of what changes it."""
 
     module: str
@@ -39,10 +39,10 @@ class Adapted:
     def values(self, part: str) -> np.ndarray:
         """The numbers of one part, float64 if stored so, else float32."""
         tensor = self.parts[part]
-        return wide(np.frombuffer(tensor.read(), np.uint8), tensor.dtype).reshape(tensor.shape)
+        return upcast(np.frombuffer(tensor.read(), np.uint8), tensor.dtype).reshape(tensor.shape)
 
 
-def weight_space(delta: Delta, fold: bool) -> tuple[list[Adapted], RemainingAdapter]:
+def find_adapted_layers(delta: Delta, fold: bool) -> tuple[list[AdaptedLinear], RemainingAdapter]:
     """The layers to fold, and the adapter that remains without them.
 
     Methods that are not in weight space remain. Raises `MergeError` where nothing but a gated method is there: its
@@ -59,29 +59,29 @@ def weight_space(delta: Delta, fold: bool) -> tuple[list[Adapted], RemainingAdap
             f"{delta.folder}: adapter {delta.name!r} is gated (use_gating): its gate depends on the input, so it "
             "cannot be folded into weights; leave it an adapter beside the merged checkpoint with --no-fold"
         )
-    return _layers(delta, foldable), _without_weight_space(delta.remaining.tensors, config)
+    return _layers(delta, foldable), _remaining_adapter(delta.remaining.tensors, config)
 
 
-def _without_weight_space(tensors: dict[str, StoredTensor], config: AdapterConfig) -> RemainingAdapter:
+def _remaining_adapter(tensors: dict[str, StoredTensor], config: AdapterConfig) -> RemainingAdapter:
     """The rest of an adapter whose weight-space methods are folded."""
     left = config.without(lambda method: method.is_weight_space)
-    kept = {key: tensor for key, tensor in tensors.items() if not _folds(key, config.name)}
+    kept = {key: tensor for key, tensor in tensors.items() if not _is_folded(key, config.name)}
     if kept and left is None:
         path = next(iter(kept.values())).path
         raise FormatError(f"{path}: tensor {next(iter(kept))!r} is of no method that {ADAPTER_CONFIG} names")
     return RemainingAdapter(None, {}) if left is None else RemainingAdapter(left, kept)
 
 
-def _folds(key: str, name: str) -> bool:
+def _is_folded(key: str, name: str) -> bool:
     found = _PART.fullmatch(key) or _SHARED.fullmatch(key)
     return found is not None and found["name"] == name
 
 
-def _layers(delta: Delta, methods: list[Method]) -> list[Adapted]:
+def _layers(delta: Delta, methods: list[Method]) -> list[AdaptedLinear]:
     layers: dict[str, dict[str, StoredTensor]] = {}
     shared: dict[str, StoredTensor] = {}
     for key, tensor in delta.remaining.tensors.items():
-        if not _folds(key, delta.name):
+        if not _is_folded(key, delta.name):
             continue
         if tensor.dtype not in FLOATS:
             raise FormatError(f"{tensor.path}: tensor {key!r} is {tensor.dtype}; expected floats")
@@ -94,12 +94,12 @@ def _layers(delta: Delta, methods: list[Method]) -> list[Adapted]:
             f"{delta.folder}: adapter {delta.name!r} names a weight-space method, but holds no tensor of it"
         )
     return [
-        Adapted(module, _settings(module, parts, methods), parts | _needed(parts, shared))
+        AdaptedLinear(module, _settings(module, parts, methods), parts | _check_parts(parts, shared))
         for module, parts in layers.items()
     ]
 
 
-def _needed(parts: dict[str, StoredTensor], shared: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _check_parts(parts: dict[str, StoredTensor], shared: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """VeRA's matrices A and B are one pair for all layers."""
     if "vera_D" not in parts:
         return {}
@@ -115,7 +115,7 @@ def _settings(module: str, parts: dict[str, StoredTensor], methods: list[Method]
     unknown = parts.keys() - _PARTS
     if unknown:
         raise FormatError(f"{path}: tensor {sorted(unknown)[0]!r} of {module!r} is of no method that can be folded")
-    fitting = [method.settings for method in methods if _fits(parts, method.settings)]
+    fitting = [method.settings for method in methods if _is_complete(parts, method.settings)]
     said = {(_number(path, settings, "alpha"), _number(path, settings, "r")) for settings in fitting}
     if len(said) != 1:
         what = "several members of the union that differ in alpha" if said else "no member of its configuration"
@@ -123,7 +123,7 @@ def _settings(module: str, parts: dict[str, StoredTensor], methods: list[Method]
     return fitting[0]
 
 
-def _fits(parts: dict[str, StoredTensor], settings: Mapping[str, Any]) -> bool:
+def _is_complete(parts: dict[str, StoredTensor], settings: Mapping[str, Any]) -> bool:
     is_vera = isinstance(settings.get("vera_d"), float) or isinstance(settings.get("vera_b"), float)
     is_scale = settings.get("composition_mode") == "scale"
     expected = {"vera_D", "vera_B"} if is_vera else {"lora_B"} if is_scale else {"lora_A", "lora_B"}

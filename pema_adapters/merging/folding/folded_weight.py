@@ -13,16 +13,16 @@ import numpy as np
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES
 from pema_adapters.io.input_file import Bytes
-from pema_adapters.merging.folding.adapter_layers import Adapted
-from pema_adapters.merging.plan.dtype_cast import Rounding, narrow_noting, wide
-from pema_adapters.merging.plan.segments import CHUNK, Changes, Copy, Segment
+from pema_adapters.merging.folding.adapter_layers import AdaptedLinear
+from pema_adapters.merging.plan.dtype_cast import Rounding, downcast_tracked, upcast
+from pema_adapters.merging.plan.segments import CHUNK, Changes, CopySegment, Segment
 
 QKV = ("q", "k", "v")
 """The parts of a merged attention projection, in the order in which adapters stacks them."""
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class WeightUpdate:
     """What the adapter does to a weight [out, in].
 
     left [out, r] and right [r, in]: LoRA's B and A; None for both in (IA)^3. scale: (IA)^3's vector [out, 1], or None.
@@ -75,11 +75,11 @@ class FoldCache(threading.local):
 
     def __init__(self) -> None:
         self.block: tuple[tuple[int, int], Bytes] | None = None
-        self.update: tuple[int, Update] | None = None
+        self.update: tuple[int, WeightUpdate] | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Folded:
+class FoldedWeight:
     """A weight of the base with the update of `layer` folded in, in the dtype `dtype`.
 
     Blocks of rows begin at fixed rows, so that every reader gets the same bits, whatever range it asks for.
@@ -88,7 +88,7 @@ class Folded:
     base: Segment
     given: str
     shape: tuple[int, ...]
-    layer: Adapted
+    layer: AdaptedLinear
     transposed: bool
     dtype: str
     rounding: Rounding
@@ -96,11 +96,11 @@ class Folded:
     cache: FoldCache
 
     @property
-    def update(self) -> Update:
+    def update(self) -> WeightUpdate:
         """The update, read from the delta when a thread needs it, and kept until it needs another."""
         cached = self.cache.update
         if cached is None or cached[0] != id(self):
-            cached = self.cache.update = id(self), update_of(self.layer, self.shape, self.transposed)
+            cached = self.cache.update = id(self), plan_update(self.layer, self.shape, self.transposed)
         return cached[1]
 
     @property
@@ -109,7 +109,7 @@ class Folded:
         return self.shape[0] * self._row_bytes
 
     @property
-    def origin(self) -> Copy | None:
+    def origin(self) -> CopySegment | None:
         """The weight as it was."""
         return self.base.origin if self.dtype == self.given else None
 
@@ -145,7 +145,7 @@ class Folded:
         size = self.shape[1] * DTYPE_BYTES[self.given]
         last = min(first + self._step, self.shape[0])
         raw = np.frombuffer(self.base.read(first * size, last * size), np.uint8)
-        return wide(raw, self.given).reshape(last - first, -1)
+        return upcast(raw, self.given).reshape(last - first, -1)
 
     def _block(self, number: int) -> Bytes:
         """The bytes of a block of rows."""
@@ -163,38 +163,38 @@ class Folded:
             raise MergeError(
                 f"{self.where}: with the delta folded in, a value is too large for {made.dtype}; nothing was written"
             )
-        return narrow_noting(made.reshape(-1), self.dtype, self.rounding, self.where).data
+        return downcast_tracked(made.reshape(-1), self.dtype, self.rounding, self.where).data
 
 
-def folded_bias(folded: Folded, raw: np.ndarray, given: str, dtype: str) -> bytes:
+def fold_bias(folded: FoldedWeight, raw: np.ndarray, given: str, dtype: str) -> bytes:
     """The bias [out] of the layer, multiplied as its outputs are. adapters' own merge_adapter leaves it as it was."""
-    values = wide(raw, given)
+    values = upcast(raw, given)
     factors = [folded.update.scale] if folded.update.transposed else _factors(folded)
     factor = np.concatenate([part.reshape(-1) for part in factors if part is not None])
     made = (values * factor).astype(values.dtype, copy=False)
-    return narrow_noting(made, dtype, folded.rounding, folded.where).tobytes()
+    return downcast_tracked(made, dtype, folded.rounding, folded.where).tobytes()
 
 
-def _factors(folded: Folded) -> list[np.ndarray | None]:
+def _factors(folded: FoldedWeight) -> list[np.ndarray | None]:
     return [folded.update.factor(weight, first) for first, weight in folded.weights()]
 
 
-def update_of(layer: Adapted, shape: tuple[int, ...], transposed: bool) -> Update:
+def plan_update(layer: AdaptedLinear, shape: tuple[int, ...], transposed: bool) -> WeightUpdate:
     """The update of a weight of `shape`, as stored. Raises `MergeError` where the parts do not fit it."""
     out, width = shape[::-1] if transposed else shape
     is_scale = "lora_A" not in layer.parts and "vera_D" not in layer.parts
     scaling = layer.method["alpha"] / (1 if is_scale else layer.method["r"])
     left, right = _matrices(layer)
-    left = _placed(left, right, _adapted_parts(layer, out, left, right), out)
+    left = _place_parts(left, right, _find_adapted_parts(layer, out, left, right), out)
     magnitude = layer.values("m.weight") if "m.weight" in layer.parts else None
     _check(layer, shape, left, right, magnitude if not transposed else None, (out, width))
     if right is None:
-        return Update(None, None, 1.0, left * np.asarray(scaling, left.dtype), None, transposed)
-    return Update(left, right, scaling, None, magnitude, transposed)
+        return WeightUpdate(None, None, 1.0, left * np.asarray(scaling, left.dtype), None, transposed)
+    return WeightUpdate(left, right, scaling, None, magnitude, transposed)
 
 
 def _check(  # noqa: PLR0913, PLR0917 - everything that must agree
-    layer: Adapted,
+    layer: AdaptedLinear,
     stored: tuple[int, ...],
     left: np.ndarray,
     right: np.ndarray | None,
@@ -213,7 +213,7 @@ def _check(  # noqa: PLR0913, PLR0917 - everything that must agree
         )
 
 
-def _matrices(layer: Adapted) -> tuple[np.ndarray, np.ndarray | None]:
+def _matrices(layer: AdaptedLinear) -> tuple[np.ndarray, np.ndarray | None]:
     """left [.., r] and right [r, ..]; (IA)^3's vector [.., 1] and None."""
     if any(len(part.shape) != 2 for part in layer.parts.values()):
         found = ", ".join(f"{name} {list(part.shape)}" for name, part in layer.parts.items())
@@ -223,7 +223,7 @@ def _matrices(layer: Adapted) -> tuple[np.ndarray, np.ndarray | None]:
     return layer.values("lora_B"), layer.values("lora_A") if "lora_A" in layer.parts else None
 
 
-def _vera(layer: Adapted) -> tuple[np.ndarray, np.ndarray]:
+def _vera(layer: AdaptedLinear) -> tuple[np.ndarray, np.ndarray]:
     """`vera_B @ B @ vera_D`, multiplied in adapters' order, and A; A and B are shared by all layers."""
     chain = [layer.values(part) for part in ("vera_B", "shared.lora_B", "vera_D", "shared.lora_A")]
     if any(one.shape[1] != other.shape[0] for one, other in pairwise(chain)):
@@ -232,7 +232,7 @@ def _vera(layer: Adapted) -> tuple[np.ndarray, np.ndarray]:
     return (chain[0] @ chain[1]) @ chain[2], chain[3]
 
 
-def _adapted_parts(layer: Adapted, out: int, left: np.ndarray, right: np.ndarray | None) -> list[int]:
+def _find_adapted_parts(layer: AdaptedLinear, out: int, left: np.ndarray, right: np.ndarray | None) -> list[int]:
     """Which of q, k, v are adapted in a merged projection [3 * n, in], by number; [] for an ordinary layer."""
     named = layer.method.get("attn_matrices")
     parts = [i for i, key in enumerate(QKV) if isinstance(named, list) and key in named]
@@ -242,7 +242,7 @@ def _adapted_parts(layer: Adapted, out: int, left: np.ndarray, right: np.ndarray
     return parts if is_merged and not is_ordinary else []
 
 
-def _placed(left: np.ndarray, right: np.ndarray | None, parts: list[int], out: int) -> np.ndarray:
+def _place_parts(left: np.ndarray, right: np.ndarray | None, parts: list[int], out: int) -> np.ndarray:
     """`left` for all of a merged projection: each part's B in its own rows, and in the columns of its own A."""
     if not parts:
         return left

@@ -12,8 +12,8 @@ from pema_adapters.errors import FormatError
 from pema_adapters.formats.delta import HEAD_CONFIG, Head
 from pema_adapters.formats.safetensors_header import FLOATS
 from pema_adapters.formats.stored_tensor import StoredTensor
-from pema_adapters.merging.heads.labels import label_settings, labels
-from pema_adapters.merging.heads.registry import DEFAULTS, HIDDEN, STANDARD, TIE, Family, Standard
+from pema_adapters.merging.heads.labels import label_settings, read_labels
+from pema_adapters.merging.heads.registry import DEFAULTS, HIDDEN, STANDARD, TIE, ModelFamily, Standard
 
 _OTHERS = {"head_type", "label2id", "dropout_prob", "shift_labels", "vocab_size", "embedding_size"}
 """Settings of a flexible head that change nothing, or only shapes, in evaluation."""
@@ -53,15 +53,15 @@ class StandardHead:
     output: str = ""
 
 
-def standard_head(head: Head, base_config: dict[str, Any], *, keeps_base_output: bool = False) -> StandardHead | str:
+def convert_head(head: Head, base_config: dict[str, Any], *, keeps_base_output: bool = False) -> StandardHead | str:
     """The class that computes exactly what the flexible `head` does, or a short reason why it stays an adapter head.
 
     base_config: config.json of the base, but with the `vocab_size` and the `tie_word_embeddings` of the output.
     keeps_base_output: the output matrix is the base's own. An output matrix that is that, or tied to the embedding, is
     not among the tensors. Raises `FormatError` where head_config.json or a tensor is damaged.
     """
-    found = _settings(head)
-    known = _known(base_config.get("model_type"), found["head_type"])
+    found = _read_settings(head)
+    known = _find_family(base_config.get("model_type"), found["head_type"])
     if isinstance(known, str):
         return known
     pair = _Pair(head, found, base_config, *known, keeps_base_output)
@@ -75,7 +75,7 @@ class _Pair:
     head: Head
     found: dict[str, Any]
     base: dict[str, Any]
-    family: Family
+    family: ModelFamily
     standard: Standard
     keeps_base_output: bool
 
@@ -138,14 +138,14 @@ class _Pair:
     def _our_words(self) -> str:
         found = self.found
         layers, activation, norm = found["layers"], found["activation_function"], found.get("layer_norm", False)
-        return _words(layers, activation, norm, found.get("use_pooler"), found.get("bias", True))
+        return _describe_head(layers, activation, norm, found.get("use_pooler"), found.get("bias", True))
 
     def _their_words(self) -> str:
         standard, count = self.standard, len(self.standard.layers)
         activation = standard.activation
         activation = self.base.get(*activation) if isinstance(activation, tuple) else activation
         pooler = bool(standard.pooler) if "use_pooler" in self.found else None
-        return _words(min(count, 2), activation, count == 3, pooler, standard.bias)
+        return _describe_head(min(count, 2), activation, count == 3, pooler, standard.bias)
 
     def _other_setting(self) -> str:
         for key, value in self.standard.requires.items():
@@ -175,7 +175,7 @@ class _Pair:
 
     def _labels(self) -> dict[str, int]:
         """{} for a language model, and for choices without names: config.json has no place for their number."""
-        found = labels({"num_labels": self.found.get("num_choices", 0), **self.found}, self.head.path)
+        found = read_labels({"num_labels": self.found.get("num_choices", 0), **self.found}, self.head.path)
         is_default = all(label == f"LABEL_{number}" for label, number in found.items())
         return {} if is_default and "num_labels" not in self.found else found
 
@@ -194,7 +194,7 @@ class _Pair:
             if name not in left and name != tied:
                 raise FormatError(f"{self.head.path}: tensor {name!r} {list(shape)} expected, found none")
             if name in left:
-                stored = _checked(left.pop(name), shape)
+                stored = _check_shape(left.pop(name), shape)
                 made |= {new: replace(stored, name=new)} if name != tied else {}
         for name, stored in left.items():
             raise FormatError(f"{stored.path}: unexpected tensor {name!r}; expected {', '.join(expected)}")
@@ -225,7 +225,7 @@ class _Pair:
         return {name: t for name, t in found if not name.startswith(start) or name[len(start) :].startswith(".")}
 
 
-def _settings(head: Head) -> dict[str, Any]:
+def _read_settings(head: Head) -> dict[str, Any]:
     """The settings of a flexible head, checked, with defaults for the absent ones."""
     where, config, name = head.path, head.config.get("config"), head.config.get("name")
     kind = config.get("head_type") if isinstance(config, dict) else None
@@ -245,7 +245,7 @@ def _is_a(value: Any, key: str) -> bool:
     return isinstance(value, types) and (int not in types or (type(value) is int and value > 0))
 
 
-def _known(model_type: Any, kind: str) -> tuple[Family, Standard] | str:
+def _find_family(model_type: Any, kind: str) -> tuple[ModelFamily, Standard] | str:
     family = STANDARD.get(model_type) if isinstance(model_type, str) else None
     found = family.heads.get("classification" if kind == "multilabel_classification" else kind) if family else None
     if family is None or found is None or kind not in DEFAULTS:
@@ -253,7 +253,7 @@ def _known(model_type: Any, kind: str) -> tuple[Family, Standard] | str:
     return family.name + found if isinstance(found, str) else (family, found)
 
 
-def _words(layers: int, activation: Any, norm: bool, pooler: bool | None, bias: bool) -> str:
+def _describe_head(layers: int, activation: Any, norm: bool, pooler: bool | None, bias: bool) -> str:
     """What a head computes. Two heads with the same words compute the same from the same tensors."""
     made = ["1 layer" if layers == 1 else f"{layers} layers"]
     if layers > 1:
@@ -264,7 +264,7 @@ def _words(layers: int, activation: Any, norm: bool, pooler: bool | None, bias: 
     return ", ".join(made + ([] if bias else ["without output bias"]))
 
 
-def _checked(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+def _check_shape(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     if stored.shape != shape or stored.dtype not in FLOATS:
         raise FormatError(
             f"{stored.path}: tensor {stored.name!r} is {stored.dtype} {list(stored.shape)}; "

@@ -5,11 +5,11 @@ from typing import Any
 
 from pema_adapters.errors import FormatError
 
-MOST_LABELS = 1_000_000
+MAX_LABELS = 1_000_000
 """Every one is a line of config.json, twice."""
 
 
-def labels(head: dict[str, Any], path: Path) -> dict[str, int]:
+def read_labels(head: dict[str, Any], path: Path) -> dict[str, int]:
     """Read `{label: number}`, in the order of the numbers: "LABEL_0", ... for `num_labels` alone, {} for neither.
 
     `path` is where `head` was read. Raises `FormatError` where there are more than MOST_LABELS.
@@ -17,9 +17,9 @@ def labels(head: dict[str, Any], path: Path) -> dict[str, int]:
     found, count = head.get("label2id"), head.get("num_labels")
     if isinstance(found, dict) and found and all(isinstance(number, int) for number in found.values()):
         return dict(sorted(found.items(), key=lambda item: item[1]))
-    if isinstance(count, int) and count > MOST_LABELS:
+    if isinstance(count, int) and count > MAX_LABELS:
         raise FormatError(
-            f"{path}: num_labels is {str(count)[:40]}, expected at most {MOST_LABELS}; the file is damaged"
+            f"{path}: num_labels is {str(count)[:40]}, expected at most {MAX_LABELS}; the file is damaged"
         )
     return {f"LABEL_{i}": i for i in range(count)} if isinstance(count, int) else {}
 

@@ -35,7 +35,7 @@ def place_output(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
         return replace(delta, untied=head.output_matrix), []
     if head is not None and is_of_language_model(head):
         return replace(delta, untied=_last_layer(head), is_output_in_head=True), []
-    name = _output_of_base(base, delta) if head is None else ""
+    name = _find_output_of_base(base, delta) if head is None else ""
     if name:
         return replace(delta, untied=name), []
     note = f"the head {found['head']!r} of the trained model is not part of the delta; the output stays tied to E"
@@ -64,7 +64,7 @@ def _last_layer(head: Head) -> str:
     return f"heads.{head.config['name']}.{(config['layers'] - 1) * each}.weight"
 
 
-def _output_of_base(base: Checkpoint, delta: Delta) -> str:
+def _find_output_of_base(base: Checkpoint, delta: Delta) -> str:
     """Name the output matrix of the class that the base's config.json names; "" where it has none."""
     named = base.config.get("architectures")
     model_class = str(named[0]) if isinstance(named, list) and named else ""

@@ -39,7 +39,7 @@ class Standard:
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """The classes of a model type, by head type: `name` begins theirs. `hidden`: the key of its width.
 
     `heads` has a reason instead where a class exists but computes something else. `tied`: where config.json is silent.
@@ -89,65 +89,69 @@ _LAST = "ForSequenceClassification reads the last token, this head another one w
 _LANGUAGES = " computes with the language adapters of X-MOD; adapters takes them out, so this head never saw them"
 
 
-def _encoder(pooler: str, **more: Standard | str) -> dict[str, Standard | str]:
+def _encoder_heads(pooler: str, **more: Standard | str) -> dict[str, Standard | str]:
     found = replace(_CLASS, pooler=pooler)
     choice = replace(found, suffix="ForMultipleChoice")
     return {"classification": found, "multiple_choice": choice, "tagging": _TAGS, "question_answering": _SPAN} | more
 
 
-def _seq2seq(span: Standard | None, prefix: str | None = None, zero: tuple[str, ...] = ()) -> dict[str, Standard | str]:
+def _seq2seq_heads(
+    span: Standard | None, prefix: str | None = None, zero: tuple[str, ...] = ()
+) -> dict[str, Standard | str]:
     dense = replace(_DENSE, layers=("classification_head.dense", "classification_head.out_proj"))
     lm = replace(_LM, suffix="ForConditionalGeneration", prefix=prefix, zero=zero)
     made: dict[str, Standard | str] = {"classification": dense, "seq2seq_lm": lm}
     return {**made, "question_answering": span} if span else made
 
 
-_ROBERTAS = _encoder(
+_ROBERTAS = _encoder_heads(
     "pooler.dense", classification=_DENSE, masked_lm=_ROBERTA, causal_lm=replace(_ROBERTA, suffix="ForCausalLM")
 )
-_T5 = _seq2seq(replace(_SPAN, prefix="", requires={TIE: False}), prefix="")  # a tied T5 scales what its heads read
+_T5 = _seq2seq_heads(
+    replace(_SPAN, prefix="", requires={TIE: False}), prefix=""
+)  # a tied T5 scales what its heads read
 _BIAS = ("final_logits_bias",)
 _DECODER: dict[str, Standard | str] = {"classification": _LAST, "question_answering": _SPAN, "causal_lm": _LM}
 _SCORE: dict[str, Standard | str] = {"tagging": replace(_TAGS, layers=("score",))}
 
 STANDARD = {
-    "albert": Family("Albert", "albert", _encoder("pooler", masked_lm=_ALBERT)),
-    "bart": Family("Bart", "model", _seq2seq(_SPAN, zero=_BIAS), "d_model"),
-    "bert": Family("Bert", "bert", _encoder(
+    "albert": ModelFamily("Albert", "albert", _encoder_heads("pooler", masked_lm=_ALBERT)),
+    "bart": ModelFamily("Bart", "model", _seq2seq_heads(_SPAN, zero=_BIAS), "d_model"),
+    "bert": ModelFamily("Bert", "bert", _encoder_heads(
         "pooler.dense", masked_lm=_BERT, causal_lm=replace(_BERT, suffix="LMHeadModel")
     )),
-    "bert-generation": Family("BertGeneration", "bert", {
+    "bert-generation": ModelFamily("BertGeneration", "bert", {
         "causal_lm": Standard("Decoder", ("lm_head.decoder",), bias_name="lm_head.bias"),
     }),
-    "deberta-v2": Family("DebertaV2", "deberta", _encoder(
+    "deberta-v2": ModelFamily("DebertaV2", "deberta", _encoder_heads(
         "", classification=_DEBERTA, multiple_choice=replace(_DEBERTA, suffix="ForMultipleChoice"),
         masked_lm=replace(_BERT, inner=(_NARROW, HIDDEN), requires={"legacy": True}),
     )),
-    "distilbert": Family("DistilBert", "distilbert", _encoder(
+    "distilbert": ModelFamily("DistilBert", "distilbert", _encoder_heads(
         "", classification=_DISTIL, multiple_choice=replace(_DISTIL, suffix="ForMultipleChoice"),
         masked_lm=Standard(
             "ForMaskedLM", ("vocab_transform", "vocab_layer_norm", "vocab_projector"), ("activation", "gelu")
         ),
     ), "dim"),
-    "electra": Family("Electra", "electra", _encoder(
+    "electra": ModelFamily("Electra", "electra", _encoder_heads(
         "", classification=replace(_DENSE, activation="gelu"), multiple_choice=_SUMMARY,
         masked_lm=_ELECTRA, causal_lm=replace(_ELECTRA, suffix="ForCausalLM"),
     )),
-    "gpt2": Family("GPT2", "transformer", _DECODER | {
+    "gpt2": ModelFamily("GPT2", "transformer", _DECODER | {
         "tagging": _TAGS, "causal_lm": replace(_LM, suffix="LMHeadModel"),
     }, "n_embd"),
-    "gptj": Family("GPTJ", "transformer", _DECODER | {"causal_lm": replace(_LM, bias=True)}, "n_embd", tied=False),
-    "llama": Family("Llama", "model", _DECODER | _SCORE | {
+    "gptj": ModelFamily("GPTJ", "transformer", _DECODER | {"causal_lm": replace(_LM, bias=True)}, "n_embd", tied=False),
+    "llama": ModelFamily("Llama", "model", _DECODER | _SCORE | {
         "question_answering": replace(_SPAN, prefix="transformer"),
     }, tied=False),
-    "mbart": Family("MBart", "model", _seq2seq(_SPAN, zero=_BIAS), "d_model"),
-    "mistral": Family("Mistral", "model", _DECODER | _SCORE, tied=False),
-    "mt5": Family("MT5", "transformer", _T5, "d_model", tied=False),
-    "plbart": Family("PLBart", "model", _seq2seq(None, zero=_BIAS), "d_model"),
-    "roberta": Family("Roberta", "roberta", _ROBERTAS),
-    "t5": Family("T5", "transformer", _T5, "d_model"),
-    "xlm-roberta": Family("XLMRoberta", "roberta", _ROBERTAS),
-    "xmod": Family("Xmod", "roberta", {
+    "mbart": ModelFamily("MBart", "model", _seq2seq_heads(_SPAN, zero=_BIAS), "d_model"),
+    "mistral": ModelFamily("Mistral", "model", _DECODER | _SCORE, tied=False),
+    "mt5": ModelFamily("MT5", "transformer", _T5, "d_model", tied=False),
+    "plbart": ModelFamily("PLBart", "model", _seq2seq_heads(None, zero=_BIAS), "d_model"),
+    "roberta": ModelFamily("Roberta", "roberta", _ROBERTAS),
+    "t5": ModelFamily("T5", "transformer", _T5, "d_model"),
+    "xlm-roberta": ModelFamily("XLMRoberta", "roberta", _ROBERTAS),
+    "xmod": ModelFamily("Xmod", "roberta", {
         kind: head.suffix + _LANGUAGES for kind, head in _ROBERTAS.items() if isinstance(head, Standard)
     }),
 }  # fmt: skip

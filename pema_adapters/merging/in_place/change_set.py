@@ -9,15 +9,15 @@ import numpy as np
 from pema_adapters.errors import MergeError
 from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging.plan.plan import Plan, PlannedFile
-from pema_adapters.merging.plan.segments import CHUNK, Copy, Literal, Rows, Segment, chunks
+from pema_adapters.merging.plan.segments import CHUNK, BytesSegment, CopySegment, RowsSegment, Segment, chunks
 
 WEIGHTS = ".safetensors"
-MOST_REPLACED = 64 << 20
+MAX_REPLACED = 64 << 20
 INSTEAD = "write a new checkpoint with --output"
 
 
 @dataclass(frozen=True)
-class Todo:
+class ChangeSet:
     """What a merge does to its base. `patched`: by name, ranges int64 [n, 2] of (offset, length), none overlapping.
 
     renamed: `{name in the base: name in the output}` of files that keep their bytes, but for the ranges.
@@ -48,7 +48,7 @@ class Todo:
         return ranges + sum(file.size for file in self.new) + CHUNK
 
 
-def todo_of(plan: Plan, base: Path) -> Todo:
+def plan_changes(plan: Plan, base: Path) -> ChangeSet:
     """Decide for every file of the plan. Raises `MergeError`."""
     patched: dict[str, np.ndarray] = {}
     renamed: dict[str, str] = {}
@@ -61,20 +61,20 @@ def todo_of(plan: Plan, base: Path) -> Todo:
                 created.append(file)
                 continue
             _check_own(source, base)
-            patched[source.name], renamed[source.name] = _ranges(file, source), _safe(file, base)
+            patched[source.name], renamed[source.name] = _changed_ranges(file, source), _safe_name(file, base)
         elif file.name.endswith(WEIGHTS) and path.is_file() and _can_be_patched(file, path):
-            ranges = _ranges(file, path)
+            ranges = _changed_ranges(file, path)
             if len(ranges):
                 _check_own(path, base)
                 patched[file.name] = ranges
-        elif not _holds(file, path):
+        elif not _is_content_equal(file, path):
             _check_replaceable(file, path)
             _check_own(path, base)
             replaced.append(file)
     for file in created:
         _check_created(file, base, patched)
     in_order = dict(sorted(patched.items()))  # as it is after a way through JSON
-    return Todo(in_order, tuple(replaced), tuple(created), renamed)
+    return ChangeSet(in_order, tuple(replaced), tuple(created), renamed)
 
 
 def is_safe(base: Path, name: str) -> bool:
@@ -101,12 +101,12 @@ def _can_be_patched(file: PlannedFile, path: Path) -> bool:
 
 def _is_remade(segment: Segment) -> bool:
     """Whether bytes that are not counted as changes are made of others of the base, in another dtype, say."""
-    if isinstance(segment, Rows):
-        return not isinstance(segment.base, Copy)
+    if isinstance(segment, RowsSegment):
+        return not isinstance(segment.base, CopySegment)
     return segment.origin is None and _reads_origin(segment) is not None
 
 
-def _reads_origin(segment: Segment) -> Copy | None:
+def _reads_origin(segment: Segment) -> CopySegment | None:
     """The file that a segment is made from in the end, if any."""
     while segment.origin is None:
         below = getattr(segment, "base", None) or getattr(segment, "source", None)
@@ -116,7 +116,7 @@ def _reads_origin(segment: Segment) -> Copy | None:
     return segment.origin
 
 
-def _safe(file: PlannedFile, base: Path) -> str:
+def _safe_name(file: PlannedFile, base: Path) -> str:
     if not is_safe(base, file.name):
         raise MergeError(f"{base / file.name}: would lie outside of the base, or behind a link; {INSTEAD}")
     return file.name
@@ -124,14 +124,14 @@ def _safe(file: PlannedFile, base: Path) -> str:
 
 def _check_created(file: PlannedFile, base: Path, patched: dict[str, np.ndarray]) -> None:
     """New files hold no weights of the base that still lie there: these would lie there twice."""
-    _safe(file, base)
+    _safe_name(file, base)
     if file.name.endswith(WEIGHTS):
         for origin in filter(None, map(_reads_origin, file.segments)):
             if base in origin.path.parents and not _is_gone(origin, patched):
-                raise _moved(origin.path, f"to {file.name}")
+                raise _moved_error(origin.path, f"to {file.name}")
 
 
-def _is_gone(origin: Copy, patched: dict[str, np.ndarray]) -> bool:
+def _is_gone(origin: CopySegment, patched: dict[str, np.ndarray]) -> bool:
     """Whether all of these bytes are written over where they lay, by a longer header."""
     ranges = patched.get(origin.path.name, np.empty((0, 2), np.int64))
     return bool(((ranges[:, 0] <= origin.start) & (ranges.sum(axis=1) >= origin.start + origin.length)).any())
@@ -142,12 +142,12 @@ def _check_replaceable(file: PlannedFile, path: Path) -> None:
         raise MergeError(f"{path}: not a file, but the merge writes one of that name; {INSTEAD}")
     size = path.stat().st_size
     if file.name.endswith(WEIGHTS):
-        raise _moved(path, f"{size} bytes -> {file.size} bytes" if size != file.size else "or change their dtype")
-    if max(size, file.size) >= MOST_REPLACED:
+        raise _moved_error(path, f"{size} bytes -> {file.size} bytes" if size != file.size else "or change their dtype")
+    if max(size, file.size) >= MAX_REPLACED:
         raise MergeError(f"{path}: {max(size, file.size)} bytes are too many to be replaced in place; {INSTEAD}")
 
 
-def _moved(path: Path, how: str) -> MergeError:
+def _moved_error(path: Path, how: str) -> MergeError:
     return MergeError(f"{path}: cannot be merged in place: its tensors would move ({how}); {INSTEAD}")
 
 
@@ -168,7 +168,7 @@ def _check_own(path: Path, base: Path) -> None:
         raise MergeError(f"{path}: not writable, so it cannot be merged in place; {INSTEAD}")
 
 
-def _holds(file: PlannedFile, path: Path) -> bool:
+def _is_content_equal(file: PlannedFile, path: Path) -> bool:
     """Whether the file is what it is planned to be."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
@@ -178,34 +178,34 @@ def _holds(file: PlannedFile, path: Path) -> bool:
     return all(there.read(begin, begin + len(data)) == data for begin, data in file.chunks())
 
 
-def _ranges(file: PlannedFile, path: Path) -> np.ndarray:
+def _changed_ranges(file: PlannedFile, path: Path) -> np.ndarray:
     """Where the file changes: int64 [n, 2] of (offset, length), neighbours joined."""
     found = [np.empty((0, 2), np.int64)]
-    for start, segment in changing(file, path):
-        if isinstance(segment, Rows):  # rather than `changes`, which would compute what is cast
+    for start, segment in changed_segments(file, path):
+        if isinstance(segment, RowsSegment):  # rather than `changes`, which would compute what is cast
             ids = np.asarray(segment.token_ids, np.int64)
             found.append(np.stack((start + ids * segment.row_bytes, np.full(len(ids), segment.row_bytes)), axis=1))
         else:
             found.append(np.array([[start, segment.length]], np.int64))
-    return _joined(np.concatenate(found))
+    return _merge_ranges(np.concatenate(found))
 
 
-def changing(file: PlannedFile, path: Path) -> list[tuple[int, Segment]]:
+def changed_segments(file: PlannedFile, path: Path) -> list[tuple[int, Segment]]:
     """`(start, segment)` of those that change something; the header is often the same."""
     there = InputFile(path)
     pairs = zip(file.starts, file.segments, strict=False)
-    return [(start, segment) for start, segment in pairs if segment.length and not _is_there(segment, there, start)]
+    return [(start, segment) for start, segment in pairs if segment.length and not _is_on_disk(segment, there, start)]
 
 
-def _is_there(segment: Segment, file: InputFile, start: int) -> bool:
+def _is_on_disk(segment: Segment, file: InputFile, start: int) -> bool:
     """Whether these are bytes that the file has at `start` already."""
-    if not isinstance(segment, Literal | Copy) or segment.origin is segment:
+    if not isinstance(segment, BytesSegment | CopySegment) or segment.origin is segment:
         return segment.origin is segment
     parts = ((start + at, data) for at, data in chunks(segment))
     return all(file.read(at, at + len(data)) == data for at, data in parts)
 
 
-def _joined(ranges: np.ndarray) -> np.ndarray:
+def _merge_ranges(ranges: np.ndarray) -> np.ndarray:
     if not len(ranges):
         return ranges
     ends = ranges.sum(axis=1)

@@ -21,18 +21,18 @@ from pema_adapters.io.interrupts import defer_interrupts
 from pema_adapters.io.locking import hold_lock
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.in_place import undo_journal
-from pema_adapters.merging.in_place.change_set import INSTEAD, Todo, changing, todo_of
+from pema_adapters.merging.in_place.change_set import INSTEAD, ChangeSet, changed_segments, plan_changes
 from pema_adapters.merging.in_place.rollback import plan_rollback, roll_back
 from pema_adapters.merging.in_place.undo_data import sample_outside
-from pema_adapters.merging.in_place.undo_journal import ARMED, DONE, PARTIAL, PATCHING
-from pema_adapters.merging.output.file_patcher import patching
+from pema_adapters.merging.in_place.undo_journal import DONE, JOURNAL_DIR, PARTIAL_DIR, PATCHING
+from pema_adapters.merging.output.file_patcher import open_patcher
 from pema_adapters.merging.output.free_space import check_free
 from pema_adapters.merging.output.writer import sync_folder
 from pema_adapters.merging.plan.plan import Plan, PlannedFile
 
 
 @dataclass(frozen=True)
-class InPlace:
+class InPlaceMerge:
     """A merge in place: `base` is the folder that `plan` was made from, `files` all that it was made from.
 
     report: kept in the journal, with `bytes_written` and `max_rounding_error` as they turn out.
@@ -44,7 +44,7 @@ class InPlace:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
+def merge_in_place(work: InPlaceMerge, verify: bool, advance: Advance) -> int:
     """Make the base hold what the plan says. Returns the bytes written into it.
 
     `advance` is called with `plan.size` bytes in all, and with `verify`, which compares with the plan what is read
@@ -55,27 +55,27 @@ def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
     """
     plan, base = work.plan, work.base
     check_in_place(base)
-    todo = todo_of(plan, base)
+    todo = plan_changes(plan, base)
     check_free(base, todo.journal_size)
-    expected = {file.name: _sum(file) for file in plan.files if verify and todo.touches(file.name)}
+    expected = {file.name: _sha256_of_changes(file) for file in plan.files if verify and todo.touches(file.name)}
     undo_journal.discard(base)
     is_done, armed = False, None
     try:
-        armed = undo_journal.arm(base, todo, work.report)
+        armed = undo_journal.commit_journal(base, todo, work.report)
         check_unchanged(work.files)
-        written, digests = _apply(work, todo, advance)
+        written, digests = _apply_changes(work, todo, advance)
         if verify:
             _verify(plan, base, expected, advance)
         check_unchanged(_not_written(work.files, todo, base))
-        _check_around(todo, base, armed)
+        _check_outside_ranges(todo, base, armed)
         outcome = {"bytes_written": written, "max_rounding_error": plan.rounding.largest}
         with defer_interrupts():
-            undo_journal.finish(base, armed, {**work.report, **outcome}, digests)
+            undo_journal.mark_done(base, armed, {**work.report, **outcome}, digests)
             is_done = True
     except BaseException as error:
         if is_done:
-            raise _after_the_end(base, error) from None
-        _abandon(base, error, is_committed=armed is not None)
+            raise _error_after_commit(base, error) from None
+        _rollback_on_error(base, error, is_committed=armed is not None)
         if isinstance(error, KeyboardInterrupt):
             raise type(error)(f"{base} is as it was") from None
         if isinstance(error, OSError):
@@ -84,13 +84,13 @@ def merge_in_place(work: InPlace, verify: bool, advance: Advance) -> int:
     return written
 
 
-def _not_written(files: Iterable[InputFile], todo: Todo, base: Path) -> list[InputFile]:
+def _not_written(files: Iterable[InputFile], todo: ChangeSet, base: Path) -> list[InputFile]:
     """The input files that the merge itself does not write."""
     own = {base / name for name in (*todo.patched, *todo.renamed, *(file.name for file in todo.new))}
     return [file for file in files if file.path not in own]
 
 
-def _check_around(todo: Todo, base: Path, armed: undo_journal.Journal) -> None:
+def _check_outside_ranges(todo: ChangeSet, base: Path, armed: undo_journal.Journal) -> None:
     """Raise `InputChangedError` if somebody else wrote to a file while it was patched."""
     for name, ranges in todo.patched.items():
         path = base / todo.renamed.get(name, name)
@@ -98,7 +98,7 @@ def _check_around(todo: Todo, base: Path, armed: undo_journal.Journal) -> None:
             raise InputChangedError(f"{path}: changed while it was in use: somebody else wrote to it during the merge")
 
 
-def _after_the_end(base: Path, error: BaseException) -> BaseException:
+def _error_after_commit(base: Path, error: BaseException) -> BaseException:
     text = f"{base} is merged completely"
     return type(error)(text) if isinstance(error, KeyboardInterrupt) else MergeError(f"{text}, but then: {error}")
 
@@ -107,9 +107,9 @@ def check_in_place(base: Path) -> None:
     """Refuse a base that cannot be merged in place, whatever the delta. Raises `MergeError`."""
     if not base.is_dir():
         raise MergeError(f"{base}: no such folder; --in-place needs the base as a folder of its own")
-    state = undo_journal.state_of(base)
+    state = undo_journal.read_state(base)
     if state == DONE:
-        raise MergeError(f"{base}: already merged in place (it holds {ARMED}); undo it first with --undo")
+        raise MergeError(f"{base}: already merged in place (it holds {JOURNAL_DIR}); undo it first with --undo")
     if state == PATCHING:
         raise MergeError(f"{base}: a merge in place was cut off here; put the base back first with --undo")
     if not os.access(base, os.W_OK | os.X_OK):
@@ -122,12 +122,12 @@ def roll_back_interrupted(base: Path) -> bool:
     To be called before the base is read, by who holds the exclusive lock on it. Raises `MergeError` where the journal
     is damaged.
     """
-    if not any((base / name).is_dir() for name in (ARMED, PARTIAL)):
+    if not any((base / name).is_dir() for name in (JOURNAL_DIR, PARTIAL_DIR)):
         return False
-    if undo_journal.state_of(base) == DONE and not (base / PARTIAL).is_dir():
+    if undo_journal.read_state(base) == DONE and not (base / PARTIAL_DIR).is_dir():
         return False
     undo_journal.discard(base)
-    if undo_journal.state_of(base) != PATCHING:
+    if undo_journal.read_state(base) != PATCHING:
         return False
     _restore(base)
     return True
@@ -140,20 +140,22 @@ def _restore(base: Path) -> dict[str, Any]:
         try:
             roll_back(base, rollback)
         except PemaError as error:
-            raise MergeError(f"{error}; {_progress(base)}") from error
+            raise MergeError(f"{error}; {_describe_progress(base)}") from error
         return rollback.journal.report
     except OSError as error:
-        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {_progress(base)}") from error
+        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {_describe_progress(base)}") from error
     except KeyboardInterrupt as error:
-        raise type(error)(_progress(base)) from None
+        raise type(error)(_describe_progress(base)) from None
 
 
-def _progress(base: Path) -> str:
-    if not (base / ARMED).is_dir():
-        rest = f"; what is left of the undo journal, {PARTIAL} in it, may go" if (base / PARTIAL).exists() else ""
+def _describe_progress(base: Path) -> str:
+    if not (base / JOURNAL_DIR).is_dir():
+        rest = (
+            f"; what is left of the undo journal, {PARTIAL_DIR} in it, may go" if (base / PARTIAL_DIR).exists() else ""
+        )
         return f"{base} is restored{rest}"
     try:
-        if undo_journal.state_of(base) == DONE:
+        if undo_journal.read_state(base) == DONE:
             return f"{base} is still merged, nothing was undone"
     except (OSError, MergeError):
         pass
@@ -168,13 +170,15 @@ def undo(base: Path) -> dict[str, Any]:
     if not base.is_dir():
         raise MergeError(f"{base}: no such folder; expected a base that was merged in place")
     with hold_lock(base, True, "another merge is changing or reading it; wait for that to end"):
-        if not (base / ARMED).is_dir():
+        if not (base / JOURNAL_DIR).is_dir():
             undo_journal.discard(base)  # of an undo that was cut off at its very end
-            raise MergeError(f"{base}: nothing to undo (it holds no {ARMED}); it was not merged in place, or is undone")
+            raise MergeError(
+                f"{base}: nothing to undo (it holds no {JOURNAL_DIR}); it was not merged in place, or is undone"
+            )
         return _restore(base)
 
 
-def _apply(work: InPlace, todo: Todo, advance: Advance) -> tuple[int, dict[str, str]]:
+def _apply_changes(work: InPlaceMerge, todo: ChangeSet, advance: Advance) -> tuple[int, dict[str, str]]:
     """Patch, rename, and put new files in place, all on disk.
 
     Returns the bytes written, and the sha256 of what every patched file holds in its ranges now.
@@ -194,7 +198,7 @@ def _apply(work: InPlace, todo: Todo, advance: Advance) -> tuple[int, dict[str, 
         for folder in reversed(Path(file.name).parents[:-1]):  # none of `base` itself, which somebody may have removed
             (base / folder).mkdir(exist_ok=True)
         check_unchanged(found for found in work.files if found.path == path)
-        (base / ARMED / "new" / str(number)).replace(path)
+        (base / JOURNAL_DIR / "new" / str(number)).replace(path)
         written += file.size
     names = (*todo.renamed.values(), *(file.name for file in todo.new))
     for folder in sorted({base / parent for name in names for parent in Path(name).parents}):
@@ -205,8 +209,8 @@ def _apply(work: InPlace, todo: Todo, advance: Advance) -> tuple[int, dict[str, 
 def _patch(file: PlannedFile, path: Path, ranges: np.ndarray) -> tuple[int, str]:
     """Write the changes over the base, each as soon as it is computed: it depends on no other byte of the base."""
     begins, ends = ranges[:, 0].tolist(), ranges.sum(axis=1).tolist()
-    changes = changing(file, path)
-    with patching(path) as patcher, BackgroundSha256() as digest:
+    changes = changed_segments(file, path)
+    with open_patcher(path) as patcher, BackgroundSha256() as digest:
         for start, segment in changes:
             for offset, data in segment.changes():
                 at = start + offset
@@ -218,7 +222,7 @@ def _patch(file: PlannedFile, path: Path, ranges: np.ndarray) -> tuple[int, str]
         return patcher.written, digest.hexdigest()
 
 
-def _sum(file: PlannedFile) -> str:
+def _sha256_of_changes(file: PlannedFile) -> str:
     digest = sha256()
     for _, data in file.chunks():
         digest.update(data)
@@ -238,19 +242,19 @@ def _verify(plan: Plan, base: Path, expected: dict[str, str], advance: Advance) 
         advance(file.size)
 
 
-def _abandon(base: Path, error: BaseException, is_committed: bool) -> None:
+def _rollback_on_error(base: Path, error: BaseException, is_committed: bool) -> None:
     """Leave the base as it was. Raises `MergeError` where that fails too; the journal stays then.
 
     is_committed: whether the journal was written, so that the base may have been changed.
     """
     try:
         with defer_interrupts():
-            if (base / ARMED).is_dir():
+            if (base / JOURNAL_DIR).is_dir():
                 roll_back(base, plan_rollback(base))
             elif is_committed:
                 raise MergeError("somebody removed the undo journal: fetch the base again")
             else:
                 undo_journal.discard(base)
     except (OSError, PemaError) as other:
-        rest = f"; the journal {ARMED} is intact: run --undo" if (base / ARMED).is_dir() else ""
+        rest = f"; the journal {JOURNAL_DIR} is intact: run --undo" if (base / JOURNAL_DIR).is_dir() else ""
         raise MergeError(f"{base}: the merge failed ({error}), and the roll-back failed too ({other}){rest}") from error

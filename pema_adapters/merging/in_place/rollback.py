@@ -8,20 +8,20 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.io.digest import sha256_file
-from pema_adapters.merging.in_place.undo_data import digest_ranges, pieces, sample_outside, save_copy
+from pema_adapters.merging.in_place.undo_data import digest_ranges, sample_outside, save_copy, split_ranges
 from pema_adapters.merging.in_place.undo_journal import (
-    ARMED,
     DONE,
-    PARTIAL,
+    JOURNAL_DIR,
+    PARTIAL_DIR,
     PATCHING,
     Journal,
-    damaged,
+    damaged_error,
     discard,
     read_journal,
     read_ranges,
     write_journal,
 )
-from pema_adapters.merging.output.file_patcher import patching
+from pema_adapters.merging.output.file_patcher import open_patcher
 from pema_adapters.merging.output.writer import sync_folder
 from pema_adapters.merging.plan.segments import CHUNK
 
@@ -59,46 +59,46 @@ def roll_back(base: Path, rollback: Rollback) -> None:
     """
     journal, ranges = rollback.journal, rollback.ranges
     if journal.state == DONE:  # an undo that is cut off must be found unfinished
-        write_journal(base / ARMED, replace(journal, state=PATCHING))
+        write_journal(base / JOURNAL_DIR, replace(journal, state=PATCHING))
     _restore_names(base, journal)
     _restore_ranges(base, ranges)
     _check_samples(base, journal, ranges)  # again: nobody else wrote to the base meanwhile
     _restore_files(base, journal)
     discard(base)
-    (base / ARMED).replace(base / PARTIAL)
+    (base / JOURNAL_DIR).replace(base / PARTIAL_DIR)
     sync_folder(base)
     discard(base)
 
 
 def _check_journal(base: Path, journal: Journal) -> None:
     for name, (size, expected) in journal.sums.items():
-        path = base / ARMED / name
+        path = base / JOURNAL_DIR / name
         if not path.is_file() or path.stat().st_size != size or sha256_file(path) != expected:
-            raise damaged(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
+            raise damaged_error(path, f"expected {size:,} bytes of sha256 {expected[:12]}...")
 
 
 def _check_sizes(base: Path, journal: Journal) -> None:
     for name, size in journal.patched.items():
-        path = _where(base, journal, name)
+        path = _current_path(base, journal, name)
         found = path.stat().st_size if path.is_file() else "no"
         if found != size:
-            raise _changed(path, f"{found} bytes, expected {size}")
+            raise _changed_error(path, f"{found} bytes, expected {size}")
 
 
 def _check_written(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
     """Patched files hold what the merge wrote, once it has ended."""
     for name, written in journal.written.items() if journal.state == DONE else ():
-        path = _where(base, journal, name)
+        path = _current_path(base, journal, name)
         if digest_ranges(path, ranges[name]) != written:
-            raise _changed(path, "the rows or weights that the merge wrote have changed")
+            raise _changed_error(path, "the rows or weights that the merge wrote have changed")
 
 
 def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
     """Around their ranges, patched files hold what they held before."""
     for name, expected in journal.samples.items():
-        path = _where(base, journal, name)
+        path = _current_path(base, journal, name)
         if sample_outside(path, ranges[name]) != expected:
-            raise _changed(path, "bytes that the merge did not write have changed")
+            raise _changed_error(path, "bytes that the merge did not write have changed")
 
 
 def _check_whole(base: Path, journal: Journal) -> None:
@@ -114,20 +114,20 @@ def _check_made(base: Path, journal: Journal, name: str) -> None:
     elif not path.exists():
         return
     if not path.is_file() or not any(_is_content(path, one) for one in expected):
-        raise _changed(path, "its content is not what the merge wrote")
+        raise _changed_error(path, "its content is not what the merge wrote")
 
 
 def _is_content(path: Path, digest: list[int | str]) -> bool:
     return [path.stat().st_size, sha256_file(path)] == digest
 
 
-def _where(base: Path, journal: Journal, name: str) -> Path:
+def _current_path(base: Path, journal: Journal, name: str) -> Path:
     """Where the base's file `name` is now: under its own name, or the other one. Raises `MergeError` if both are."""
     path = base / journal.renamed.get(name, name)
     if path == base / name or not path.exists():
         return base / name
     if (base / name).exists():
-        raise _changed(base / name, f"there again, beside {path.name}")
+        raise _changed_error(base / name, f"there again, beside {path.name}")
     return path
 
 
@@ -140,33 +140,33 @@ def _remove_folder(path: Path) -> None:
             raise
 
 
-def _changed(path: Path, how: str) -> MergeError:
+def _changed_error(path: Path, how: str) -> MergeError:
     return MergeError(
         f"{path}: {how}; it was changed after the merge in place, and undoing that would lose the change; move the "
-        f"file away and fetch the base again, or delete {ARMED} to keep everything as it is"
+        f"file away and fetch the base again, or delete {JOURNAL_DIR} to keep everything as it is"
     )
 
 
 def _restore_names(base: Path, journal: Journal) -> None:
     for name in journal.renamed:
-        path = _where(base, journal, name)
+        path = _current_path(base, journal, name)
         if path != base / name:
             path.replace(base / name)
             sync_folder(base)
 
 
 def _restore_ranges(base: Path, ranges: dict[str, np.ndarray]) -> None:
-    with (base / ARMED / "undo.bin").open("rb", buffering=CHUNK) as saved:
+    with (base / JOURNAL_DIR / "undo.bin").open("rb", buffering=CHUNK) as saved:
         for name, found in ranges.items():
-            with patching(base / name) as patcher:
-                for begin, end in pieces(found):
+            with open_patcher(base / name) as patcher:
+                for begin, end in split_ranges(found):
                     patcher.write(saved.read(end - begin), begin)
 
 
 def _restore_files(base: Path, journal: Journal) -> None:
-    copy = base / ARMED / "restored"
+    copy = base / JOURNAL_DIR / "restored"
     for number, name in enumerate(journal.replaced):
-        saved = base / ARMED / "saved" / str(number)
+        saved = base / JOURNAL_DIR / "saved" / str(number)
         copy.unlink(missing_ok=True)
         save_copy(saved.read_bytes(), copy, like=saved)
         if name in journal.made:

@@ -14,7 +14,7 @@ import numpy as np
 from pema_adapters.errors import MergeError
 from pema_adapters.io.digest import BackgroundSha256
 from pema_adapters.io.input_file import read_range
-from pema_adapters.merging.in_place.change_set import Todo
+from pema_adapters.merging.in_place.change_set import ChangeSet
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.plan.segments import CHUNK
 
@@ -42,21 +42,21 @@ def sample_outside(path: Path, ranges: np.ndarray) -> str:
 def digest_ranges(path: Path, ranges: np.ndarray) -> str:
     """The sha256 of what a file holds in `ranges` int64 [n, 2], one after another."""
     with path.open("rb", buffering=0) as file, BackgroundSha256() as digest:
-        for begin, end in pieces(ranges):
+        for begin, end in split_ranges(ranges):
             digest.update(read_range(file.fileno(), begin, end))
         return digest.hexdigest()
 
 
-def take_mode(path: Path, base: Path, name: str) -> None:
+def copy_mode(path: Path, base: Path, name: str) -> None:
     """Give a new file the mode of the file that it replaces, or else make it no more readable than the weights."""
     weights = sorted(base.glob("*.safetensors"))
     like = base / name if (base / name).exists() else weights[0] if weights else base
     found = like.stat().st_mode
     path.chmod((found if (base / name).exists() else path.stat().st_mode & (found | 0o600)) & 0o777)
-    take_owner(path, like)
+    copy_owner(path, like)
 
 
-def take_owner(path: Path, like: Path) -> None:
+def copy_owner(path: Path, like: Path) -> None:
     """Give a file to the owner of another one, where the system lets us."""
     found, own = like.stat(), path.stat()
     if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
@@ -67,10 +67,10 @@ def take_owner(path: Path, like: Path) -> None:
 def save_copy(data: "bytes | PlannedFile", path: Path, like: Path | None = None) -> list[Any]:
     """Write `data` to `path` and fsync it, with mode and times of `like`. Returns its size and sha256."""
     parts = ((0, data),) if isinstance(data, bytes) else data.chunks()
-    return save((part for _, part in parts), path, like)
+    return write_copy((part for _, part in parts), path, like)
 
 
-def save(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
+def write_copy(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
     """The same, of parts. Each is hashed while it is written and the next one is made."""
     size = 0
     with path.open("xb", buffering=CHUNK) as file, BackgroundSha256() as digest:
@@ -81,17 +81,17 @@ def save(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[A
         file.flush()
         if like is not None:
             shutil.copystat(like, path)
-            take_owner(path, like)
+            copy_owner(path, like)
         os.fsync(file.fileno())
         return [size, digest.hexdigest()]
 
 
-def read_originals(base: Path, todo: Todo) -> Iterator[bytes]:
+def read_originals(base: Path, todo: ChangeSet) -> Iterator[bytes]:
     """Yield the original bytes of all ranges, a few MB at a time."""
     for name, ranges in todo.patched.items():
         with (base / name).open("rb", buffering=0) as file:
             parts, size = [], 0
-            for begin, end in pieces(ranges):
+            for begin, end in split_ranges(ranges):
                 parts.append(read_range(file.fileno(), begin, end))
                 if len(parts[-1]) != end - begin:
                     raise MergeError(f"{base / name}: ends before byte {end}; it became shorter meanwhile")
@@ -102,14 +102,14 @@ def read_originals(base: Path, todo: Todo) -> Iterator[bytes]:
             yield b"".join(parts)
 
 
-def pieces(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
+def split_ranges(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
     """`(begin, end)` of all bytes of the ranges, a chunk at most at a time."""
     for offset, length in ranges.tolist():
         for begin in range(offset, offset + length, CHUNK):
             yield begin, min(begin + CHUNK, offset + length)
 
 
-def encode_ranges(todo: Todo) -> bytes:
+def encode_ranges(todo: ChangeSet) -> bytes:
     """`ranges.npy`: (number of the patched file, offset, length) of every range, int64 [n, 3]."""
     parts = [np.insert(ranges, 0, number, axis=1) for number, ranges in enumerate(todo.patched.values())]
     np.save(file := BytesIO(), np.concatenate([np.empty((0, 3), np.int64), *parts]))

@@ -18,20 +18,20 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.json_object import MAX_JSON
-from pema_adapters.merging.in_place.change_set import Todo, is_safe
+from pema_adapters.merging.in_place.change_set import ChangeSet, is_safe
 from pema_adapters.merging.in_place.undo_data import (
     Digest,
+    copy_mode,
     encode_ranges,
     read_originals,
     sample_outside,
-    save,
     save_copy,
-    take_mode,
+    write_copy,
 )
 from pema_adapters.merging.output.writer import sync_folder
 
-ARMED = ".pema-undo"
-PARTIAL = ".pema-undo.partial"
+JOURNAL_DIR = ".pema-undo"
+PARTIAL_DIR = ".pema-undo.partial"
 VERSION = 2
 """2 has `made`, `written` and `samples`; a journal of version 1 can be undone without them."""
 PATCHING, DONE = "patching", "done"
@@ -59,14 +59,14 @@ class Journal:
     samples: dict[str, str] = field(default_factory=dict)
 
 
-def arm(base: Path, todo: Todo, report: dict[str, Any]) -> Journal:
+def commit_journal(base: Path, todo: ChangeSet, report: dict[str, Any]) -> Journal:
     """Save what will change and what will take its place, all of it on disk before this returns."""
-    folder = base / PARTIAL
+    folder = base / PARTIAL_DIR
     folder.mkdir(mode=0o700)  # it holds copies of files that others may not be allowed to read
     parts = [folder / part for part, files in (("saved", todo.replaced), ("new", todo.new)) if files]
     for part in parts:
         part.mkdir()
-    sums = {"undo.bin": save(read_originals(base, todo), folder / "undo.bin")}
+    sums = {"undo.bin": write_copy(read_originals(base, todo), folder / "undo.bin")}
     sums["ranges.npy"] = save_copy(encode_ranges(todo), folder / "ranges.npy")
     for number, file in enumerate(todo.replaced):
         data = (base / file.name).read_bytes()
@@ -74,18 +74,18 @@ def arm(base: Path, todo: Todo, report: dict[str, Any]) -> Journal:
     made = {}
     for number, file in enumerate(todo.new):
         made[file.name] = save_copy(file, folder / "new" / str(number))
-        take_mode(folder / "new" / str(number), base, file.name)
+        copy_mode(folder / "new" / str(number), base, file.name)
     for part in parts:
         sync_folder(part)
     journal = _journal(base, todo, sums, report, made)
     write_journal(folder, journal)
-    folder.replace(base / ARMED)
+    folder.replace(base / JOURNAL_DIR)
     sync_folder(base)
     return journal
 
 
 def _journal(
-    base: Path, todo: Todo, sums: dict[str, Digest], report: dict[str, Any], made: dict[str, Digest]
+    base: Path, todo: ChangeSet, sums: dict[str, Digest], report: dict[str, Any], made: dict[str, Digest]
 ) -> Journal:
     sizes = {name: (base / name).stat().st_size for name in todo.patched}
     replaced, created = ([file.name for file in files] for files in (todo.replaced, todo.created))
@@ -94,19 +94,19 @@ def _journal(
     return Journal(PATCHING, sizes, replaced, created, folders, sums, report, todo.renamed, made=made, samples=samples)
 
 
-def finish(base: Path, journal: Journal, report: dict[str, Any], written: dict[str, str]) -> None:
+def mark_done(base: Path, journal: Journal, report: dict[str, Any], written: dict[str, str]) -> None:
     """Say that the merge is complete: from here on only `undo` takes it back."""
-    write_journal(base / ARMED, replace(journal, state=DONE, report=report, written=written))
+    write_journal(base / JOURNAL_DIR, replace(journal, state=DONE, report=report, written=written))
 
 
-def state_of(base: Path) -> str | None:
+def read_state(base: Path) -> str | None:
     """PATCHING, DONE, or None without a journal. Raises `MergeError` where it is damaged."""
-    return read_journal(base).state if (base / ARMED).is_dir() else None
+    return read_journal(base).state if (base / JOURNAL_DIR).is_dir() else None
 
 
 def read_journal(base: Path) -> Journal:
     """`journal.json`, if it is what was written. Raises `MergeError`."""
-    path = base / ARMED / "journal.json"
+    path = base / JOURNAL_DIR / "journal.json"
     try:
         if path.stat().st_size > MAX_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes")
@@ -125,9 +125,9 @@ def read_journal(base: Path) -> Journal:
         names = (*names, *journal.renamed, *journal.renamed.values())
         bad = [name for name in names if not is_safe(base, name)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise damaged(path, str(error)) from None
+        raise damaged_error(path, str(error)) from None
     if bad:
-        raise damaged(path, f"{bad[0]!r} is a link or lies outside of the base")
+        raise damaged_error(path, f"{bad[0]!r} is a link or lies outside of the base")
     return journal
 
 
@@ -169,7 +169,7 @@ def read_ranges(base: Path, journal: Journal) -> dict[str, np.ndarray]:
 
     Raises `MergeError` where they are not within the files, or are not what undo.bin holds.
     """
-    path = base / ARMED / "ranges.npy"
+    path = base / JOURNAL_DIR / "ranges.npy"
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
         if found.dtype != np.int64 or found.ndim != 2 or found.shape[1] != 3:
@@ -181,7 +181,7 @@ def read_ranges(base: Path, journal: Journal) -> dict[str, np.ndarray]:
         if total != journal.sums["undo.bin"][0]:
             raise ValueError(f"{total:,} bytes of ranges, but undo.bin has {journal.sums['undo.bin'][0]:,}")
     except (OSError, ValueError, EOFError) as error:
-        raise damaged(path, str(error)) from None
+        raise damaged_error(path, str(error)) from None
     return ranges
 
 
@@ -198,20 +198,20 @@ def _checked_bytes(ranges: np.ndarray, size: int) -> int:
 def discard(base: Path) -> None:
     """Remove a journal that was never armed, or is not any more. Raises `MergeError` where the system refuses."""
     try:
-        if (base / PARTIAL).exists():
-            shutil.rmtree(base / PARTIAL)
+        if (base / PARTIAL_DIR).exists():
+            shutil.rmtree(base / PARTIAL_DIR)
     except OSError as error:
         raise MergeError(
             f"{base}: the base is as it was, but what is left of the undo journal cannot be removed "
-            f"({error.strerror or error}); delete {PARTIAL} in it"
+            f"({error.strerror or error}); delete {PARTIAL_DIR} in it"
         ) from error
 
 
-def damaged(path: Path, why: str) -> MergeError:
+def damaged_error(path: Path, why: str) -> MergeError:
     """The error of a journal that cannot be followed."""
     return MergeError(
         f"{path}: the undo journal is damaged ({why}) and was not followed; fetch the base again, or delete "
-        f"{ARMED} in it to keep it as it is"
+        f"{JOURNAL_DIR} in it to keep it as it is"
     )
 
 

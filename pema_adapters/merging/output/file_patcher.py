@@ -35,7 +35,7 @@ class Patcher:
 
 
 @contextmanager
-def patching(path: Path) -> Iterator[Patcher]:
+def open_patcher(path: Path) -> Iterator[Patcher]:
     """Write over the file `path`, which is no link; all is on disk when the block ends."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:

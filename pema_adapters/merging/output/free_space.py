@@ -9,25 +9,25 @@ from pathlib import Path
 from pema_adapters.errors import MergeError
 from pema_adapters.merging.output.writer import clone_range
 from pema_adapters.merging.plan.plan import Plan
-from pema_adapters.merging.plan.segments import BLOCK, Copy, Rows, Segment
+from pema_adapters.merging.plan.segments import BLOCK, CopySegment, RowsSegment, Segment
 
 
 def check_space(plan: Plan, folder: Path) -> None:
     """Refuse where the file system of `folder` has not enough space for the plan. Raises `MergeError`."""
     needed = plan.size
-    if _free(folder) < needed and _can_clone(plan, folder):
+    if _free_bytes(folder) < needed and _can_clone(plan, folder):
         needed = _size_without_clones(plan)
     check_free(folder.parent, needed)
 
 
 def check_free(folder: Path, size: int) -> None:
     """Refuse where the file system of `folder` has less than `size` bytes free. Raises `MergeError`."""
-    free = _free(folder)
+    free = _free_bytes(folder)
     if free < size:
         raise MergeError(f"{folder}: {free:,} bytes free, but the merge takes {size:,}; free some or choose --output")
 
 
-def _free(folder: Path) -> float:
+def _free_bytes(folder: Path) -> float:
     """Bytes that are free; no limit on a file system without a size, such as /proc, which says 0 of 0."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else math.inf
@@ -50,7 +50,7 @@ def _size_without_clones(plan: Plan) -> int:
     return max(plan.size - saved, 0)
 
 
-def _clonable_copies(plan: Plan) -> list[tuple[Copy, int]]:
+def _clonable_copies(plan: Plan) -> list[tuple[CopySegment, int]]:
     """Copies of the base of which whole blocks keep their place within a block, and the bytes rewritten in each."""
     placed = chain.from_iterable(zip(file.starts, file.segments, strict=False) for file in plan.files)
     found = [(start, *_copy_below(segment)) for start, segment in placed]
@@ -61,8 +61,8 @@ def _clonable_copies(plan: Plan) -> list[tuple[Copy, int]]:
     ]
 
 
-def _copy_below(segment: Segment) -> tuple[Copy | None, int]:
-    if isinstance(segment, Rows) and isinstance(segment.base, Copy):
+def _copy_below(segment: Segment) -> tuple[CopySegment | None, int]:
+    if isinstance(segment, RowsSegment) and isinstance(segment.base, CopySegment):
         blocks = len(segment.token_ids) * (1 + -(-segment.row_bytes // BLOCK))
         return segment.base, blocks * BLOCK
-    return (segment, 0) if isinstance(segment, Copy) and segment.of_base else (None, 0)
+    return (segment, 0) if isinstance(segment, CopySegment) and segment.of_base else (None, 0)

@@ -10,18 +10,18 @@ from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.json_object import decode_json
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, has_pema_section, parse_metadata, read_card, render_card
-from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, methods_of, render_provenance
+from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, render_provenance
 from pema_adapters.io.escaping import escape_markdown, format_code_block, format_code_span, format_python_literal
-from pema_adapters.merging.load_snippet import LeftAdapter, loading_lines
+from pema_adapters.merging.load_snippet import RemainingAdapterFiles, load_snippet
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.planning.auxiliary_files import ADAPTERS
 from pema_adapters.merging.report import MergeReport
 
 if TYPE_CHECKING:
-    from pema_adapters.merging.api import Inputs, Merge, Options
+    from pema_adapters.merging.api import Inputs, Merge, MergeOptions
 
 
-def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", options: "Options") -> str:
+def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", options: "MergeOptions") -> str:
     """README.md of a merged checkpoint on the Hub. `existing`: the one in the repository, "" for none."""
     start = ["import transformers"]
     if merge.report.adapters_left:
@@ -32,7 +32,7 @@ def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", opti
     return _card(existing, repo_id, section, inputs, merge.report)
 
 
-def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "Options") -> str:
+def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "MergeOptions") -> str:
     """README.md of a merged checkpoint in a folder; a card that an earlier merge wrote there keeps its other text.
 
     The base's own card is not kept, because it tells of another model; its license and language are. The text does not
@@ -65,11 +65,11 @@ def _card(existing: str, name: str, section: str, inputs: "Inputs", report: Merg
 
 
 def _tags(delta: Delta, report: MergeReport) -> list[str]:
-    return [*methods_of(delta), *([ADAPTERS_LIBRARY] if report.adapters_left else [])]
+    return [*delta.methods, *([ADAPTERS_LIBRARY] if report.adapters_left else [])]
 
 
 def _section(
-    inputs: "Inputs", report: MergeReport, options: "Options", loading: list[str], provenance: list[str]
+    inputs: "Inputs", report: MergeReport, options: "MergeOptions", loading: list[str], provenance: list[str]
 ) -> str:
     lines = [
         "## Merged with pema_adapters",
@@ -92,7 +92,7 @@ def _section(
 def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
     base = find_hub_id(inputs.base_name, delta)
-    methods = escape_markdown(", ".join(methods_of(delta)))
+    methods = escape_markdown(", ".join(delta.methods))
     what = "full fine-tuning" if delta.kind == "full" else f"the adapter {format_code_span(delta.name)} ({methods})"
     of = f" of {hub_link(base)}" if base else ""
     facts = [f"A complete checkpoint{of}, fine-tuned: {what}.", ""]
@@ -110,8 +110,8 @@ def _loading(checkpoint: str, merge: "Merge", where: Callable[[str], str]) -> li
     """The lines that load the model, or model and adapter."""
     files = {file.name: file for file in merge.plan.files}
     config = decode_json(files[CONFIG].read(0, files[CONFIG].size), Path(CONFIG)) if CONFIG in files else {}
-    left = {name: LeftAdapter.read(partial(_content, files, name)) for name in merge.report.adapters_left}
-    return loading_lines(checkpoint, config, left, where)
+    left = {name: RemainingAdapterFiles.read(partial(_content, files, name)) for name in merge.report.adapters_left}
+    return load_snippet(checkpoint, config, left, where)
 
 
 def _content(files: Mapping[str, PlannedFile], adapter: str, name: str) -> bytes | None:
@@ -119,7 +119,7 @@ def _content(files: Mapping[str, PlannedFile], adapter: str, name: str) -> bytes
     return None if found is None else found.read(0, found.size)
 
 
-def _command(inputs: "Inputs", options: "Options") -> str:
+def _command(inputs: "Inputs", options: "MergeOptions") -> str:
     """The command, without folders of the machine it ran on."""
     delta = Path(inputs.delta_name).resolve().name if Path(inputs.delta_name).exists() else inputs.delta_name
     words = ["pema-merge", "--base", _base_name(inputs), "--delta", delta]

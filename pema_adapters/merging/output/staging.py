@@ -71,7 +71,7 @@ class Stage:
 
 
 @contextmanager
-def staged(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[Stage]:
+def stage_output(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[Stage]:
     """Give an empty folder beside `target` that becomes `target` when the block ends, and vanishes if it fails.
 
     Args:
@@ -109,13 +109,13 @@ def staged(target: Path, overwrite: bool, names: Collection[str]) -> Iterator[St
     except PemaError:
         raise
     except OSError as error:
-        left = _what_is_left(stage, target, is_complete)
+        left = _describe_leftovers(stage, target, is_complete)
         raise MergeError(f"{error.filename or target}: {error.strerror or error}; {left}") from error
     except KeyboardInterrupt as error:
-        raise type(error)(_what_is_left(stage, target, is_complete)) from None
+        raise type(error)(_describe_leftovers(stage, target, is_complete)) from None
 
 
-def _what_is_left(stage: Path, target: Path, is_complete: bool) -> str:
+def _describe_leftovers(stage: Path, target: Path, is_complete: bool) -> str:
     if is_complete:
         return f"{target} is complete"
     return f"{stage} is incomplete and could not be removed" if stage.exists() else NOTHING_LEFT
@@ -154,17 +154,17 @@ def _lock(fd: int, stage: Path) -> None:
 
 def _commit(stage: Path, target: Path) -> None:
     """Rename the staged folder into place; the output of an earlier merge moves aside first, and back if that fails."""
-    aside = _aside(target)
+    aside = _replaced_path(target)
     if target.exists() and any(target.iterdir()):
         target.replace(aside)
     try:
         stage.replace(target)
     except OSError as error:
-        left = _put_back(aside, target)
+        left = _restore_earlier(aside, target)
         raise MergeError(f"{target}: cannot be put in place ({error.strerror}); {left}") from error
 
 
-def _put_back(aside: Path, target: Path) -> str:
+def _restore_earlier(aside: Path, target: Path) -> str:
     """Put the earlier output back, if there was one. Returns the end of the error message."""
     try:
         if aside.exists():
@@ -176,7 +176,7 @@ def _put_back(aside: Path, target: Path) -> str:
 
 def _discard_replaced(target: Path, names: Collection[str]) -> list[str]:
     """Remove the output that was replaced. Returns a note where that fails."""
-    aside = _aside(target)
+    aside = _replaced_path(target)
     try:
         if not aside.exists():
             return []
@@ -194,7 +194,7 @@ def _recover(target: Path, names: Collection[str]) -> None:
 
     Raises `MergeError` where it holds files of somebody else: `_discard_replaced` kept it for them.
     """
-    aside = _aside(target)
+    aside = _replaced_path(target)
     if not aside.exists():
         return
     if not target.exists() or not any(target.iterdir()):
@@ -212,5 +212,5 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _aside(target: Path) -> Path:
+def _replaced_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.pema-replaced")

@@ -13,11 +13,11 @@ from pema_adapters.io.input_file import Bytes
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.output.file_patcher import write_all
 from pema_adapters.merging.plan.plan import Plan, PlannedFile
-from pema_adapters.merging.plan.segments import BLOCK, CHUNK, Copy, Rows, Segment
+from pema_adapters.merging.plan.segments import BLOCK, CHUNK, CopySegment, RowsSegment, Segment
 
 WINDOW = 256 << 20
-SETTLED = 16 << 20
-_CANNOT = {
+WRITEBACK_BYTES = 16 << 20
+_UNSUPPORTED = {
     errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.ENOTSOCK, errno.ENOTTY,
 }  # fmt: skip
 _FICLONERANGE = 0x4020940D
@@ -55,13 +55,13 @@ def clone_range(target: int, source: int, at: int, to: int, length: int) -> bool
     try:
         fcntl.ioctl(target, _FICLONERANGE, struct.pack("=qQQQ", source, at, length, to))
     except OSError as error:
-        if error.errno not in _CANNOT:
+        if error.errno not in _UNSUPPORTED:
             raise
         return False
     return True
 
 
-class Sink:
+class OutputFile:
     """A file being written; `advance` hears of every byte. `cloned` counts those that share the source's blocks."""
 
     def __init__(self, fd: int, behind: Executor, advance: Advance) -> None:
@@ -82,12 +82,12 @@ class Sink:
         write_all(self.fd, data, at)
         return len(data)
 
-    def settle(self, begin: int, end: int) -> None:
+    def start_writeback(self, begin: int, end: int) -> None:
         """Say that a range is final, so that the disk gets it now rather than at the fsync, while copying goes on.
 
         The advice starts the writing and drops pages that are clean already. It may block, hence the other thread.
         """
-        if end - begin >= SETTLED and hasattr(os, "posix_fadvise"):
+        if end - begin >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
             self.behind.submit(os.posix_fadvise, self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
@@ -95,9 +95,9 @@ def _write_file(file: PlannedFile, path: Path, advance: Advance) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with ThreadPoolExecutor(1) as behind:
-            sink = Sink(fd, behind, advance)
+            sink = OutputFile(fd, behind, advance)
             for start, segment in zip(file.starts, file.segments, strict=False):
-                _lay(segment, sink, start)
+                write_segment(segment, sink, start)
         os.fsync(fd)
         return sink.cloned
     finally:
@@ -105,33 +105,33 @@ def _write_file(file: PlannedFile, path: Path, advance: Advance) -> int:
 
 
 @singledispatch
-def _lay(segment: Segment, sink: Sink, start: int) -> None:
+def write_segment(segment: Segment, sink: OutputFile, start: int) -> None:
     """Write a segment at the offset `start`."""
     for begin in range(0, segment.length, CHUNK):
         end = min(begin + CHUNK, segment.length)
         sink.advance(sink.write(segment.read(begin, end), start + begin))
 
 
-@_lay.register
-def _(segment: Copy, sink: Sink, start: int) -> None:
-    for begin, end in _copied(segment, sink, start):
-        sink.settle(start + begin, start + end)
+@write_segment.register
+def _(segment: CopySegment, sink: OutputFile, start: int) -> None:
+    for begin, end in _copy_windows(segment, sink, start):
+        sink.start_writeback(start + begin, start + end)
         sink.advance(end - begin)
 
 
-@_lay.register
-def _(segment: Rows, sink: Sink, start: int) -> None:
+@write_segment.register
+def _(segment: RowsSegment, sink: OutputFile, start: int) -> None:
     """Rows follow the copy window by window, so that no page goes to the disk twice."""
-    if not isinstance(segment.base, Copy):  # numbers that are cast on the way
-        _lay.dispatch(object)(segment, sink, start)
+    if not isinstance(segment.base, CopySegment):  # numbers that are cast on the way
+        write_segment.dispatch(object)(segment, sink, start)
         return
     changes = segment.changes()
     change = next(changes, None)
-    for begin, end in _copied(segment.base, sink, start):
+    for begin, end in _copy_windows(segment.base, sink, start):
         while change is not None and change[0] + len(change[1]) <= end:
             sink.write(change[1], start + change[0])
             change = next(changes, None)
-        sink.settle(start + begin, start + end)
+        sink.start_writeback(start + begin, start + end)
         sink.advance(end - begin)
     while change is not None:
         sink.write(change[1], start + change[0])
@@ -139,28 +139,28 @@ def _(segment: Rows, sink: Sink, start: int) -> None:
     sink.advance(segment.length - segment.base.length)
 
 
-def _copied(segment: Copy, sink: Sink, start: int) -> Iterator[tuple[int, int]]:
+def _copy_windows(segment: CopySegment, sink: OutputFile, start: int) -> Iterator[tuple[int, int]]:
     """Copy to the offset `start`; give `(begin, end)` of every window that is there."""
     source = segment.file.open()
     done = 0
     while done < segment.length:
         at, to = segment.start + done, start + done
-        left = _to_block(at, to, segment.length - done)
+        left = _align_to_block(at, to, segment.length - done)
         descriptor = source.descriptor
-        count = sink.clone(descriptor, at, to, left) or _by_kernel(descriptor, sink.fd, at, to, left)
+        count = sink.clone(descriptor, at, to, left) or _copy_in_kernel(descriptor, sink.fd, at, to, left)
         count = count or sink.write(segment.file.read(at, at + min(left, CHUNK)), to)
         yield done, done + count
         done += count
 
 
-def _to_block(at: int, to: int, left: int) -> int:
+def _align_to_block(at: int, to: int, left: int) -> int:
     """How much to copy at once: up to the next block where both sides can meet one, and then whole blocks."""
     if (at - to) % BLOCK or left < 2 * BLOCK:
         return left
     return BLOCK - at % BLOCK if at % BLOCK else left - left % BLOCK
 
 
-def _by_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
+def _copy_in_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
     """Copy up to a window without its bytes passing through this process. Returns how many; 0 if it cannot."""
     count = min(left, WINDOW)
     try:
@@ -169,6 +169,6 @@ def _by_kernel(source: int, target: int, at: int, to: int, left: int) -> int:
         os.lseek(target, to, os.SEEK_SET)
         return os.sendfile(target, source, at, count)
     except OSError as error:
-        if error.errno in _CANNOT or error.errno == errno.EIO:  # of which file, reading and writing will tell
+        if error.errno in _UNSUPPORTED or error.errno == errno.EIO:  # of which file, reading and writing will tell
             return 0
         raise

@@ -22,15 +22,15 @@ def cast(raw: np.ndarray, source: str, target: str, rounding: Rounding, where: s
 
     Raises `MergeError`, naming `where`, if a finite number has no finite counterpart.
     """
-    return narrow_noting(wide(raw, source), target, rounding, where)
+    return downcast_tracked(upcast(raw, source), target, rounding, where)
 
 
-def narrow_noting(values: np.ndarray, target: str, rounding: Rounding, where: str) -> np.ndarray:
+def downcast_tracked(values: np.ndarray, target: str, rounding: Rounding, where: str) -> np.ndarray:
     """Numbers [n] as bytes of dtype `target`, and their rounding noted; raises as `cast` does."""
     if target in NUMPY_DTYPES and values.dtype == NUMPY_DTYPES[target]:
         return np.ascontiguousarray(values).view(np.uint8)
-    made = narrow(values, target)
-    back = wide(made, target)
+    made = downcast(values, target)
+    back = upcast(made, target)
     finite = np.isfinite(values)
     if not np.isfinite(back[finite]).all():
         largest = np.abs(values[finite]).max()
@@ -40,12 +40,12 @@ def narrow_noting(values: np.ndarray, target: str, rounding: Rounding, where: st
     return made
 
 
-def wide(raw: np.ndarray, dtype: str) -> np.ndarray:
+def upcast(raw: np.ndarray, dtype: str) -> np.ndarray:
     """float64 for F64, float32 for the rest: exact."""
     return raw.view("<f8") if dtype == "F64" else as_float32(raw, dtype)
 
 
-def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+def downcast(values: np.ndarray, dtype: str) -> np.ndarray:
     """The bytes of the nearest numbers of `dtype`; too large ones become infinite."""
     with np.errstate(over="ignore"):
         if dtype != "BF16":

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from pema_adapters.merging.plan.dtype_cast import Rounding
-from pema_adapters.merging.plan.segments import CHUNK, Copy, Literal, Rows, Segment, chunks
+from pema_adapters.merging.plan.segments import CHUNK, BytesSegment, CopySegment, RowsSegment, Segment, chunks
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,6 @@ class Plan:
         """Compute whatever is rounded, for the sake of its rounding error alone."""
         for file in self.files:
             for segment in file.segments:
-                for part in (segment.base, segment.rows) if isinstance(segment, Rows) else (segment,):
-                    if not isinstance(part, Copy | Literal):
+                for part in (segment.base, segment.rows) if isinstance(segment, RowsSegment) else (segment,):
+                    if not isinstance(part, CopySegment | BytesSegment):
                         deque(chunks(part), maxlen=0)

@@ -32,7 +32,7 @@ class Segment(Protocol):
         """How many."""
 
     @property
-    def origin(self) -> "Copy | None":
+    def origin(self) -> "CopySegment | None":
         """The bytes of the base that these are, or are made of one for one; None where they are others."""
 
     def read(self, begin: int, end: int) -> Bytes:
@@ -43,7 +43,7 @@ class Segment(Protocol):
 
 
 @dataclass(frozen=True)
-class Copy:
+class CopySegment:
     """`length` bytes of an input file from `start` on; `of_base`: they are the base's, rather than the delta's."""
 
     file: InputFile
@@ -52,7 +52,7 @@ class Copy:
     of_base: bool = True
 
     @classmethod
-    def whole(cls, file: InputFile, of_base: bool = True) -> "Copy":
+    def whole(cls, file: InputFile, of_base: bool = True) -> "CopySegment":
         """All bytes of a file."""
         return cls(file, 0, file.size, of_base)
 
@@ -62,7 +62,7 @@ class Copy:
         return self.file.path
 
     @property
-    def origin(self) -> "Copy | None":
+    def origin(self) -> "CopySegment | None":
         """Itself, if these are bytes of the base."""
         return self if self.of_base else None
 
@@ -76,7 +76,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Literal:
+class BytesSegment:
     """Bytes in memory: a header, a configuration, a tensor that had to be put in order."""
 
     data: Bytes
@@ -97,7 +97,7 @@ class Literal:
 
 
 @dataclass(frozen=True)
-class Cast:
+class CastSegment:
     """The numbers of another segment, of dtype `given`, rounded to `dtype` as they are read; `where` is for errors."""
 
     source: Segment
@@ -108,7 +108,7 @@ class Cast:
     origin = None
 
     @classmethod
-    def of(cls, tensor: StoredTensor, dtype: str, rounding: Rounding) -> "Cast":
+    def of(cls, tensor: StoredTensor, dtype: str, rounding: Rounding) -> "CastSegment":
         """A tensor of the delta, rounded to `dtype`."""
         where = f"{tensor.path}: tensor {tensor.name!r}"
         return cls(stored_bytes(tensor, of_base=False), tensor.dtype, dtype, rounding, where)
@@ -132,7 +132,7 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowsSegment:
     """A matrix of the base with K rows spliced in: row `token_ids[k]` comes from row k of `rows`.
 
     `base` are the V rows as they were; ids from V on make the matrix grow, one after another without a gap.
@@ -150,7 +150,7 @@ class Rows:
         return max(self.base.length, after * self.row_bytes)
 
     @property
-    def origin(self) -> Copy | None:
+    def origin(self) -> CopySegment | None:
         """The matrix as it was."""
         return self.base.origin
 
@@ -181,11 +181,11 @@ class Rows:
                 yield offset, block[low:high]
 
 
-def stored_bytes(tensor: StoredTensor, *, of_base: bool) -> Copy | Literal:
+def stored_bytes(tensor: StoredTensor, *, of_base: bool) -> CopySegment | BytesSegment:
     """The bytes of a tensor where they lie; in memory, where a pickle has them in another order."""
     if tensor.start is None:
-        return Literal(tensor.read())
-    return Copy(tensor.source, tensor.start, tensor.nbytes, of_base)
+        return BytesSegment(tensor.read())
+    return CopySegment(tensor.source, tensor.start, tensor.nbytes, of_base)
 
 
 def chunks(segment: Segment) -> Changes:
@@ -194,18 +194,18 @@ def chunks(segment: Segment) -> Changes:
         yield begin, segment.read(begin, min(begin + CHUNK, segment.length))
 
 
-def joined(segments: list[Segment]) -> tuple[Segment, ...]:
+def merge_segments(segments: list[Segment]) -> tuple[Segment, ...]:
     """The same bytes in fewer segments: copies that continue each other become one, empty ones go."""
     made: list[Segment] = []
     for segment in segments:
         last = made[-1] if made else None
-        if isinstance(last, Copy) and isinstance(segment, Copy) and _continues(last, segment):
+        if isinstance(last, CopySegment) and isinstance(segment, CopySegment) and _continues(last, segment):
             made[-1] = replace(last, length=last.length + segment.length)
         elif segment.length:
             made.append(segment)
     return tuple(made)
 
 
-def _continues(first: Copy, second: Copy) -> bool:
+def _continues(first: CopySegment, second: CopySegment) -> bool:
     same = first.file is second.file and first.of_base == second.of_base
     return same and first.start + first.length == second.start

@@ -10,55 +10,64 @@ from pathlib import Path
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.merging.planning.output_tensor import Entry, encoded
+from pema_adapters.merging.planning.output_tensor import OutputTensor, encode_file_header
 
 ADDED = "model-added.safetensors"
 """The shard of tensors that a base of several shards lacked."""
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 """What a base's only file is called then, and the one of tensors that it lacked."""
-MOST_MOVED = 64 << 20
+MAX_MOVED = 64 << 20
 _INSTEAD = "write a new checkpoint with --output"
 
 
 @dataclass
-class Files:
-    """The weight files of an output, by their path in the base, or by the one that they would have there.
+class TensorsByFile:
+    """The tensors of each weight file of the output.
 
-    entries: their tensors. names: of those that are not called as they would be. starts: where the tensors begin in
-    those that get a longer header.
+    Attributes:
+        tensors: by the path of the file in the base, or the path that it would have there.
+        names: the names of files that are called otherwise in the output.
+        starts: where the tensors begin, for files that get a longer header.
+        notes: for the report.
     """
 
-    entries: dict[Path, list[Entry]]
+    tensors: dict[Path, list[OutputTensor]]
     names: dict[Path, str] = field(default_factory=dict)
     starts: dict[Path, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def behind(base: Checkpoint, entries: dict[Path, list[Entry]], new: list[Entry]) -> Files:
-    """New tensors at the end of the last file."""
+def append_to_last(base: Checkpoint, tensors: dict[Path, list[OutputTensor]], new: list[OutputTensor]) -> TensorsByFile:
+    """Append new tensors to the last file."""
     last = base.files[-1]
-    return Files({**entries, last: [*entries[last], *new]})
+    return TensorsByFile({**tensors, last: [*tensors[last], *new]})
 
 
-def apart(base: Checkpoint, entries: dict[Path, list[Entry]], new: list[Entry], prefix: str) -> Files:
-    """New tensors in a file of their own. `prefix`: what all names of the base get, "" for nothing.
+def add_shard(
+    base: Checkpoint, tensors: dict[Path, list[OutputTensor]], new: list[OutputTensor], prefix: str
+) -> TensorsByFile:
+    """Put new tensors into a file of their own.
 
-    Raises `MergeError` where another file has that name, or a longer header finds no room.
+    Args:
+        prefix: prepended to all names of the base; "" for nothing.
+
+    Raises:
+        MergeError: another file has that name, or a longer header finds no room.
     """
     added = base.folder / (SHARDS[1] if base.index is None else ADDED)
-    made = Files(dict(entries))
+    made = TensorsByFile(dict(tensors))
     if base.index is None:
         made.names[base.files[0]] = SHARDS[0]
         made.notes.append(f"{base.files[0].name} is called {SHARDS[0]} now, its new tensors are in {SHARDS[1]}")
     _check_free(base, {added, *(base.folder / name for name in made.names.values())})
-    moved: list[Entry] = []
-    for path, found in entries.items() if prefix else ():
-        count, made.starts[path] = _room(base, path, found, prefix)
-        made.entries[path] = found[count:]
+    moved: list[OutputTensor] = []
+    for path, found in tensors.items() if prefix else ():
+        count, made.starts[path] = _measure_header_room(base, path, found, prefix)
+        made.tensors[path] = found[count:]
         moved += found[:count]
     if moved:
         made.notes.append(f"{len(moved)} of the base's tensors moved to {added.name}, to make room for longer names")
-    made.entries[added] = [*made.entries.get(added, []), *moved, *new]
+    made.tensors[added] = [*made.tensors.get(added, []), *moved, *new]
     return made
 
 
@@ -68,12 +77,14 @@ def _check_free(base: Checkpoint, paths: set[Path]) -> None:
             raise MergeError(f"{path}: is there, but no weights file of the base, and its name is needed; {_INSTEAD}")
 
 
-def _room(base: Checkpoint, path: Path, entries: list[Entry], prefix: str) -> tuple[int, int]:
-    """How many tensors have to move for the header to fit before the others, and where these begin."""
+def _measure_header_room(base: Checkpoint, path: Path, tensors: list[OutputTensor], prefix: str) -> tuple[int, int]:
+    """Return how many tensors have to move for the header to fit, and where the others begin."""
     starts = [tensor.start or 0 for tensor in base.by_file[path]]
-    count = bisect_left(range(len(entries)), True, key=lambda k: len(encoded(base, path, entries[k:])) <= starts[k])
-    if count == len(entries) or starts[count] > MOST_MOVED:
-        longer = len(encoded(base, path, entries)) - starts[0] if entries else 0
+    count = bisect_left(
+        range(len(tensors)), True, key=lambda k: len(encode_file_header(base, path, tensors[k:])) <= starts[k]
+    )
+    if count == len(tensors) or starts[count] > MAX_MOVED:
+        longer = len(encode_file_header(base, path, tensors)) - starts[0] if tensors else 0
         raise MergeError(
             f"{path}: cannot be merged in place: beside a head its names need the prefix {prefix!r}, which makes its "
             f"header {longer} bytes longer, and the tensors behind it are too large to make room; {_INSTEAD}"

@@ -14,10 +14,10 @@ from pema_adapters.formats.weights import INDEX
 from pema_adapters.io.input_file import InputFile
 from pema_adapters.io.safe_paths import check_link
 from pema_adapters.merging.plan.plan import PlannedFile
-from pema_adapters.merging.plan.segments import Copy, Literal, joined, stored_bytes
+from pema_adapters.merging.plan.segments import BytesSegment, CopySegment, merge_segments, stored_bytes
 from pema_adapters.merging.planning.config_files import json_file
 
-WEIGHTS = {
+WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".ggml",
     ".tflite", ".pb", ".npz", ".mlmodel", ".pkl", ".lock", ".incomplete",
 }  # fmt: skip
@@ -25,7 +25,7 @@ ADAPTERS = "adapters"
 INTERFACE = "adapter_interface.json"
 
 
-def carried_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
+def copy_through_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
     """Tokenizer, generation configuration, README and other small files of the base, copied as they are.
 
     Weights in any format are left behind, and folders too, but for the modules of a Sentence Transformers model.
@@ -33,18 +33,18 @@ def carried_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
     Raises:
         FormatError: one of them, or config.json, is a link that leads out of the folder, and is not left in place.
     """
-    top = [path for path in sorted(folder.iterdir()) if _is_carried(path) and not path.is_dir()]
+    top = [path for path in sorted(folder.iterdir()) if _is_copied_through(path) and not path.is_dir()]
     below = [path for module in _modules(folder) for path in (module, *_walk(module))]
     if not in_place:
         for path in (folder / CONFIG, *top, *below):
             check_link(path, folder)
-    return [_copied(path, folder) for path in top + below if path.is_file()]
+    return [_copy_file(path, folder) for path in top + below if path.is_file()]
 
 
-def _is_carried(path: Path) -> bool:
+def _is_copied_through(path: Path) -> bool:
     name = path.name
     own = {CONFIG, INDEX, MERGE_MANIFEST, ADAPTER_CONFIG, HEAD_CONFIG, "trainer_state.json"}
-    return not (name.startswith(".") or path.suffix in WEIGHTS or name.endswith(".index.json") or name in own)
+    return not (name.startswith(".") or path.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or name in own)
 
 
 def _modules(folder: Path) -> list[Path]:
@@ -61,11 +61,11 @@ def _walk(folder: Path) -> list[Path]:
     return found
 
 
-def _copied(path: Path, folder: Path) -> PlannedFile:
-    return PlannedFile(path.relative_to(folder).as_posix(), joined([Copy.whole(InputFile(path))]))
+def _copy_file(path: Path, folder: Path) -> PlannedFile:
+    return PlannedFile(path.relative_to(folder).as_posix(), merge_segments([CopySegment.whole(InputFile(path))]))
 
 
-def left_files(delta: Delta) -> list[PlannedFile]:
+def adapter_files(delta: Delta) -> list[PlannedFile]:
     """What cannot go into weights yet: `adapters/NAME`, an artifact without PEMA, ready for `load_adapter`."""
     if delta.kind == "full":
         return []
@@ -80,11 +80,13 @@ def left_files(delta: Delta) -> list[PlannedFile]:
     interface = delta.folder / INTERFACE
     if files and (interface.is_file() or interface.is_symlink()):
         check_link(interface, delta.folder)
-        files.append(PlannedFile(f"{folder}/{INTERFACE}", (Copy.whole(InputFile(interface), of_base=False),)))
+        files.append(PlannedFile(f"{folder}/{INTERFACE}", (CopySegment.whole(InputFile(interface), of_base=False),)))
     return files
 
 
 def weights_file(name: str, tensors: dict[str, StoredTensor]) -> PlannedFile:
     """A safetensors file of tensors as they are."""
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
-    return PlannedFile(name, joined([Literal(header), *(stored_bytes(t, of_base=False) for t in tensors.values())]))
+    return PlannedFile(
+        name, merge_segments([BytesSegment(header), *(stored_bytes(t, of_base=False) for t in tensors.values())])
+    )

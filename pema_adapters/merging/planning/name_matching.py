@@ -11,7 +11,7 @@ from pema_adapters.formats.tensor_names import EMBEDDINGS, canonicalize, map_can
 
 
 @dataclass(frozen=True)
-class Names:
+class NameMap:
     """How a base and a delta name their tensors.
 
     prefix: of the base model. embedding: E as stored in the base, "" where the delta has no rows.
@@ -47,7 +47,7 @@ class Names:
         return f"{self.prefix}.{bare}" if self.is_prefixed or self.add_prefix else bare
 
 
-def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -> Names:
+def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -> NameMap:
     """Match the delta's names to the base's; `modules` are those that are folded.
 
     Raises `BaseMismatchError` where E, or a module, is not in the base.
@@ -55,18 +55,18 @@ def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -
     if delta.weight is None:
         names = _without_rows(base, modules)
     else:
-        prefix, embedding, stored = _located(base, delta, delta.weight)
+        prefix, embedding, stored = _locate_embedding(base, delta, delta.weight)
         is_prefixed = bool(prefix) and embedding.startswith(prefix + ".")
         guessed = delta.kind == "full" and delta.fingerprint is None
         own_base = not delta.embedding.startswith(prefix + ".") if guessed else delta.own_base
-        names = Names(prefix, embedding, stored, own_base, is_prefixed, add_prefix=False)
+        names = NameMap(prefix, embedding, stored, own_base, is_prefixed, add_prefix=False)
     untied = [delta.untied] if delta.untied and not delta.is_output_in_head else []
     new_heads = [n for n in (*delta.checkpoint_tensors, *untied) if not names.is_inside(n) and names.in_base(n) is None]
     in_class = delta.head.prefix if delta.head and delta.head.prefix is not None else names.prefix
     return replace(names, add_prefix=bool(new_heads) and bool(in_class) and not names.is_prefixed)
 
 
-def _without_rows(base: Checkpoint, modules: Collection[str]) -> Names:
+def _without_rows(base: Checkpoint, modules: Collection[str]) -> NameMap:
     """The names of a delta without PEMA rows: its first module tells the prefix."""
     wanted = f"{next(iter(modules))}.weight"
     found = next((name for name in base.tensors if _is_called(name, wanted)), None)
@@ -76,7 +76,7 @@ def _without_rows(base: Checkpoint, modules: Collection[str]) -> Names:
         )
     prefix = _difference(found, wanted) or _first_part(base, wanted)
     own_base = bool(prefix) and not wanted.startswith(prefix + ".")
-    return Names(
+    return NameMap(
         prefix,
         "",
         map_canonical_names(base.tensors, prefix),
@@ -93,7 +93,7 @@ def _first_part(base: Checkpoint, name: str) -> str:
     return first.removesuffix(".") if inside else ""
 
 
-def copies_of(base: Checkpoint, names: Names, is_untied: bool = False) -> list[str]:
+def find_copies(base: Checkpoint, names: NameMap, is_untied: bool = False) -> list[str]:
     """Names of further stored copies of E: same shape, same bytes, and tied to it by the model's configuration.
 
     Copies of the input embedding (encoder.embed_tokens, ...) are always tied, output embeddings unless
@@ -117,7 +117,7 @@ def _same_bytes(base: Checkpoint, name: str, other: str, step: int = 8 << 20) ->
     return all(left.read(*part) == right.read(*part) for part in ranges)
 
 
-def _located(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
+def _locate_embedding(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
     """The prefix, E as stored, and `{canonical name: stored name}`."""
     if delta.fingerprint is not None:
         stored = delta.fingerprint.match_names(base.tensors.keys())
@@ -126,13 +126,13 @@ def _located(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str,
         embedding = stored[delta.embedding]
         prefix = embedding.removesuffix(delta.embedding).removesuffix(".") or delta.prefix
         return prefix, embedding, stored
-    return _guessed(base, delta, weight)
+    return _guess_embedding(base, delta, weight)
 
 
-def _guessed(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
+def _guess_embedding(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
     """The same for a delta without fingerprint, by the name of its rows, or by how embeddings are usually called."""
     wanted = delta.embedding
-    names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _usual(base, weight)
+    names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _common_embeddings(base, weight)
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise MergeError(
@@ -147,7 +147,7 @@ def _is_called(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted) or wanted.endswith("." + name)
 
 
-def _usual(base: Checkpoint, weight: StoredTensor) -> list[str]:
+def _common_embeddings(base: Checkpoint, weight: StoredTensor) -> list[str]:
     return [
         tensor.name
         for tensor in base.tensors.values()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pema_adapters.formats.checkpoint import Checkpoint
 from pema_adapters.formats.safetensors_header import encode_header
-from pema_adapters.merging.plan.segments import BLOCK, Copy, Literal, Segment
+from pema_adapters.merging.plan.segments import BLOCK, BytesSegment, CopySegment, Segment
 
 
 @dataclass(frozen=True)
-class Entry:
+class OutputTensor:
     """A tensor of the output, and the segments that its bytes come from."""
 
     name: str
@@ -19,7 +19,7 @@ class Entry:
     segments: tuple[Segment, ...]
 
 
-def header_for(base: Checkpoint, path: Path, entries: Sequence[Entry], start: int | None) -> Segment:
+def plan_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor], start: int | None) -> Segment:
     """The header of what the base's file `path` becomes: that file's own, where it says the same.
 
     start: where the tensors have to begin; if None, or too early, they keep their place within a block, so that blocks
@@ -28,24 +28,26 @@ def header_for(base: Checkpoint, path: Path, entries: Sequence[Entry], start: in
     same = _same_header(base, path, entries)
     if same is not None:
         return same
-    header = encoded(base, path, entries)
+    header = encode_file_header(base, path, entries)
     if start is not None and start >= len(header):
-        return Literal(encoded(base, path, entries, start - len(header)))
+        return BytesSegment(encode_file_header(base, path, entries, start - len(header)))
     first = min((tensor.start or 0 for tensor in base.by_file.get(path, ())), default=0)
-    return Literal(encoded(base, path, entries, (first - len(header)) % BLOCK if first and first % 8 == 0 else 0))
+    return BytesSegment(
+        encode_file_header(base, path, entries, (first - len(header)) % BLOCK if first and first % 8 == 0 else 0)
+    )
 
 
-def encoded(base: Checkpoint, path: Path, entries: Sequence[Entry], padding: int = 0) -> bytes:
+def encode_file_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor], padding: int = 0) -> bytes:
     """A new header, with the metadata that the file has in the base."""
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
     return encode_header(tensors, base.metadata(path), padding)
 
 
-def _same_header(base: Checkpoint, path: Path, entries: Sequence[Entry]) -> Copy | None:
+def _same_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor]) -> CopySegment | None:
     """The header of a base's file, where that of the output says the same."""
     header = base.headers.get(path)
     if header is None:
         return None
     before = [(tensor.name, tensor.dtype, tensor.shape) for tensor in header.tensors.values()]
     after = [(entry.name, entry.dtype, entry.shape) for entry in entries]
-    return Copy(header.source, 0, header.data_start) if after == before else None
+    return CopySegment(header.source, 0, header.data_start) if after == before else None

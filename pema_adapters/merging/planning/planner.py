@@ -8,15 +8,15 @@ from pema_adapters.errors import BaseMismatchError, FormatError, MergeError
 from pema_adapters.formats.checkpoint import CONFIG, Checkpoint
 from pema_adapters.formats.delta import Delta, Head
 from pema_adapters.formats.safetensors_header import FLOATS, as_float32
-from pema_adapters.merging.folding.adapter_layers import weight_space
-from pema_adapters.merging.heads.convert import StandardHead, standard_head
+from pema_adapters.merging.folding.adapter_layers import find_adapted_layers
+from pema_adapters.merging.heads.convert import StandardHead, convert_head
 from pema_adapters.merging.heads.output_matrix import head_with_output, is_of_language_model, place_output
 from pema_adapters.merging.heads.registry import TIE
 from pema_adapters.merging.plan.plan import Plan
-from pema_adapters.merging.planning.auxiliary_files import carried_files, left_files
+from pema_adapters.merging.planning.auxiliary_files import adapter_files, copy_through_files
 from pema_adapters.merging.planning.config_files import config_file, index_file
 from pema_adapters.merging.planning.name_matching import match_names
-from pema_adapters.merging.planning.weight_files import Layout
+from pema_adapters.merging.planning.weight_files import plan_weight_files
 
 DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What `--dtype` may be, and how safetensors files call it."""
@@ -26,7 +26,7 @@ _ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Choices:
+class PlanOptions:
     """What the caller decides about the plan; see `merge_checkpoint`."""
 
     dtype: str = "auto"
@@ -35,11 +35,11 @@ class Choices:
     in_place: bool = False
 
 
-def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> Plan:
+def plan_merge(base: Checkpoint, delta: Delta, options: PlanOptions = PlanOptions()) -> Plan:
     """Check that the delta belongs to the base, and plan every file of the output."""
-    notes = _check_config(base) + _check_base(base, delta, choices.allow_base_mismatch)
-    layers, rest = weight_space(delta, choices.fold)
-    delta, about_head = _with_standard_head(base, replace(delta, remaining=rest))
+    code, notes = _dtype_code(options), _check_config(base) + _check_base(base, delta, options.allow_base_mismatch)
+    layers, rest = find_adapted_layers(delta, options.fold)
+    delta, about_head = _convert_head(base, replace(delta, remaining=rest))
     delta, about_output = place_output(base, delta)
     if delta.weight is None and not layers:
         raise MergeError(
@@ -47,26 +47,26 @@ def plan_merge(base: Checkpoint, delta: Delta, choices: Choices = Choices()) -> 
             "merge: load it with load_adapter on the base"
         )
     names = match_names(base, delta, [layer.module for layer in layers])
-    layout = Layout(base, delta, names, layers, dtype=_code(choices), apart=choices.in_place)
-    left = left_files(replace(delta, head=head_with_output(base, delta, names.embedding)))
-    settings = [file for file in (config_file(base, delta, layout), index_file(base, layout)) if file]
+    weights = plan_weight_files(base, delta, names, layers, dtype=code, in_place=options.in_place)
+    left = adapter_files(replace(delta, head=head_with_output(base, delta, names.embedding)))
+    settings = [file for file in (config_file(base, delta, weights), index_file(base, weights)) if file]
     return Plan(
-        files=(*carried_files(base.folder, in_place=choices.in_place), *layout.files(), *left, *settings),
-        rounding=layout.rounding,
+        files=(*copy_through_files(base.folder, in_place=options.in_place), *weights.files, *left, *settings),
+        rounding=weights.rounding,
         rows_merged=len(delta.token_ids),
-        vocab_size=layout.vocab_size,
-        tensors_changed=layout.changed + layout.added,
-        tensors_copied=len(base.tensors) - layout.changed,
-        tensors_folded=layout.folded,
+        vocab_size=weights.vocab_size,
+        tensors_changed=weights.changed + weights.added,
+        tensors_copied=len(base.tensors) - weights.changed,
+        tensors_folded=weights.folded,
         adapters_left=(delta.name,) if left else (),
-        notes=(*notes, *layout.notes, *about_head, *about_output, *_about_values(delta), *_about_left(delta)),
+        notes=(*notes, *weights.notes, *about_head, *about_output, *_note_values(delta), *_note_left_adapter(delta)),
     )
 
 
-def _code(choices: Choices) -> str | None:
-    if choices.dtype not in DTYPES:
-        raise MergeError(f"dtype {choices.dtype!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[choices.dtype]
+def _dtype_code(options: PlanOptions) -> str | None:
+    if options.dtype not in DTYPES:
+        raise MergeError(f"dtype {options.dtype!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[options.dtype]
 
 
 def _check_config(base: Checkpoint) -> list[str]:
@@ -112,7 +112,7 @@ def _check_architecture(base: Checkpoint, delta: Delta) -> None:
             )
 
 
-def _with_standard_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
+def _convert_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
     """The delta with its flexible head as that of an ordinary class, where one is the same; else why not."""
     if delta.head is None or delta.head.is_static:
         return delta, []
@@ -121,8 +121,8 @@ def _with_standard_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str
         config = {**config, "vocab_size": delta.fingerprint.vocab_size}
     if delta.untied:
         config = {**config, TIE: False}
-    found = standard_head(delta.head, config, keeps_base_output=bool(delta.untied))
-    reason = found if isinstance(found, str) else _hindrance(base, delta, delta.head, found)
+    found = convert_head(delta.head, config, keeps_base_output=bool(delta.untied))
+    reason = found if isinstance(found, str) else _mismatch_reason(base, delta, delta.head, found)
     if isinstance(found, str) or reason:
         return delta, [f"its flexible head stays in adapters/{delta.name}, for AutoAdapterModel's load_head: {reason}"]
     head_config = {"config": None, "model_class": found.model_class}
@@ -130,7 +130,7 @@ def _with_standard_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str
     return replace(delta, head=head), [f"its flexible head is now that of {found.model_class}"]
 
 
-def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) -> str:
+def _mismatch_reason(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) -> str:
     """What in the base or in the rest of the adapter keeps the class from computing the same; "" for nothing."""
     names = tuple(base.tensors)
     if missing := [need for need in found.needs if not any(_ends(name, need) for name in names)]:
@@ -139,10 +139,10 @@ def _hindrance(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) 
         return f"{found.model_class} adds {added[0]} of the base, which the flexible head does not"
     if found.prefix not in ("", delta.prefix):
         return f"{found.model_class} calls its backbone {found.prefix!r}, the base {delta.prefix!r}"
-    return _hindrance_of_language_model(names, delta) if is_of_language_model(head) else ""
+    return _mismatch_reason_of_language_model(names, delta) if is_of_language_model(head) else ""
 
 
-def _hindrance_of_language_model(names: tuple[str, ...], delta: Delta) -> str:
+def _mismatch_reason_of_language_model(names: tuple[str, ...], delta: Delta) -> str:
     if delta.remaining.config is not None and any(method.is_invertible for method in delta.remaining.config.methods):
         return "the adapter is invertible, and undone before the head"
     if any(name.endswith("decoder.bias") for name in names):
@@ -154,7 +154,7 @@ def _ends(name: str, part: str) -> bool:
     return name == part or name.endswith("." + part)
 
 
-def _about_values(delta: Delta) -> list[str]:
+def _note_values(delta: Delta) -> list[str]:
     """NaN and infinity in the rows are merged as they are, but not without a word."""
     weight = delta.weight
     if weight is None or weight.dtype not in FLOATS or not len(delta.token_ids):
@@ -167,7 +167,7 @@ def _about_values(delta: Delta) -> list[str]:
     return [f"warning: {len(bad)} of its rows hold NaN or infinity, the first is token {bad[0]}"] if bad else []
 
 
-def _about_left(delta: Delta) -> list[str]:
+def _note_left_adapter(delta: Delta) -> list[str]:
     if delta.remaining.config is None:
         return []
     methods = ", ".join(method.name for method in delta.remaining.config.methods)

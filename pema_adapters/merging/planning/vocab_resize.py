@@ -12,18 +12,18 @@ from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import EMBEDDINGS
 
 
-def vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
+def plan_vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     """V of the output: that of the base, or more where the delta's model had tokens added.
 
     `embedding` is the name of E in the base, "" for a delta without rows. Raises `BaseMismatchError`, `MergeError`, and
     `FormatError` for a base whose config.json tells another V than its matrix has.
     """
-    found = _size(base, delta, embedding)
+    found = _find_vocab_size(base, delta, embedding)
     _check_config(base, base.tensors.get(embedding))
     return found
 
 
-def _size(base: Checkpoint, delta: Delta, embedding: str) -> int:
+def _find_vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
     weight = delta.weight
     if weight is None:
         return _rows_of_base(base)

@@ -1,7 +1,7 @@
-"""Base + delta -> plan: which tensor of which output file comes from where. Nothing is written here."""
+"""The weight files of the output: which tensor of which file comes from where. Nothing is written here."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,101 +12,158 @@ from pema_adapters.formats.delta import Delta
 from pema_adapters.formats.safetensors_header import DTYPE_BYTES, FLOATS
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import OUTPUT_BIASES, OUTPUT_MATRICES
-from pema_adapters.merging.folding.adapter_layers import Adapted
-from pema_adapters.merging.folding.folded_weight import FoldCache, Folded, folded_bias
+from pema_adapters.formats.weights import safetensors_name
+from pema_adapters.merging.folding.adapter_layers import AdaptedLinear
+from pema_adapters.merging.folding.folded_weight import FoldCache, FoldedWeight, fold_bias
 from pema_adapters.merging.plan.dtype_cast import Rounding
 from pema_adapters.merging.plan.plan import PlannedFile
-from pema_adapters.merging.plan.segments import Cast, Literal, Rows, Segment, joined, stored_bytes
-from pema_adapters.merging.planning.added_shard import Files, apart, behind
-from pema_adapters.merging.planning.name_matching import Names, copies_of
-from pema_adapters.merging.planning.output_tensor import Entry, header_for
-from pema_adapters.merging.planning.vocab_resize import vocab_size
+from pema_adapters.merging.plan.segments import (
+    BytesSegment,
+    CastSegment,
+    RowsSegment,
+    Segment,
+    merge_segments,
+    stored_bytes,
+)
+from pema_adapters.merging.planning.added_shard import TensorsByFile, add_shard, append_to_last
+from pema_adapters.merging.planning.name_matching import NameMap, find_copies
+from pema_adapters.merging.planning.output_tensor import OutputTensor, plan_header
+from pema_adapters.merging.planning.vocab_resize import plan_vocab_size
 
 CONV1D = (".c_attn", ".c_fc", ".c_proj")
 """Linear layers that GPT-2 stores as [in, out]."""
 
 
-class Layout:
+@dataclass(frozen=True)
+class WeightFiles:
     """The weights of the output: the base's tensors in its order and sharding, new ones at the end.
 
-    `entries` holds, per base file, what each of its tensors becomes. `vocab_size` is V of the output, `size` the bytes
-    of all tensors, `changed` counts the base's tensors that the delta touches, `added` those that only the delta has,
-    `folded` the weights with an update of `layers` folded in. `dtype`: of all floating-point tensors of the output,
-    None for the base's own. `apart`: new tensors get a file of their own, so that no other moves.
+    Attributes:
+        name_map: the delta's names in the base.
+        dtype: of all floating-point tensors; None for the base's own.
+        tensors: for each file of the base, the tensors that the output has in its place.
+        names: the name of each of these files in the output.
+        files: the same as planned files.
+        vocab_size: V of the output.
+        changed: number of the base's tensors that the delta touches.
+        added: number of tensors that only the delta has.
+        folded: number of weight matrices with an update folded in.
+        rounding: the largest rounding error of all casts, known once the files are read.
+        notes: for the report.
     """
 
-    def __init__(  # noqa: PLR0913 - what is merged, and how
-        self,
-        base: Checkpoint,
-        delta: Delta,
-        names: Names,
-        layers: Sequence[Adapted] = (),
-        *,
-        dtype: str | None = None,
-        apart: bool = False,
-    ) -> None:
+    name_map: NameMap
+    dtype: str | None
+    tensors: Mapping[Path, Sequence[OutputTensor]]
+    names: Mapping[Path, str]
+    files: tuple[PlannedFile, ...]
+    vocab_size: int
+    changed: int
+    added: int
+    folded: int
+    rounding: Rounding
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.length for made in self.tensors.values() for tensor in made for part in tensor.segments)
+
+
+def plan_weight_files(  # noqa: PLR0913 - what is merged, and how
+    base: Checkpoint,
+    delta: Delta,
+    names: NameMap,
+    layers: Sequence[AdaptedLinear] = (),
+    *,
+    dtype: str | None = None,
+    in_place: bool = False,
+) -> WeightFiles:
+    """Plan which tensor of which output file comes from where.
+
+    Args:
+        names: the delta's names in the base.
+        layers: linear layers whose weights get an update folded in.
+        dtype: of all floating-point tensors of the output; None for the base's own.
+        in_place: new tensors get a file of their own, so that no other tensor moves.
+
+    Raises:
+        BaseMismatchError: a tensor that the delta changes is not in the base, or has another shape.
+        MergeError: the result would lose weights, or hold two tensors of one name.
+    """
+    planner = _Planner(base, delta, names, dtype)
+    vocab_size = planner.vocab_size
+    folded = planner.fold_layers(layers)
+    changed = planner.splice_rows() | planner.replace_tensors() | folded
+    new = planner.add_tensors() + planner.untie_output()
+    by_file = planner.sort_by_file(changed, new, in_place)
+    planner.note_casts(changed)
+    _check_unique(base, by_file.tensors)
+    files = {path: planner.plan_file(path, by_file) for path in by_file.tensors}
+    return WeightFiles(
+        name_map=names,
+        dtype=dtype,
+        tensors=by_file.tensors,
+        names={path: file.name for path, file in files.items()},
+        files=tuple(files.values()),
+        vocab_size=vocab_size,
+        changed=len(changed),
+        added=len(new),
+        folded=sum(name.endswith(".weight") for name in folded),
+        rounding=planner.rounding,
+        notes=(*planner.notes, *by_file.notes),
+    )
+
+
+class _Planner:
+    """Turns tensors of base and delta into tensors of the output, and collects notes."""
+
+    def __init__(self, base: Checkpoint, delta: Delta, names: NameMap, dtype: str | None) -> None:
         self.base, self.delta, self.names, self.dtype = base, delta, names, dtype
-        self.rounding = Rounding()
-        self.notes: list[str] = []
-        self.vocab_size = vocab_size(base, delta, names.embedding)
-        folded = self._folded(layers)
-        self.folded = sum(name.endswith(".weight") for name in folded)
-        changed = self._rows() | self._replaced() | folded
-        self.changed = len(changed)
-        new = self._new() + self._untied()
-        self.added = len(new)
-        self._files = self._sorted({path: self._of_file(path, changed) for path in base.files}, new, apart)
-        self.entries = self._files.entries
-        self.size = sum(part.length for made in self.entries.values() for entry in made for part in entry.segments)
-        self.grown_bytes = self.size - sum(tensor.nbytes for tensor in base.tensors.values())
-        self._note(changed)
-        self.notes += self._files.notes
-        self._check_unique()
+        self.rounding, self.notes = Rounding(), list[str]()
+        self.vocab_size = plan_vocab_size(base, delta, names.embedding)
 
-    def files(self) -> list[PlannedFile]:
-        """The output's weight files."""
-        return [self._file(path, entries) for path, entries in self.entries.items()]
-
-    def output_name(self, path: Path) -> str:
-        """What the output calls a file of `entries`."""
-        return self._files.names.get(path) or self.base.safetensors_name(path)
-
-    def _sorted(self, entries: dict[Path, list[Entry]], new: list[Entry], is_apart: bool) -> Files:
+    def sort_by_file(self, changed: dict[str, OutputTensor], new: list[OutputTensor], in_place: bool) -> TensorsByFile:
+        """Sort the tensors of the output by the base's files."""
+        tensors = {path: self._tensors_of_file(path, changed) for path in self.base.files}
         if not new:
-            return Files(entries)
-        if not is_apart or self.base.is_pickled:
-            return behind(self.base, entries, new)
-        return apart(self.base, entries, new, self.names.prefix if self.names.add_prefix else "")
+            return TensorsByFile(tensors)
+        if not in_place or self.base.is_pickled:
+            return append_to_last(self.base, tensors, new)
+        return add_shard(self.base, tensors, new, self.names.prefix if self.names.add_prefix else "")
 
-    def _file(self, path: Path, entries: list[Entry]) -> PlannedFile:
-        head = header_for(self.base, path, entries, self._files.starts.get(path))
-        parts = [part for entry in entries for part in entry.segments]
-        return PlannedFile(self.output_name(path), joined([head, *parts]))
+    def plan_file(self, path: Path, by_file: TensorsByFile) -> PlannedFile:
+        """Plan the output file that takes the place of `path`."""
+        tensors = by_file.tensors[path]
+        header = plan_header(self.base, path, tensors, by_file.starts.get(path))
+        parts = [part for tensor in tensors for part in tensor.segments]
+        name = by_file.names.get(path) or safetensors_name(path.name)
+        return PlannedFile(name, merge_segments([header, *parts]))
 
-    def _of_file(self, path: Path, changed: dict[str, Entry]) -> list[Entry]:
-        entries = (changed.get(tensor.name) or self._untouched(tensor) for tensor in self.base.by_file[path])
+    def _tensors_of_file(self, path: Path, changed: dict[str, OutputTensor]) -> list[OutputTensor]:
+        tensors = (changed.get(tensor.name) or self._copy_tensor(tensor) for tensor in self.base.by_file[path])
         if not self.names.add_prefix:
-            return list(entries)
-        return [replace(entry, name=self.names.in_output(entry.name)) for entry in entries]
+            return list(tensors)
+        return [replace(tensor, name=self.names.in_output(tensor.name)) for tensor in tensors]
 
-    def _rows(self) -> dict[str, Entry]:
+    def splice_rows(self) -> dict[str, OutputTensor]:
         """E and its stored copies with the trained rows; where V grew, the biases over the vocabulary too."""
         if self.delta.weight is None:
             return {}
         embedding = self.base.tensors[self.names.embedding]
-        matrices = [embedding.name, *copies_of(self.base, self.names, bool(self.delta.untied))]
+        matrices = [embedding.name, *find_copies(self.base, self.names, bool(self.delta.untied))]
         if len(matrices) > 1:
             self.notes.append(f"the matrix is stored {len(matrices)} times; rows written into all: {_list(matrices)}")
-        made = {name: self._spliced(self.base.tensors[name], self.delta.weight) for name in matrices}
-        return made | self._grown_biases(embedding.shape[0], matrices)
+        made = {name: self._splice(self.base.tensors[name], self.delta.weight) for name in matrices}
+        return made | self._grow_biases(embedding.shape[0], matrices)
 
-    def _spliced(self, matrix: StoredTensor, weight: StoredTensor) -> Entry:
-        dtype = self._dtype_of(matrix)
+    def _splice(self, matrix: StoredTensor, weight: StoredTensor) -> OutputTensor:
+        dtype = self._output_dtype(matrix)
         row_bytes = matrix.shape[1] * DTYPE_BYTES[dtype]
-        segment = Rows(self._kept(matrix), self._as_dtype(weight, dtype), self.delta.token_ids, row_bytes)
-        return Entry(matrix.name, dtype, (self.vocab_size, matrix.shape[1]), (segment,))
+        segment = RowsSegment(self._copy_bytes(matrix), self._cast_to(weight, dtype), self.delta.token_ids, row_bytes)
+        return OutputTensor(matrix.name, dtype, (self.vocab_size, matrix.shape[1]), (segment,))
 
-    def _grown_biases(self, old: int, matrices: list[str]) -> dict[str, Entry]:
+    def _grow_biases(self, old: int, matrices: list[str]) -> dict[str, OutputTensor]:
         """The bias of an LM head gets zeros for the new tokens, as resize_token_embeddings gives it."""
         added = self.vocab_size - old
         if not added:
@@ -121,19 +178,19 @@ class Layout:
                     f"its rows for the {added} new tokens are not in the delta, so the merge would lose them"
                 )
         biases = [t for t in rest if t.name.endswith(OUTPUT_BIASES) and t.shape in ((old,), (1, old))]
-        return {bias.name: self._longer(bias, added) for bias in biases}
+        return {bias.name: self._append_zeros(bias, added) for bias in biases}
 
-    def _longer(self, bias: StoredTensor, added: int) -> Entry:
-        dtype = self._dtype_of(bias)
-        zeros = Literal(bytes(added * DTYPE_BYTES[dtype]))
-        return Entry(bias.name, dtype, (*bias.shape[:-1], self.vocab_size), (self._kept(bias), zeros))
+    def _append_zeros(self, bias: StoredTensor, added: int) -> OutputTensor:
+        dtype = self._output_dtype(bias)
+        zeros = BytesSegment(bytes(added * DTYPE_BYTES[dtype]))
+        return OutputTensor(bias.name, dtype, (*bias.shape[:-1], self.vocab_size), (self._copy_bytes(bias), zeros))
 
-    def _folded(self, layers: Sequence[Adapted]) -> dict[str, Entry]:
+    def fold_layers(self, layers: Sequence[AdaptedLinear]) -> dict[str, OutputTensor]:
         """The weights, and the biases of methods that scale outputs, with the adapter's updates folded in."""
-        made: dict[str, Entry] = {}
+        made: dict[str, OutputTensor] = {}
         cache = FoldCache()
         for layer in layers:
-            weight = self._adapted(layer, "weight")
+            weight = self._base_tensor(layer, "weight")
             if weight is None or len(weight.shape) != 2 or weight.dtype not in FLOATS:
                 found = f"{weight.dtype} {list(weight.shape)}" if weight else "no such tensor"
                 raise BaseMismatchError(
@@ -141,20 +198,20 @@ class Layout:
                     f"found {found}; give the base that the adapter was trained on"
                 )
             segment = self._fold(layer, weight, cache)
-            made[weight.name] = Entry(weight.name, segment.dtype, weight.shape, (segment,))
-            bias = self._adapted(layer, "bias") if segment.update.scales_bias else None
+            made[weight.name] = OutputTensor(weight.name, segment.dtype, weight.shape, (segment,))
+            bias = self._base_tensor(layer, "bias") if segment.update.scales_bias else None
             if bias is not None:
-                dtype = self._dtype_of(bias)
-                data = folded_bias(segment, np.frombuffer(bias.read(), np.uint8), bias.dtype, dtype)
-                made[bias.name] = Entry(bias.name, dtype, bias.shape, (Literal(data),))
+                dtype = self._output_dtype(bias)
+                data = fold_bias(segment, np.frombuffer(bias.read(), np.uint8), bias.dtype, dtype)
+                made[bias.name] = OutputTensor(bias.name, dtype, bias.shape, (BytesSegment(data),))
         return made
 
-    def _fold(self, layer: Adapted, weight: StoredTensor, cache: FoldCache) -> Folded:
+    def _fold(self, layer: AdaptedLinear, weight: StoredTensor, cache: FoldCache) -> FoldedWeight:
         raw, where = stored_bytes(weight, of_base=True), f"{weight.path}: tensor {weight.name!r}"
-        transposed, dtype = self._is_transposed(layer.module), self._dtype_of(weight)
-        return Folded(raw, weight.dtype, weight.shape, layer, transposed, dtype, self.rounding, where, cache)
+        transposed, dtype = self._is_transposed(layer.module), self._output_dtype(weight)
+        return FoldedWeight(raw, weight.dtype, weight.shape, layer, transposed, dtype, self.rounding, where, cache)
 
-    def _adapted(self, layer: Adapted, part: str) -> StoredTensor | None:
+    def _base_tensor(self, layer: AdaptedLinear, part: str) -> StoredTensor | None:
         stored = self.names.in_base(f"{layer.module}.{part}")
         return None if stored is None else self.base.tensors[stored]
 
@@ -163,21 +220,21 @@ class Layout:
         types = [config.get("model_type") for config in (self.base.config, self.delta.config)]
         return "gpt2" in types and module.endswith(CONV1D)
 
-    def _dtype_of(self, tensor: StoredTensor) -> str:
+    def _output_dtype(self, tensor: StoredTensor) -> str:
         """The dtype that a tensor of the base has in the output."""
         return self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
-    def _untouched(self, tensor: StoredTensor) -> Entry:
-        return Entry(tensor.name, self._dtype_of(tensor), tensor.shape, (self._kept(tensor),))
+    def _copy_tensor(self, tensor: StoredTensor) -> OutputTensor:
+        return OutputTensor(tensor.name, self._output_dtype(tensor), tensor.shape, (self._copy_bytes(tensor),))
 
-    def _kept(self, tensor: StoredTensor) -> Segment:
+    def _copy_bytes(self, tensor: StoredTensor) -> Segment:
         """The bytes of a tensor of the base, in the output's dtype."""
-        raw, dtype = stored_bytes(tensor, of_base=True), self._dtype_of(tensor)
+        raw, dtype = stored_bytes(tensor, of_base=True), self._output_dtype(tensor)
         if dtype == tensor.dtype:
             return raw
-        return Cast(raw, tensor.dtype, dtype, self.rounding, f"{tensor.path}: tensor {tensor.name!r}")
+        return CastSegment(raw, tensor.dtype, dtype, self.rounding, f"{tensor.path}: tensor {tensor.name!r}")
 
-    def _replaced(self) -> dict[str, Entry]:
+    def replace_tensors(self) -> dict[str, OutputTensor]:
         """The base's tensors that the delta brings whole, in the base's dtype."""
         made = {}
         for tensor in self.delta.checkpoint_tensors.values():
@@ -185,10 +242,10 @@ class Layout:
             if stored is not None and stored != self.names.embedding:
                 if stored in made:
                     raise MergeError(f"{tensor.path}: tensor {tensor.name!r} is the second one for {stored!r}")
-                made[stored] = self._replacement(tensor, self.base.tensors[stored])
+                made[stored] = self._replace_tensor(tensor, self.base.tensors[stored])
         return made
 
-    def _replacement(self, tensor: StoredTensor, old: StoredTensor) -> Entry:
+    def _replace_tensor(self, tensor: StoredTensor, old: StoredTensor) -> OutputTensor:
         if tensor.shape != old.shape:
             if self.names.is_inside(tensor.name):
                 raise MergeError(
@@ -196,18 +253,18 @@ class Layout:
                     f"base has {list(old.shape)}; give the base that the delta was trained on"
                 )
             self.notes.append(f"head {old.name}: {list(tensor.shape)} takes the place of {list(old.shape)}")
-        dtype = self._dtype_of(old)
-        return Entry(old.name, dtype, tensor.shape, (self._as_dtype(tensor, dtype),))
+        dtype = self._output_dtype(old)
+        return OutputTensor(old.name, dtype, tensor.shape, (self._cast_to(tensor, dtype),))
 
-    def _new(self) -> list[Entry]:
+    def add_tensors(self) -> list[OutputTensor]:
         """Tensors that the base lacks (heads, mostly), in the delta's dtype; not those that Transformers ties again."""
         missing = [
             tensor for tensor in self.delta.checkpoint_tensors.values() if self.names.in_base(tensor.name) is None
         ]
         names = {tensor.name: self.names.new(tensor.name) for tensor in missing}
-        return [self._added(t, names[t.name]) for t in missing if names[t.name] not in self.base.shared]
+        return [self._add_tensor(t, names[t.name]) for t in missing if names[t.name] not in self.base.shared]
 
-    def _untied(self) -> list[Entry]:
+    def untie_output(self) -> list[OutputTensor]:
         """The output matrix that the delta unties: the base's E, unless the base stores it already."""
         name = self.delta.untied
         if not name:
@@ -221,13 +278,13 @@ class Layout:
         self.notes.append(f"{name} keeps the base's matrix and is no longer tied to the embedding")
         if name in self.base.tensors or self.delta.is_output_in_head:
             return []
-        return [Entry(name, self._dtype_of(matrix), matrix.shape, (self._kept(matrix),))]
+        return [OutputTensor(name, self._output_dtype(matrix), matrix.shape, (self._copy_bytes(matrix),))]
 
-    def _added(self, tensor: StoredTensor, name: str) -> Entry:
+    def _add_tensor(self, tensor: StoredTensor, name: str) -> OutputTensor:
         dtype = self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
-        return Entry(name, dtype, tensor.shape, (self._as_dtype(tensor, dtype),))
+        return OutputTensor(name, dtype, tensor.shape, (self._cast_to(tensor, dtype),))
 
-    def _as_dtype(self, tensor: StoredTensor, dtype: str) -> Segment:
+    def _cast_to(self, tensor: StoredTensor, dtype: str) -> Segment:
         if tensor.dtype == dtype:
             return stored_bytes(tensor, of_base=False)
         if tensor.dtype not in FLOATS or dtype not in FLOATS:
@@ -235,16 +292,9 @@ class Layout:
                 f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}, but the base has it as {dtype}; "
                 f"only {', '.join(FLOATS)} can be turned into each other"
             )
-        return Cast.of(tensor, dtype, self.rounding)
+        return CastSegment.of(tensor, dtype, self.rounding)
 
-    def _check_unique(self) -> None:
-        seen: set[str] = set()
-        for name in (entry.name for entries in self.entries.values() for entry in entries):
-            if name in seen:
-                raise MergeError(f"{self.base.folder}: two tensors would be called {name!r} in the output")
-            seen.add(name)
-
-    def _note(self, changed: dict[str, Entry]) -> None:
+    def note_casts(self, changed: dict[str, OutputTensor]) -> None:
         if self.names.add_prefix:
             prefix, example = self.names.prefix, self.names.embedding
             self.notes.append(
@@ -255,10 +305,19 @@ class Layout:
             (part.given, part.dtype)
             for entry in changed.values()
             for segment in entry.segments
-            if isinstance(part := segment.rows if isinstance(segment, Rows) else segment, Cast)
+            if isinstance(part := segment.rows if isinstance(segment, RowsSegment) else segment, CastSegment)
         }
         of = "" if self.dtype else "the base's "  # with --dtype, the user's
         self.notes += [f"the delta's {source} weights were cast to {of}{target}" for source, target in sorted(casts)]
+
+
+def _check_unique(base: Checkpoint, tensors: Mapping[Path, Sequence[OutputTensor]]) -> None:
+    """Raise `MergeError` if two tensors of the output have one name."""
+    seen: set[str] = set()
+    for name in (tensor.name for made in tensors.values() for tensor in made):
+        if name in seen:
+            raise MergeError(f"{base.folder}: two tensors would be called {name!r} in the output")
+        seen.add(name)
 
 
 def _list(names: Iterable[str]) -> str:

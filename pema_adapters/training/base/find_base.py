@@ -1,11 +1,10 @@
-"""Finding the base of a model: the checkpoint on disk that it was loaded from, or else the model itself as it is."""
+"""Find the base of a model: the checkpoint on disk that it was loaded from, else the model as it is now."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +14,33 @@ from torch import Tensor, nn
 
 from pema_adapters.errors import FormatError
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, digest_rows, sample_positions
+from pema_adapters.formats.fingerprint import Fingerprint, TensorSource, sample_positions
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.tensor_names import map_canonical_names
 from pema_adapters.formats.weights import INDEX, PICKLE, PICKLE_INDEX, SINGLE, WeightFiles
-from pema_adapters.training.base.mapped_rows import TORCH_DTYPES, BaseRows, blocks
-from pema_adapters.training.upstream import private_names as _upstream
+from pema_adapters.training import upstream
+from pema_adapters.training.base.base_model import BaseModel
+from pema_adapters.training.base.live_model import LiveModel
+from pema_adapters.training.base.mapped_rows import TORCH_DTYPES, MappedRows, iterate_blocks
 
 logger = logging.getLogger(__name__)
 
 
-Digests = dict[str, tuple[tuple[int, ...], str]]
+def find_base(model: nn.Module, weight: Tensor, embedding: str) -> BaseModel:
+    """Find the base of `model`.
 
+    Its checkpoint is used only if all rows of the matrix, and samples of the other tensors, equal what the model holds
+    now (in the model's dtype). Otherwise the matrix is spilled to a file, and the model as it is now is the base.
 
-@dataclass(frozen=True)
-class Base:
-    """What a model was before training: its rows, and the fingerprint that an artifact will carry.
-
-    `drawn` are the base model's tensors that its checkpoint lacks, drawn at random when it was loaded (BERT's pooler,
-    say).
-    """
-
-    matrix: BaseRows
-    fingerprint: Fingerprint
-    drawn: Digests = field(default_factory=dict)
-
-    def rows(self, token_ids: Tensor) -> Tensor:
-        """Base rows [n, d] of `token_ids` [n], on the CPU."""
-        return self.matrix.rows(token_ids)
-
-    def fingerprint_for(self, token_ids: Tensor, *, with_drawn: bool, untied: str = "") -> Tensor:
-        """The fingerprint of this base as an artifact with rows for `token_ids` [K] carries it: uint8 [n].
-
-        An adapter does not carry what was drawn, so only a base that has it will do (`with_drawn`). A full delta does.
-        untied: the output matrix that is no longer tied to this one.
-        """
-        tensors = {**self.fingerprint.tensors, **(self.drawn if with_drawn else {})}
-        return refit(replace(self.fingerprint, tensors=tensors, untied=untied), token_ids, self.rows)
-
-    def __deepcopy__(self, memo: object) -> Base:
-        return self
-
-
-def refit(fingerprint: Fingerprint, token_ids: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same base, for other `token_ids` [K], as uint8 [n]; `rows` gives base rows [n, d] for ids [n]."""
-    ids = token_ids.cpu().numpy()
-    old = ids[ids < fingerprint.base_vocab_size]
-    digest = digest_rows(lambda some: _float32(rows(torch.from_numpy(some))), old)
-    return torch.from_numpy(replace(fingerprint, rows=digest).to_array().copy())
-
-
-def find_base(model: nn.Module, weight: Tensor, embedding: str) -> Base:
-    """The base of `model`, whose embedding matrix `weight` [V, d] has the name `embedding` within the base model.
-
-    The checkpoint is taken only if every row of it and samples of the other tensors are what the model holds now (in
-    the dtype of the model). Otherwise the matrix goes to a spill file, and the model as it is now is the base.
+    Args:
+        model: a Transformers model.
+        weight: its embedding matrix [V, d].
+        embedding: name of that matrix within the base model.
     """
     live = LiveModel(model, embedding)
     checkpoint = find_checkpoint(model)
     if checkpoint is not None:
-        base = _from_checkpoint(checkpoint, live, weight)
+        base = _match_checkpoint(checkpoint, live, weight)
         if base is not None:
             return base
         logger.warning(
@@ -82,23 +48,34 @@ def find_base(model: nn.Module, weight: Tensor, embedding: str) -> Base:
             "so merge into a checkpoint of it (save_pretrained)", checkpoint.folder,
         )  # fmt: skip
     names = [name for name in live.shapes() if name != embedding]
-    fingerprint = _take(live, embedding, live.prefix, weight.shape[0], names)
+    fingerprint = _compute_fingerprint(live, embedding, live.prefix, weight.shape[0], names)
     logger.info("base rows: %.0f MB spilled to a file in the temporary folder", weight.nbytes / 1e6)
-    return Base(BaseRows.spill(weight), fingerprint)
+    return BaseModel(MappedRows.spill(weight), fingerprint)
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix [V, d] of a checkpoint, called `name` within the base model, whose rows are read where they lie."""
+    """A matrix [V, d] of a checkpoint, whose rows are read from its file when they are needed.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        prefix: of the base model.
+        name: of the matrix within the base model.
+        rows: its rows.
+    """
 
     checkpoint: Checkpoint
     prefix: str
     name: str
-    rows: BaseRows
+    rows: MappedRows
 
     @classmethod
     def find(cls, files: Sequence[str], prefix: str, name: str, shape: tuple[int, ...]) -> StoredMatrix | None:
-        """The matrix in the `files` that make a checkpoint; None where it has another shape, or cannot be read so."""
+        """Find the matrix in the `files` of a checkpoint.
+
+        Returns:
+            None if the checkpoint has no such matrix of this `shape`, or its rows cannot be read in place.
+        """
         paths = tuple(map(Path, files))
         is_pickled = any(path.suffix != ".safetensors" for path in paths)
         try:
@@ -108,24 +85,24 @@ class StoredMatrix:
         tensor = checkpoint.tensors.get(map_canonical_names(checkpoint.tensors, prefix).get(name, ""))
         if tensor is None or tensor.shape != shape or not _is_readable(tensor):
             return None
-        return cls(checkpoint, prefix, name, BaseRows.of(tensor))
+        return cls(checkpoint, prefix, name, MappedRows.of(tensor))
 
     def is_among(self, names: Iterable[str]) -> bool:
-        """Whether the matrix is one of the `names` of tensors, with the prefix of the base model or without it."""
+        """Return whether the matrix is one of `names`, with the prefix of the base model or without it."""
         return self.name in map_canonical_names(names, self.prefix)
 
-    def base_of(self, model: Any) -> Base:
-        """The base of a model that got all other weights from this checkpoint a moment ago.
+    def make_base(self, model: Any) -> BaseModel:
+        """Make the base of a model that has just loaded all other weights from this checkpoint.
 
-        Only `load_model` may call this: nothing is compared, for nothing can have changed yet.
+        For `load_model` alone: it compares nothing, since nothing can have changed yet.
         """
         live = LiveModel(model, self.name, absent=(len(self.rows), self.rows.dim))
-        return _stored_base(self.checkpoint, live, map_canonical_names(self.checkpoint.tensors, live.prefix), self.rows)
+        return _make_base(self.checkpoint, live, map_canonical_names(self.checkpoint.tensors, live.prefix), self.rows)
 
 
 def find_checkpoint(model: Any) -> Checkpoint | None:
-    """The checkpoint that `model` was loaded from: a local folder or a snapshot in the Hub cache."""
-    folder = _checkpoint_folder(str(model.name_or_path or ""), _upstream.commit_of(model))
+    """Find the checkpoint that `model` was loaded from: a local folder, or a snapshot in the Hub cache."""
+    folder = _find_folder(str(model.name_or_path or ""), upstream.get_commit_hash(model))
     if folder is None:
         return None
     try:
@@ -134,7 +111,7 @@ def find_checkpoint(model: Any) -> Checkpoint | None:
         return None
 
 
-def _checkpoint_folder(name: str, commit: str | None) -> Path | None:
+def _find_folder(name: str, commit: str | None) -> Path | None:
     if not name:
         return None
     if Path(name).is_dir():
@@ -152,125 +129,66 @@ def _checkpoint_folder(name: str, commit: str | None) -> Path | None:
     return None
 
 
-class LiveModel:
-    """The base model's tensors as they are in memory, as a `formats.fingerprint.TensorSource`.
-
-    name: the Hub id or folder that it was loaded from, "" where that cannot be printed.
-    absent: the shape of the embedding, while `load_model` leaves it out.
-    """
-
-    def __init__(self, model: Any, embedding: str, absent: tuple[int, int] = (0, 0)) -> None:
-        self.prefix = str(model.base_model_prefix or "")
-        self.embedding = embedding
-        name = str(model.name_or_path or "")
-        self.name = name if name.isprintable() else ""
-        added = _upstream.adapter_tensor_names(model)
-        state = _without_quantization(model.base_model)
-        state.setdefault(embedding, torch.empty(absent, device="meta"))
-        place = state[embedding].data_ptr() or None
-        self._tensors: dict[str, Tensor] = {
-            name: tensor
-            for name, tensor in state.items()
-            if name not in added and (name == embedding or tensor.data_ptr() != place)
-        }
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Names within the base model, and shapes."""
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def rows(self, name: str, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Rows [n, d] as float32."""
-        return _float32(self._tensors[name][torch.from_numpy(ids).long().to(self._tensors[name].device)])
-
-    def values(self, name: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Values [n] at flat positions [n] as float32."""
-        flat = self._tensors[name].reshape(-1)
-        return _float32(flat[torch.from_numpy(positions).to(flat.device)])
-
-    def agrees(self, name: str, positions: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> bool:
-        """Whether float32 `values` [n] of a checkpoint, loaded in this model's dtype, are what it holds."""
-        loaded = torch.from_numpy(values).to(self._tensors[name].dtype)
-        return np.array_equal(self.values(name, positions), _float32(loaded), equal_nan=True)
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor in memory."""
-        return self._tensors[name]
-
-    def drawn(self, stored: Collection[str]) -> list[str]:
-        """The tensors that a checkpoint of the names `stored` has not, under no name: what is tied is stored once.
-
-        What is on the meta device yet will be tied.
-        """
-        places = {tensor.data_ptr() for name, tensor in self._tensors.items() if name in stored}
-        missing = {name: tensor for name, tensor in self._tensors.items() if name not in stored and not tensor.is_meta}
-        return [name for name, tensor in missing.items() if tensor.data_ptr() not in places or not tensor.numel()]
-
-
-def _without_quantization(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, without what quantised layers save beside their weights (scales, formats)."""
-    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    known = {name for name, _ in tensors}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in known}
-
-
-def _from_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> Base | None:
+def _match_checkpoint(checkpoint: Checkpoint, live: LiveModel, weight: Tensor) -> BaseModel | None:
+    """Return the base that `checkpoint` is, None if the model differs from it."""
     stored = map_canonical_names(checkpoint.tensors, live.prefix)
     if live.embedding not in stored:
         return None
-    tensor = checkpoint.tensors[stored[live.embedding]]
-    rows = _same_rows(weight, tensor)
-    common = {name: stored[name] for name in live.shapes() if name in stored and name != live.embedding}
-    if rows is None or not all(_same_samples(checkpoint, file_name, live, name) for name, file_name in common.items()):
+    rows = _match_rows(weight, checkpoint.tensors[stored[live.embedding]])
+    common = [name for name in live.shapes() if name in stored and name != live.embedding]
+    if rows is None or not all(_has_same_samples(checkpoint, stored[name], live, name) for name in common):
         return None
-    return _stored_base(checkpoint, live, stored, rows)
+    return _make_base(checkpoint, live, stored, rows)
 
 
-def _stored_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str], rows: BaseRows) -> Base:
+def _make_base(checkpoint: Checkpoint, live: LiveModel, stored: Mapping[str, str], rows: MappedRows) -> BaseModel:
     common = [stored[name] for name in live.shapes() if name in stored and name != live.embedding]
-    drawn = live.drawn(stored)
-    if drawn:
+    new = live.find_newly_initialized(stored)
+    if new:
         logger.warning(
             "%s lacks %s, which from_pretrained newly initialized: an adapter trained on it can be merged only into a "
-            "checkpoint that has them (model.save_pretrained writes one)", checkpoint.folder, ", ".join(drawn),
+            "checkpoint that has them (model.save_pretrained writes one)", checkpoint.folder, ", ".join(new),
         )  # fmt: skip
-    fingerprint = _take(checkpoint, stored[live.embedding], live.prefix, len(rows), common)
+    fingerprint = _compute_fingerprint(checkpoint, stored[live.embedding], live.prefix, len(rows), common)
     fingerprint = replace(fingerprint, base=live.name)
-    return Base(rows, fingerprint, _take(live, live.embedding, live.prefix, len(rows), drawn).tensors)
+    return BaseModel(rows, fingerprint, _compute_fingerprint(live, live.embedding, live.prefix, len(rows), new).tensors)
 
 
-def _same_rows(weight: Tensor, tensor: Any) -> BaseRows | None:
-    """The rows of the checkpoint, if they are the first of `weight` [V, d]; the rest were added by a resize."""
+def _match_rows(weight: Tensor, tensor: StoredTensor) -> MappedRows | None:
+    """Return the rows of the checkpoint, if `weight` [V, d] begins with them; a resize added the others."""
     fits = len(tensor.shape) == 2 and tensor.shape[0] <= weight.shape[0] and tensor.shape[1] == weight.shape[1]
     if not fits or not _is_readable(tensor):
         return None
     count = tensor.shape[0]
-    on_disk = BaseRows.of(tensor)
-    for ours, theirs in zip(blocks(weight[:count], on_disk.block_rows), on_disk.blocks(), strict=True):
+    on_disk = MappedRows.of(tensor)
+    for ours, theirs in zip(
+        iterate_blocks(weight[:count], on_disk.rows_per_block), on_disk.iterate_blocks(), strict=True
+    ):
         if not torch.equal(ours, theirs.to(ours.dtype)):
             return None
     if weight.shape[0] == count:
         return on_disk
-    return on_disk.followed_by(weight[count:].detach().cpu().clone())
+    return on_disk.with_added_rows(weight[count:].detach().cpu().clone())
 
 
 def _is_readable(tensor: StoredTensor) -> bool:
-    """Whether rows can be read where they lie: their dtype is known, and they lie one after another."""
+    """Return whether rows can be read in place: the dtype is known and the rows are contiguous."""
     return tensor.dtype in TORCH_DTYPES and tensor.start is not None
 
 
-def _same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name: str) -> bool:
-    tensor = live.tensor(name)
-    if checkpoint.tensors[file_name].shape != tuple(tensor.shape) or not tensor.is_floating_point():
-        return True  # quantised in memory, say: the fingerprint will hold the checkpoint's own bytes
+def _has_same_samples(checkpoint: Checkpoint, file_name: str, live: LiveModel, name: str) -> bool:
+    tensor = live.get_tensor(name)
+    if not tensor.is_floating_point():
+        return True  # quantized in memory: the fingerprint covers the checkpoint's own bytes
+    if checkpoint.tensors[file_name].shape != tuple(tensor.shape):
+        return False
     positions = sample_positions(tuple(tensor.shape))
-    return not len(positions) or live.agrees(name, positions, checkpoint.values(file_name, positions))
+    return not len(positions) or live.has_values(name, positions, checkpoint.values(file_name, positions))
 
 
-def _take(source: TensorSource, embedding: str, prefix: str, vocab_size: int, names: list[str]) -> Fingerprint:
+def _compute_fingerprint(
+    source: TensorSource, embedding: str, prefix: str, vocab_size: int, names: list[str]
+) -> Fingerprint:
     return Fingerprint.compute(
         source, embedding=embedding, prefix=prefix, vocab_size=vocab_size, token_ids=np.empty(0, np.int32), names=names
     )
-
-
-def _float32(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().cpu().float().numpy()

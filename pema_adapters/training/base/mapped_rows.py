@@ -1,6 +1,6 @@
-"""The base rows of E [V, d], read where they lie: in the checkpoint on disk, or in a spill file.
+"""Matrices [V, d] in files: base rows, read from the checkpoint or a spill file, and scratch matrices for saving.
 
-Never all in memory.
+Neither is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pema_adapters.io.input_file import InputFile
 
 BLOCK_BYTES = 32 << 20
 WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
-"""Files that save_pretrained writes."""
+"""Names of weight files that save_pretrained writes."""
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -34,125 +34,138 @@ TORCH_DTYPES = {
 }
 
 
-class BaseRows:
-    """Rows [V, d] of a matrix in a file, through a read-only memory map, followed by a few rows held in memory.
+class MappedRows:
+    """The rows of a matrix [V, d]: those in a file, through a read-only memory map, then a few in memory.
 
-    The latter are rows that `resize_token_embeddings` added to the checkpoint's. A copy of the model shares this
-    object: copying a memory map would copy the matrix.
+    The latter were added to the checkpoint's by `resize_token_embeddings`. Copies of a model share this object, since
+    copying a memory map would copy the matrix.
 
-    The file is held open, and compared with what it was before each read: it may be renamed or unlinked, but where its
-    contents were written to or cut short, `rows` and `blocks` raise InputChangedError.
+    The file stays open and may be renamed or unlinked. If its contents were changed or cut short, `read_rows` and
+    `iterate_blocks` raise InputChangedError.
+
+    Attributes:
+        file_rows: number of rows in the file.
+        dim: d.
+        dtype: of the rows in the file, in which all rows are returned.
     """
 
     def __init__(self, file: InputFile, start: int, shape: tuple[int, int], dtype: torch.dtype):
         self._file, self._start = file.pin(), start
         self.file_rows, self.dim = shape
         self.dtype = dtype
-        self._tail: Tensor | None = None
+        self._added: Tensor | None = None
 
     @classmethod
-    def of(cls, tensor: StoredTensor) -> BaseRows:
-        """The rows of a two-dimensional tensor in a file of weights."""
+    def of(cls, tensor: StoredTensor) -> MappedRows:
+        """Map the rows of a two-dimensional tensor in a weight file."""
         rows, dim = tensor.shape
         assert tensor.start is not None
         return cls(tensor.source, tensor.start, (rows, dim), TORCH_DTYPES[tensor.dtype])
 
-    def followed_by(self, tail: Tensor) -> BaseRows:
-        """These rows and `tail` [n, d] after them."""
-        rows = BaseRows(self._file, self._start, (self.file_rows, self.dim), self.dtype)
-        rows._tail = tail
+    def with_added_rows(self, added: Tensor) -> MappedRows:
+        """Return these rows followed by `added` [n, d]."""
+        rows = MappedRows(self._file, self._start, (self.file_rows, self.dim), self.dtype)
+        rows._added = added
         return rows
 
     @classmethod
-    def spill(cls, matrix: Tensor) -> BaseRows:
-        """Write `matrix` [V, d] to an unnamed file in the temporary folder (TMPDIR), which goes with this object."""
+    def spill(cls, matrix: Tensor) -> MappedRows:
+        """Write `matrix` [V, d] to an unnamed file in the temporary folder (TMPDIR); it is deleted with this object."""
         with tempfile.TemporaryFile(prefix=".pema-") as file:
-            _write_blocks(file, blocks(matrix))
+            _write_blocks(file, iterate_blocks(matrix))
             spilled = InputFile(Path(tempfile.gettempdir(), "spilled rows"), descriptor=os.dup(file.fileno()))
         return cls(spilled, 0, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
 
     def __len__(self) -> int:
-        return self.file_rows + (0 if self._tail is None else len(self._tail))
+        return self.file_rows + (0 if self._added is None else len(self._added))
 
-    def __deepcopy__(self, memo: object) -> BaseRows:
+    def __deepcopy__(self, memo: object) -> MappedRows:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         raise SurgeryError(
-            "a shrunk model cannot be pickled whole, for its base rows lie in a file: "
+            "a shrunk model cannot be pickled, because its base rows are in a file: "
             "use save_adapter, save_delta or save_pretrained"
         )
 
-    def rows(self, token_ids: Tensor) -> Tensor:
-        """The rows [n, d] of `token_ids` [n] (on the CPU, within [0, V)), in the dtype of the base, on the CPU."""
-        if self._tail is None:
+    def read_rows(self, token_ids: Tensor) -> Tensor:
+        """Return the rows [n, d] of `token_ids` [n] (on the CPU, within [0, V)), in the base's dtype, on the CPU."""
+        if self._added is None:
             return self._gather(token_ids)
         in_file = token_ids < self.file_rows
         found = torch.empty(len(token_ids), self.dim, dtype=self.dtype)
         found[in_file] = self._gather(token_ids[in_file])
-        found[~in_file] = self._tail[token_ids[~in_file] - self.file_rows].to(self.dtype)
+        found[~in_file] = self._added[token_ids[~in_file] - self.file_rows].to(self.dtype)
         return found
 
     def _gather(self, token_ids: Tensor) -> Tensor:
-        """Rows of the file, copied once, into memory that torch allocates: they may become a Parameter."""
+        """Copy rows of the file, once, into memory that torch allocates: they may become a Parameter."""
         found = torch.empty(len(token_ids), self.dim, dtype=self.dtype)
         raw = found.view(torch.uint8).numpy()
-        stored = self._file.view(self._place(0), self._place(self.file_rows), contents_only=True)
+        stored = self._file.view(self._offset_of(0), self._offset_of(self.file_rows), contents_only=True)
         stored = stored.reshape(self.file_rows, raw.shape[1])
         np.take(stored, token_ids.numpy(), axis=0, out=raw, mode="clip")  # "raise" would copy once more
         return found
 
     @property
-    def block_rows(self) -> int:
-        """How many rows make a block."""
-        return _block_rows(self.dim, self.dtype)
+    def rows_per_block(self) -> int:
+        """Number of rows in a block."""
+        return _count_rows_per_block(self.dim, self.dtype)
 
-    def blocks(self) -> Iterator[Tensor]:
-        """All rows in order, a block [n, d] of at most 32 MiB at a time."""
-        for first in range(0, self.file_rows, self.block_rows):
-            yield self._block(first, min(first + self.block_rows, self.file_rows))
-        if self._tail is not None:
-            yield self._tail.to(self.dtype)
+    def iterate_blocks(self) -> Iterator[Tensor]:
+        """Yield all rows in order, in blocks [n, d] of at most 32 MiB."""
+        for first in range(0, self.file_rows, self.rows_per_block):
+            yield self._block(first, min(first + self.rows_per_block, self.file_rows))
+        if self._added is not None:
+            yield self._added.to(self.dtype)
 
     def check(self) -> None:
-        """Raise InputChangedError if the rows are no longer what they were."""
+        """Raise InputChangedError if the contents of the file have changed."""
         self._file.check(contents_only=True)
 
-    def lies_in(self, folder: Path) -> Path | None:
-        """The file that holds the rows, if it is one of the weights in `folder`, by whatever name or link.
+    def find_in(self, folder: Path) -> Path | None:
+        """Find the file of the rows among the weight files in `folder`, under any name or link.
 
-        Overwriting it in place would change the base.
+        Returns:
+            Its path; None if it is not there. Overwriting that file in place would change the base.
         """
         own, weights = self._file.path.name, folder.iterdir() if folder.is_dir() else ()
         found = (path for path in weights if path.name == own or WEIGHTS.fullmatch(path.name))
         return next((path for path in found if self._file.identity.is_same_file(path)), None)
 
     def _block(self, first: int, last: int) -> Tensor:
-        """The rows from `first` to `last`, copied by the system: cutting the file meanwhile is an error, no SIGBUS."""
-        raw = self._file.read(self._place(first), self._place(last))
+        """Read the rows from `first` to `last` with system calls: a file cut short is an error then, not SIGBUS."""
+        raw = self._file.read(self._offset_of(first), self._offset_of(last))
         self.check()
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(self.dtype).view(last - first, self.dim)
 
-    def _place(self, row: int) -> int:
-        """Where in the file a row begins."""
+    def _offset_of(self, row: int) -> int:
+        """Return the offset of a row in the file."""
         return self._start + row * self.dim * self.dtype.itemsize
 
 
-def _block_rows(dim: int, dtype: torch.dtype) -> int:
+def _count_rows_per_block(dim: int, dtype: torch.dtype) -> int:
     return max(1, BLOCK_BYTES // max(1, dim * dtype.itemsize))
 
 
-def blocks(matrix: Tensor, step: int | None = None) -> Iterator[Tensor]:
-    """The rows of `matrix` [V, d] in order, on the CPU, `step` rows (or 32 MiB) at a time."""
-    step = step or _block_rows(matrix.shape[1], matrix.dtype)
+def iterate_blocks(matrix: Tensor, step: int | None = None) -> Iterator[Tensor]:
+    """Yield the rows of `matrix` [V, d] in order, on the CPU, `step` rows (default: 32 MiB) at a time."""
+    step = step or _count_rows_per_block(matrix.shape[1], matrix.dtype)
     for first in range(0, len(matrix), step):
         yield matrix[first : first + step].detach().cpu()
 
 
-class MappedMatrix:
-    """A matrix [V, d] in an unnamed file of `folder`: a tensor whose memory is the file, not the process's own.
+class ScratchMatrix:
+    """A matrix [V, d] whose memory is an unnamed file in `folder`, so that saving it needs no memory of that size.
 
-    Used as a context manager: the tensor must not outlive it. Give `rows` in order, then write single ones.
+    Args:
+        folder: where the file is created; it is deleted with the last reference to `tensor`.
+        rows: all rows in order, in blocks [n, d].
+        shape: V and d.
+        dtype: of the matrix; the blocks are cast to it.
+
+    Attributes:
+        tensor: the matrix.
     """
 
     def __init__(self, folder: Path, rows: Iterator[Tensor], shape: tuple[int, int], dtype: torch.dtype):
@@ -162,7 +175,7 @@ class MappedMatrix:
         self.tensor = torch.from_numpy(data).view(dtype)
 
     def write(self, token_ids: Tensor, rows: Tensor) -> None:
-        """Put `rows` [n, d] in the place of `token_ids` [n]."""
+        """Overwrite the rows of `token_ids` [n] with `rows` [n, d]."""
         self.tensor[token_ids.cpu().long()] = rows.detach().cpu().to(self.tensor.dtype)
 
 

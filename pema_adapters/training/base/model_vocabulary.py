@@ -1,6 +1,6 @@
-"""What any model says of its vocabulary: its token embedding, and the ids that it inserts itself.
+"""A model's vocabulary: its token embedding, the data columns with its ids, and the ids that it inserts itself.
 
-Apart from the modules that adapters is imported for, so that who needs no more than this does not wait for it.
+This module does not import adapters, so that memory_report, which needs nothing more, starts fast.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from pema_adapters.scanning.validation import DEFAULT_COLUMNS
 from pema_adapters.vocabulary import PartialVocabulary
 
 INSERTED_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-"""Config entries with ids that a model or a collator inserts by itself."""
+"""Config entries with token ids that a model or a collator inserts by itself."""
 
 
-def input_embedding(model: Any) -> nn.Embedding:
-    """The token embedding of `model`. Raises: SurgeryError where it has none that PEMA can change."""
+def get_input_embedding(model: Any) -> nn.Embedding:
+    """Return the token embedding of `model`.
+
+    Raises:
+        SurgeryError: it has none, or one that PEMA does not support.
+    """
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:
@@ -35,9 +39,18 @@ def input_embedding(model: Any) -> nn.Embedding:
 
 
 def complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:
-    """A vocabulary, or data to scan for one, with the ids that the model inserts itself. Raises VocabularyError."""
+    """Add the ids that the model inserts itself to a vocabulary.
+
+    Args:
+        model: the model.
+        vocab_size: V.
+        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one.
+
+    Raises:
+        VocabularyError: data without a token id, or a vocabulary of another size than V.
+    """
     if not isinstance(vocabulary, PartialVocabulary):
-        columns, optional = _columns(model)
+        columns, optional = _find_columns(model)
         vocabulary = PartialVocabulary.from_dataset(
             vocabulary, vocab_size=vocab_size, columns=columns, optional=optional
         )
@@ -51,14 +64,14 @@ def complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> Partial
             f"the vocabulary is of {vocabulary.vocab_size} tokens, but {type(model).__name__} has {vocab_size} "
             f"embedding rows: make it with vocab_size={vocab_size}"
         )
-    used: PartialVocabulary = vocabulary | PartialVocabulary(_inserted_ids(model.config, vocab_size), vocab_size)
+    used: PartialVocabulary = vocabulary | PartialVocabulary(_find_inserted_ids(model.config, vocab_size), vocab_size)
     return used
 
 
-def _columns(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The columns whose ids are rows of the input embedding, and which of them need not be there.
+def _find_columns(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the data columns with ids of the input embedding, and those of them that are optional.
 
-    Of a decoder with an embedding of its own (EncoderDecoderModel), what it reads and writes is of another vocabulary.
+    The decoder of an EncoderDecoderModel has its own embedding, so its columns are left out.
     """
     decoder: Any = model.get_decoder() if getattr(model.config, "is_encoder_decoder", False) else None
     own = decoder.get_input_embeddings() if hasattr(decoder, "get_input_embeddings") else None
@@ -68,7 +81,7 @@ def _columns(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (*DEFAULT_COLUMNS, *labels), labels
 
 
-def _inserted_ids(config: Any, vocab_size: int) -> list[int]:
+def _find_inserted_ids(config: Any, vocab_size: int) -> list[int]:
     values = [getattr(config, name, None) for name in INSERTED_IDS]
-    flat = [one for value in values for one in (value if isinstance(value, Iterable) else [value])]
-    return [one for one in flat if isinstance(one, int) and 0 <= one < vocab_size]
+    flat = [each for value in values for each in (value if isinstance(value, Iterable) else [value])]
+    return [each for each in flat if isinstance(each, int) and 0 <= each < vocab_size]

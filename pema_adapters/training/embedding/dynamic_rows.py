@@ -1,87 +1,94 @@
-"""Rows that come while training goes on: `PEMAConfig(vocabulary="grow")`.
+"""Rows added during training, `PEMAConfig(vocabulary="grow")`: when a table grows, and graphs that outlive growth.
 
-A table that grows has exactly the K rows that it has met, without spare capacity. Rows are sorted by token, in the
-optimizer's state as in the model, so that a checkpoint of both resumes: a token in between moves what lies behind it
-whether there is room or not. At a step that brings new tokens, K rows of weight and state are copied: 1.4 times the
-AdamW step over the same rows (K = 20,000, d = 768, CPU), and no shape or file ever shows a row that is no token's.
+A growing table has exactly the K rows of the tokens met so far, without spare capacity: rows are sorted by token, in
+optimizer state as in the model, so that a checkpoint of both can be resumed, and a token in between shifts the rows
+after it whether there is room or not. A step with new tokens copies K rows of weight and state, 1.4 times the cost of
+AdamW's step over these rows (K = 20,000, d = 768, CPU). No tensor or file ever holds a row that belongs to no token.
 """
 
 from __future__ import annotations
 
 from threading import RLock, get_ident
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pema_adapters.errors import SurgeryError
-from pema_adapters.training.embedding.row_index import LaidOut
+from pema_adapters.training.embedding.row_index import HasRowIndex
 
-GROWTH = RLock()
-"""Held where rows of a table that grows are found and read, or its gradient is added to: threads take turns."""
+GROWTH_LOCK = RLock()
+"""Held while rows of a growing table are looked up or its gradient is added to: threads take turns."""
 
-SEVERAL = -1
+SEVERAL_THREADS = -1
 
 
-class Growing(LaidOut, Protocol):
-    """A table that may get rows; `grows_over`: where their values come from, None while it stays as it is.
+class GrowableTable(HasRowIndex, Protocol):
+    """A table that training may add rows to.
 
-    grown_by: the thread whose forwards bring rows; SEVERAL once there were two.
+    Attributes:
+        growth_source: where the values of new rows come from; None while the table does not grow.
+        growing_thread: the thread whose forwards add rows; SEVERAL_THREADS if there were two.
     """
 
-    grows_over: Any
-    grown_by: int | None
+    growth_source: Any
+    growing_thread: int | None
 
-    def add_gradient(self, gradient: Tensor) -> None:
+    def add_gradient(self, gradient: Annotated[Tensor, "Float K d"]) -> None:
         """Add to the gradient of the weight, [K, d] both."""
 
 
-class LiveRows(torch.autograd.Function):
-    """The weight of a table [K, d], in a graph that outlives a change of K.
+class GrowableWeight(torch.autograd.Function):
+    """A table's weight [K, d] in a graph that stays valid when K changes.
 
-    Two forwards before one backward (or encoder and decoder): where the second brings rows, the gradient of the first
-    has the old shape. It is then carried to the rows of today and added to the weight's gradient here; so the order of
-    additions, and with it the last bit, may differ where encoder and decoder grow while gradients accumulate. Where
-    several threads train, every gradient is added here, under the lock: rows may come before autograd would add it.
+    Between a forward and its backward another forward may add rows (gradient accumulation; encoder and decoder), so
+    that the first one's gradient has the old shape. It is then remapped and added to the weight's gradient here. The
+    order of additions differs in that case, and with it possibly the last bit, where encoder and decoder grow while
+    gradients accumulate. If several threads train, every gradient is added here, under the lock, since rows might be
+    added before autograd accumulates it.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, table: Growing) -> Tensor:
-        """The weight as it is."""
-        ctx.table, ctx.layout = table, table.layout
+    def forward(ctx: Any, weight: Tensor, table: GrowableTable) -> Tensor:
+        """Return the weight [K, d] unchanged."""
+        ctx.table, ctx.row_index = table, table.row_index
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        """`gradient` [k, d] where the rows are the same, else none, for it is added already."""
+        """Return `gradient` [k, d] if the rows are still the same, else None: it has been added already."""
         table = ctx.table
-        with GROWTH:
-            agrees = ctx.layout.agrees(table.layout)
-            if agrees and table.grown_by != SEVERAL:
+        with GROWTH_LOCK:
+            is_same = ctx.row_index.has_same_tokens(table.row_index)
+            if is_same and table.growing_thread != SEVERAL_THREADS:
                 return gradient, None
-            table.add_gradient(gradient.clone() if agrees else table.layout.carry(gradient, ctx.layout))
+            table.add_gradient(gradient.clone() if is_same else table.row_index.remap(gradient, ctx.row_index))
         return None, None
 
 
-def note_thread(table: Growing) -> None:
-    """Note which thread's forward is about to add rows to `table`."""
+def record_thread(table: GrowableTable) -> None:
+    """Record that a forward of the current thread is about to add rows to `table`."""
     thread = get_ident()
-    if table.grown_by is None:
-        table.grown_by = thread
-    elif table.grown_by != thread:
-        table.grown_by = SEVERAL
+    if table.growing_thread is None:
+        table.growing_thread = thread
+    elif table.growing_thread != thread:
+        table.growing_thread = SEVERAL_THREADS
 
 
-def grows_now(table: Growing, training: bool) -> bool:
-    """Whether tokens that a forward meets get rows: where it is one of training, with a graph."""
-    return training and table.grows_over is not None and table.weight.requires_grad and torch.is_grad_enabled()
+def is_growing(table: GrowableTable, training: bool) -> bool:
+    """Return whether a forward adds rows for new tokens: in training mode, with gradients enabled."""
+    return training and table.growth_source is not None and table.weight.requires_grad and torch.is_grad_enabled()
 
 
-def refuse_replicas(table: Growing) -> None:
-    """Raise SurgeryError where several replicas train: each would meet other tokens, and have other rows."""
+def refuse_replicas(table: GrowableTable) -> None:
+    """Refuse to grow one of several replicas, each of which would meet other tokens and have other rows.
+
+    Raises:
+        SurgeryError: the process group has several ranks, or the module is a replica of `nn.DataParallel`.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if (distributed and torch.distributed.get_world_size() > 1) or not table.weight.is_leaf:
         raise SurgeryError(
-            'vocabulary="grow" works in one process on one device, for every replica would add other rows: '
-            "scan the data beforehand and give them to shrink_embeddings, with PEMAConfig() as it is"
+            'vocabulary="grow" works in one process on one device, because every replica would add other rows: '
+            "scan the data beforehand and give them to shrink_embeddings, with a PEMAConfig() that does not grow"
         )

@@ -1,21 +1,20 @@
-"""The partial embedding E' [K, d] (the paper's section 4) as a module. Torch only: it knows nothing of adapters.
+"""The partial embedding E' [K, d] (the paper's section 4) as a module. It depends on torch, not on adapters.
 
-An `nn.Embedding` becomes a `PartialEmbedding` in place, by its class, so that whoever holds the module keeps holding
-the right one. Its `weight` stays the same Parameter throughout; only the data behind it change:
+`convert` turns an `nn.Embedding` into a `PartialEmbedding` in place, so that every reference to the module stays valid.
+Its `weight` stays the same Parameter throughout; only the data behind it change:
 
-    full            weight [V, d]                       as Transformers made it
-    own rows        weight [K, d] and token_ids [K]     full fine-tuning with PEMA
-    shrunk          weight [0, d]                       the rows are elsewhere: an adapter's, or on disk
+    full          weight [V, d]                       as Transformers created it
+    own rows      weight [K, d] and token_ids [K]     full fine-tuning with PEMA
+    shrunk        weight [0, d]                       the rows are elsewhere: in an adapter, or on disk
 
-A token is looked up in the overlay's rows first (the active adapter's, if any), then in the own rows, then in the base.
+A token is looked up in the active adapter's rows first, if there are any, then in the own rows, then in the base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,43 +22,37 @@ from torch.nn import functional
 
 from pema_adapters.errors import UnseenTokenError
 from pema_adapters.training.embedding import optimizer_state
-from pema_adapters.training.embedding.dynamic_rows import GROWTH, grows_now, note_thread, refuse_replicas
+from pema_adapters.training.embedding.dynamic_rows import GROWTH_LOCK, is_growing, record_thread, refuse_replicas
+from pema_adapters.training.embedding.partial_rows import PartialRows
 from pema_adapters.training.embedding.row_index import replace_data
-from pema_adapters.training.embedding.row_table import (
-    PartialRows,
-    RowSource,
-    RowTable,
-    check_range,
-    refuse_data_parallel,
-)
-from pema_adapters.training.embedding.unseen_monitor import UnseenCount, UnseenWatch
+from pema_adapters.training.embedding.row_table import RowSource, RowTable, check_range, refuse_data_parallel
+from pema_adapters.training.embedding.unseen_monitor import UnseenCounter, UnseenMonitor
 
 Lookup = Callable[[Tensor], Tensor]
-
-_OWN_ATTRIBUTES = (
-    "base", "_overlay", "_watch", "_count", "_owner", "_index", "_padding", "_layout", "_fingerprint_is_old",
-    "grows_over", "was_loaded", "ties_output", "grown_by",
-)  # fmt: skip
+"""Rows [..., d] of token ids [...]."""
 
 
-class Overlay(Protocol):
-    """Who provides rows that lie over an embedding, if any: the adapters-facing layer."""
+class RowProvider(Protocol):
+    """Provides rows that take precedence over an embedding's own: the `PEMALayer`."""
 
-    def active_rows(self) -> PartialRows | None:
-        """The rows of the active adapter, or None."""
+    def get_active_rows(self) -> PartialRows | None:
+        """Return the rows of the active adapter, or None."""
 
 
 class PartialEmbedding(RowTable, nn.Embedding):
-    """An `nn.Embedding` [V, d] of which only some rows are in memory. Made by `convert`, never constructed.
+    """An `nn.Embedding` [V, d] with only some rows in memory. Made by `convert`, never constructed.
 
-    `num_embeddings` and `padding_idx` keep their meaning in the full vocabulary; original token ids go in.
+    It takes original token ids; `num_embeddings` and `padding_idx` refer to the full vocabulary.
+
+    Attributes:
+        base: where the other rows are read from; None while the full matrix is in memory.
     """
 
     base: RowSource | None
-    _watch: UnseenWatch
-    _count: UnseenCount
+    _monitor: UnseenMonitor
+    _counter: UnseenCounter
     _owner: tuple[PartialEmbedding, ...]
-    _overlay: tuple[Overlay, ...]
+    _row_provider: tuple[RowProvider, ...]
 
     @property
     def is_shrunk(self) -> bool:
@@ -68,53 +61,53 @@ class PartialEmbedding(RowTable, nn.Embedding):
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]
-        """V, rows of the full matrix."""
+        """V, the number of rows of the full matrix."""
         return self.num_embeddings
 
     @property
     def owner(self) -> PartialEmbedding:
-        """The module that speaks for all that share one weight (encoder and decoder of one model, say)."""
+        """The embedding that does the lookup for all that share its weight (encoder and decoder, say)."""
         return self._owner[0] if self._owner else self
 
-    def set_overlay(self, overlay: Overlay | None) -> None:
-        """Look in `overlay.active_rows()` first. Held in a tuple: it is no submodule of the embedding."""
-        self._overlay = () if overlay is None else (overlay,)
+    def set_row_provider(self, provider: RowProvider | None) -> None:
+        """Look tokens up in `provider.get_active_rows()` first."""
+        self._row_provider = () if provider is None else (provider,)  # a tuple: it is no submodule of the embedding
 
     def shrink(self, base: RowSource) -> None:
-        """Let go of the matrix: rows come from the overlay or from `base`. `set_rows` may give own ones."""
-        self._let_go()
+        """Release the matrix: rows come from the provider or from `base`, unless `set_rows` gives it own ones."""
+        self._release()
         self.base = base
         replace_data(self.weight, self.weight.data.new_empty(0, self.embedding_dim))
 
-    def restore(self, matrix: Tensor) -> None:
+    def restore(self, matrix: Annotated[Tensor, "Float V d"]) -> None:
         """Hold `matrix` [V, d] again, in the dtype and on the device of the weight."""
-        self._let_go()
+        self._release()
         self.base = None
         replace_data(self.weight, matrix.to(self.weight.device, self.weight.dtype))
 
-    def _let_go(self) -> None:
-        """Have no rows, and none that grow."""
-        self.token_ids = self.fingerprint = self._layout = self.grows_over = None
-        self._fingerprint_is_old = False
-        self._forget_index()
-        optimizer_state.forget(self)
+    def _release(self) -> None:
+        """Drop the own rows and stop growing."""
+        self.token_ids = self.fingerprint = self._row_index = self.growth_source = None
+        self._fingerprint_is_stale = False
+        self._invalidate_index()
+        optimizer_state.untrack(self)
 
-    def rows(self, token_ids: Tensor) -> Tensor:
-        """The rows [n, d] of `token_ids` [n] as they are without an overlay, detached."""
+    def read_rows(self, token_ids: Annotated[Tensor, "Int n"]) -> Annotated[Tensor, "Float n d"]:
+        """Return the rows [n, d] of `token_ids` [n] without the active adapter's, detached."""
         with torch.no_grad():
-            return self._own(token_ids.to(self.weight.device))
+            return self._embed_own(token_ids.to(self.weight.device))
 
-    def tied_rows(self) -> Iterator[RowTable]:
-        """The tables whose rows a head that shares the matrix is to use as well, later ones over earlier ones."""
+    def iterate_tied_rows(self) -> Iterator[RowTable]:
+        """Yield the tables whose rows a tied head must use as well; a later one overrides an earlier one."""
         owner = self.owner
-        active = owner._overlay[0].active_rows() if owner._overlay else None
+        active = owner._row_provider[0].get_active_rows() if owner._row_provider else None
         for table in (owner, active):
-            if table is not None and table.token_ids is not None and len(table.token_ids) and table.ties_output:
+            if table is not None and table.token_ids is not None and len(table.token_ids) and table.tied_to_output:
                 yield table
 
     @contextmanager
-    def counting_absent_rows(self) -> Iterator[None]:
-        """Let `parameters()` include the rows that are not in memory, as a meta tensor, for the time of the block."""
+    def count_absent_rows(self) -> Iterator[None]:
+        """Include the rows that are not in memory in `parameters()`, as a meta tensor, inside the block."""
         absent = torch.empty(self.num_embeddings - len(self.weight), self.embedding_dim, device="meta")
         self.register_parameter("_absent", nn.Parameter(absent, requires_grad=False))
         try:
@@ -123,172 +116,114 @@ class PartialEmbedding(RowTable, nn.Embedding):
             del self._parameters["_absent"]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Rows [..., d] of `input_ids` [...], as the full matrix with the trained rows written in would give."""
+    def forward(self, input_ids: Annotated[Tensor, "Int *batch"]) -> Annotated[Tensor, "Float *batch d"]:
+        """Return rows [..., d] of `input_ids` [...], as the full matrix with the trained rows written in gives them.
+
+        Raises:
+            UnseenTokenError: a token has no row, and the adapter's config says `unseen="error"`.
+            TokenRangeError: an id is negative, or V or above.
+            SurgeryError: the module is a replica of `nn.DataParallel`.
+        """
         refuse_data_parallel(self)
         return self.owner._look_up(input_ids)
 
     def _look_up(self, input_ids: Tensor) -> Tensor:
-        rows = self._overlay[0].active_rows() if self._overlay else None
-        if rows is None or not (len(rows) or grows_now(rows, self.training)):
-            return self._own(input_ids)
-        return self._over(input_ids, rows).to(self.weight.dtype)
+        rows = self._row_provider[0].get_active_rows() if self._row_provider else None
+        if rows is None or not (len(rows) or is_growing(rows, self.training)):
+            return self._embed_own(input_ids)
+        return self._embed_adapter(input_ids, rows).to(self.weight.dtype)
 
-    def _over(self, input_ids: Tensor, rows: PartialRows) -> Tensor:
-        """An adapter's rows over what is there without it."""
+    def _embed_adapter(self, input_ids: Tensor, rows: PartialRows) -> Tensor:
+        """Embed with an adapter's rows, and with the own ones where it has none."""
         if self.is_shrunk or rows.unseen == "error":
-            return self._partial(input_ids, rows, self._own, rows.unseen)
-        positions = rows.positions(input_ids)
+            return self._embed_partial(input_ids, rows, self._embed_own, rows.unseen)
+        positions = rows.locate(input_ids)
         self._count_unseen(positions, rows)
         seen = (positions >= 0).unsqueeze(-1)
-        return torch.where(seen, self._embed(positions, rows), self._own(input_ids))
+        return torch.where(seen, self._embed_rows(positions, rows), self._embed_own(input_ids))
 
-    def _own(self, input_ids: Tensor) -> Tensor:
+    def _embed_own(self, input_ids: Tensor) -> Tensor:
         if not self.is_shrunk:
             return super().forward(input_ids)
         if self.token_ids is None:
-            return self._from_base(input_ids)
-        return self._partial(input_ids, self, self._from_base, "base")
+            return self._embed_base(input_ids)
+        return self._embed_partial(input_ids, self, self._embed_base, "base")
 
-    def _partial(self, input_ids: Tensor, rows: RowTable, elsewhere: Lookup, unseen: str) -> Tensor:
-        """Rows where there are, `elsewhere` for the rest.
-
-        In training on an accelerator nobody waits for the device to say whether there is a rest: the data were
-        scanned. The watch says so at the next step if that was not true. Rows that grow do wait, and so does a forward
-        without a graph, which trains nothing.
-        """
-        if rows.grows_over is None:
-            return self._embed_where_seen(input_ids, rows, elsewhere, unseen)
-        with GROWTH:
-            if not grows_now(rows, self.training):
-                return self._embed_where_seen(input_ids, rows, elsewhere, unseen)
+    def _embed_partial(self, input_ids: Tensor, rows: RowTable, fallback: Lookup, unseen: str) -> Tensor:
+        """Embed with `rows`, and with `fallback` the tokens without a row; a growing table gets these rows first."""
+        if rows.growth_source is None:
+            return self._embed_static(input_ids, rows, fallback, unseen)
+        with GROWTH_LOCK:
+            if not is_growing(rows, self.training):
+                return self._embed_static(input_ids, rows, fallback, unseen)
             refuse_replicas(rows)
-            note_thread(rows)
-            return self._embed(self._grown_positions(input_ids, rows), rows)
+            record_thread(rows)
+            return self._embed_rows(self._locate_or_add(input_ids, rows), rows)
 
-    def _embed_where_seen(self, input_ids: Tensor, rows: RowTable, elsewhere: Lookup, unseen: str) -> Tensor:
-        positions = rows.positions(input_ids)
-        if self.training and input_ids.is_cuda and rows.grows_over is None and torch.is_grad_enabled():
-            self._watch.look(input_ids, positions)
-            return self._embed(positions, rows)
+    def _embed_static(self, input_ids: Tensor, rows: RowTable, fallback: Lookup, unseen: str) -> Tensor:
+        """Embed without adding rows.
+
+        In training on a GPU, looking for unseen tokens would synchronise at every step. The data were scanned, so all
+        tokens are taken to have a row; if one has none, the monitor raises at a later step.
+        """
+        positions = rows.locate(input_ids)
+        if self.training and input_ids.is_cuda and rows.growth_source is None and torch.is_grad_enabled():
+            self._monitor.record(input_ids, positions)
+            return self._embed_rows(positions, rows)
         if unseen != "error":
             self._count_unseen(positions, rows)
         if not _any_negative(positions):
-            return self._embed(positions, rows)
+            return self._embed_rows(positions, rows)
         missing = positions < 0
         if unseen == "error":
             raise UnseenTokenError(_unseen_message(input_ids[missing]))
-        found = self._embed(positions, rows)
-        return found.masked_scatter(missing.unsqueeze(-1), elsewhere(input_ids[missing]).to(found.dtype))
+        found = self._embed_rows(positions, rows)
+        return found.masked_scatter(missing.unsqueeze(-1), fallback(input_ids[missing]).to(found.dtype))
 
     def _count_unseen(self, positions: Tensor, rows: RowTable) -> None:
-        """Count tokens without a row where rows train; on the CPU alone, where nobody waits for a device."""
+        """Count tokens without a row where rows train; on the CPU only, since it would synchronise elsewhere."""
         trains = self.training and rows.weight.requires_grad and torch.is_grad_enabled()
-        if trains and positions.device.type == "cpu" and not self._count.has_warned:
-            self._count.add(positions.numel(), int((positions.numpy() < 0).sum()))
+        if trains and positions.device.type == "cpu" and not self._counter.has_warned:
+            self._counter.add(positions.numel(), int((positions.numpy() < 0).sum()))
 
-    def _grown_positions(self, input_ids: Tensor, rows: RowTable) -> Tensor:
-        """The position of each token; one that had no row has one now, as it is without an overlay."""
-        positions = rows.positions(input_ids)
+    def _locate_or_add(self, input_ids: Tensor, rows: RowTable) -> Tensor:
+        """Return the positions [...] of tokens, after adding rows, with their current values, for new ones."""
+        positions = rows.locate(input_ids)
         if _any_negative(positions):
             token_ids = torch.unique(input_ids[positions < 0])
-            rows.add_rows(token_ids, self.rows(token_ids))
-            positions = rows.positions(input_ids)
+            rows.add_rows(token_ids, self.read_rows(token_ids))
+            positions = rows.locate(input_ids)
         return positions
 
-    def _embed(self, positions: Tensor, rows: RowTable) -> Tensor:
-        """Embed from `rows`; the first row stands in where there is none. As ever, the padding row gets no gradient."""
+    def _embed_rows(self, positions: Tensor, rows: RowTable) -> Tensor:
+        """Embed from `rows`; a missing row is replaced by the first. The padding row gets no gradient, as usual."""
         return functional.embedding(
             positions.clamp(min=0),
-            rows.live_weight(),
-            rows.position_of(self.padding_idx),
+            rows.get_growable_weight(),
+            rows.locate_token(self.padding_idx),
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
         )
 
-    def _from_base(self, input_ids: Tensor) -> Tensor:
+    def _embed_base(self, input_ids: Tensor) -> Tensor:
         assert self.base is not None
         check_range(input_ids, self.vocab_size)
         unique, inverse = torch.unique(input_ids, return_inverse=True)
-        rows = self.base.rows(unique.cpu()).to(self.weight.device, self.weight.dtype)
+        rows = self.base.read_rows(unique.cpu()).to(self.weight.device, self.weight.dtype)
         return rows if torch.equal(unique, input_ids) else functional.embedding(inverse, rows)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._watch.settle()
+        self._monitor.sync()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        """V, d and what of it is in memory."""
+        """Describe V, d and what is in memory."""
         where = f"{self.weight.shape[0]:,} rows in memory" if self.is_shrunk else "full"
         return f"{super().extra_repr()}, {where}"
 
 
-def convert(embedding: nn.Embedding, owner: PartialEmbedding | None = None) -> PartialEmbedding:
-    """Make `embedding` a `PartialEmbedding` in place, still full; `owner` where it shares its weight with another.
-
-    A subclass of `nn.Embedding` with a forward of its own (mBART, PLBart and Gemma scale the output) keeps it.
-    """
-    if isinstance(embedding, PartialEmbedding):
-        return embedding
-    embedding.__class__ = _partial_class(type(embedding))  # type: ignore[arg-type]
-    partial: Any = embedding
-    partial.register_buffer("token_ids", None)
-    partial.register_buffer("fingerprint", None)
-    partial.base, partial._overlay, partial._watch = None, (), UnseenWatch()
-    partial._count = UnseenCount()
-    partial._owner = () if owner is None else (owner,)
-    partial._forget_index()
-    return partial  # type: ignore[no-any-return]
-
-
-def sites(root: nn.Module, embedding: nn.Embedding) -> dict[str, nn.Embedding]:
-    """Names and modules of every `nn.Embedding` under `root` whose weight is the weight of `embedding`, that one
-    first.
-    """
-    found = {
-        name: module
-        for name, module in root.named_modules()
-        if isinstance(module, nn.Embedding) and module.weight is embedding.weight
-    }
-    return dict(sorted(found.items(), key=lambda item: item[1] is not embedding))
-
-
-def convert_all(root: nn.Module, embedding: nn.Embedding) -> PartialEmbedding:
-    """`convert` every site of `embedding` under `root`; returns the one that speaks for all."""
-    owner = convert(embedding)
-    for module in sites(root, embedding).values():
-        if module is not owner:
-            convert(module, owner)
-    return owner
-
-
-def parts_of(root: nn.Module, owner: PartialEmbedding) -> dict[str, PartialEmbedding]:
-    """Names and modules of every embedding under `root` that `owner` speaks for, itself included."""
-    modules = root.named_modules()
-    return {name: part for name, part in modules if isinstance(part, PartialEmbedding) and part.owner is owner}
-
-
-def revert(embedding: PartialEmbedding) -> None:
-    """Undo `convert` on a full embedding: class and attributes are as they were."""
-    classes = (c for c in type(embedding).__mro__ if issubclass(c, nn.Embedding))
-    original = next(c for c in classes if not issubclass(c, PartialEmbedding))
-    for name in ("token_ids", "fingerprint"):
-        embedding._buffers.pop(name)
-    optimizer_state.forget(embedding)
-    for name in _OWN_ATTRIBUTES:
-        embedding.__dict__.pop(name, None)
-    embedding.__class__ = original  # type: ignore[assignment]
-
-
-@cache
-def _partial_class(original: type[nn.Embedding]) -> type[PartialEmbedding]:
-    if original is nn.Embedding:
-        return PartialEmbedding
-    return type(f"Partial{original.__name__}", (original, PartialEmbedding), {})
-
-
 def _any_negative(positions: Tensor) -> bool:
-    """Whether a position is missing; on the CPU read as memory, for there is no device to wait for."""
+    """Return whether a position is missing; the NumPy view makes the check about free on the CPU."""
     if positions.device.type == "cpu":
         return bool((positions.numpy() < 0).any())
     return bool((positions < 0).any())

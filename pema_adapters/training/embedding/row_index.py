@@ -1,30 +1,35 @@
-"""Which token each row of a table belongs to, and carrying what lies beside the rows from one layout to the next.
+"""Which token each row of a table belongs to, and how per-row values move when rows are added.
 
-Rows are always sorted by token id: in memory, in state dicts and in the optimizer's state. So a token that comes later
-moves rows, and whatever is a number for each row has to move along: a gradient, momentum, the gradient of a graph that
-was made before.
+Rows are sorted by token id: in memory, in state dicts and in optimizer state. So a new token shifts the rows after it,
+and everything that has one entry per row shifts along: the gradient, momentum, the gradient of an older graph.
 
-    layout of 3 5 9, gradient a b c   ->   layout of 3 4 5 9, gradient a 0 b c
+    index 3 5 9, gradient a b c   ->   index 3 4 5 9, gradient a 0 b c
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Layout:
-    """The token ids of a table's rows, int32 [K] on the CPU, strictly increasing. Immutable: a change makes another.
+class RowIndex:
+    """The token ids of a table's rows. Immutable: a change makes another index.
 
-    `since` [K] is the size that the table had when the row came. As rows are only added, that tells every layout that
-    this one has grown out of by its size.
+    Attributes:
+        token_ids: int32 [K] on the CPU, strictly increasing.
+        size_when_added: int32 [K], the size of the table when it got the row. Since rows are only ever added, this
+            tells every earlier index apart by its size (see `ancestor`).
     """
 
-    def __init__(self, token_ids: Tensor, since: Tensor | None = None) -> None:
+    def __init__(
+        self, token_ids: Annotated[Tensor, "Int32 K"], size_when_added: Annotated[Tensor, "Int32 K"] | None = None
+    ) -> None:
         self.token_ids = token_ids
-        self.since = torch.full_like(token_ids, len(token_ids)) if since is None else since
+        if size_when_added is None:
+            size_when_added = torch.full_like(token_ids, len(token_ids))
+        self.size_when_added = size_when_added
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -32,59 +37,72 @@ class Layout:
     def __bool__(self) -> bool:
         return True
 
-    def __deepcopy__(self, memo: object) -> Layout:
+    def __deepcopy__(self, memo: object) -> RowIndex:
         return self
 
-    def agrees(self, other: Layout) -> bool:
-        """Whether both have the same tokens."""
+    def has_same_tokens(self, other: RowIndex) -> bool:
+        """Return whether both indices have the same tokens."""
         return self is other or torch.equal(self.token_ids, other.token_ids)
 
-    def lies_within(self, other: Layout) -> bool:
-        """Whether `other` has every token of this one."""
-        return int((other.origin(self) >= 0).sum()) == len(self)
+    def is_subset_of(self, other: RowIndex) -> bool:
+        """Return whether `other` has every token of this index."""
+        return int((other.positions_in(self) >= 0).sum()) == len(self)
 
-    def with_tokens(self, token_ids: Tensor) -> Layout:
-        """A layout that has `token_ids` [n] as well."""
-        grown = Layout(torch.unique(torch.cat([self.token_ids, token_ids.cpu().to(torch.int32)])))
-        return Layout(grown.token_ids, grown.carry(self.since, self, len(grown)))
+    def with_tokens(self, token_ids: Annotated[Tensor, "Shaped n"]) -> RowIndex:
+        """Return an index with the tokens of this one and `token_ids` [n]."""
+        grown = RowIndex(torch.unique(torch.cat([self.token_ids, token_ids.cpu().to(torch.int32)])))
+        return RowIndex(grown.token_ids, grown.remap(self.size_when_added, self, len(grown)))
 
-    def former(self, count: int) -> Layout | None:
-        """The layout of `count` rows that this one has grown out of, None where there was none of that size."""
-        there = self.since <= count
-        return Layout(self.token_ids[there], self.since[there]) if int(there.sum()) == count else None
+    def ancestor(self, count: int) -> RowIndex | None:
+        """Return the index of `count` rows that this one has grown from, None if there was none of that size."""
+        known = self.size_when_added <= count
+        if int(known.sum()) != count:
+            return None
+        return RowIndex(self.token_ids[known], self.size_when_added[known])
 
-    def origin(self, old: Layout) -> Tensor:
-        """Where each row comes from: its place in the `old` layout, int64 [K]; -1 for a row that is new."""
+    def positions_in(self, old: RowIndex) -> Annotated[Tensor, "Int64 K"]:
+        """Return the position [K] in `old` of each row of this index, -1 for a row that `old` lacks."""
         if not len(old):
             return torch.full((len(self),), -1)
-        places = torch.searchsorted(old.token_ids, self.token_ids).clamp(max=len(old) - 1)
-        return torch.where(old.token_ids[places] == self.token_ids, places, -1)
+        positions = torch.searchsorted(old.token_ids, self.token_ids).clamp(max=len(old) - 1)
+        return torch.where(old.token_ids[positions] == self.token_ids, positions, -1)
 
-    def carry(self, values: Tensor, old: Layout, fill: float = 0.0) -> Tensor:
-        """`values` [k, ...], a row for each token of the `old` layout, as [K, ...]; rows that are new hold `fill`."""
-        origin = self.origin(old).to(values.device)
+    def remap(
+        self, values: Annotated[Tensor, "Shaped k *rest"], old: RowIndex, fill: float = 0.0
+    ) -> Annotated[Tensor, "Shaped K *rest"]:
+        """Move per-row values from another index to this one.
+
+        Args:
+            values: [k, ...], one entry for each row of `old`; sparse values come back dense.
+            old: the index of `values`.
+            fill: the entries of rows that `old` lacks.
+
+        Returns:
+            The values [K, ...] for the rows of this index.
+        """
+        positions = self.positions_in(old).to(values.device)
         if not len(old) or not len(self):
             return values.new_full((len(self), *values.shape[1:]), fill)
-        carried = (values.to_dense() if values.is_sparse else values).index_select(0, origin.clamp(min=0))
-        carried[origin < 0] = fill
-        return carried
+        moved = (values.to_dense() if values.is_sparse else values).index_select(0, positions.clamp(min=0))
+        moved[positions < 0] = fill
+        return moved
 
 
-class LaidOut(Protocol):
-    """A table with a row in `weight` [K, d] for each token of its `layout`."""
+class HasRowIndex(Protocol):
+    """A table whose `weight` [K, d] has a row for each token of its `row_index`."""
 
     weight: Tensor
 
     @property
-    def layout(self) -> Layout:
-        """What its rows are now."""
+    def row_index(self) -> RowIndex:
+        """The tokens of its rows now."""
 
 
 def replace_data(parameter: nn.Parameter | Tensor, data: Tensor) -> None:
-    """Put `data` of another shape behind a Parameter, and drop its gradient.
+    """Give a Parameter `data` of another shape, and drop its gradient.
 
-    Graphs that are alive hold the node that adds up its gradient, with the shape it had; torch goes on using that node
-    for new graphs, which then fail. It lets go of the node where the dtype changes, so the dtype does, for a moment.
+    A live graph keeps the node that accumulates this Parameter's gradient, with the old shape, and torch would reuse
+    that node in new graphs, which then fail. torch drops the node when the dtype changes, so it changes for a moment.
     """
     other = torch.float16 if data.dtype == torch.float32 else torch.float32  # both exist on every device
     parameter.grad = None

@@ -1,8 +1,9 @@
-"""Counting unseen tokens in training: at once on the CPU, on an accelerator without a synchronisation a step."""
+"""Unseen tokens in training: counted at once on the CPU, noticed without a synchronisation per step on a GPU."""
 
 from __future__ import annotations
 
 import logging
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,15 +13,15 @@ from pema_adapters.errors import UnseenTokenError
 logger = logging.getLogger(__name__)
 
 
-class UnseenCount:
-    """How many of the tokens that training met have no row. Warns once, at the first step with such a token."""
+class UnseenCounter:
+    """Counts tokens without a row in training, and warns once, at the first step with such a token."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self.has_warned = False
 
     def add(self, tokens: int, unseen: int) -> None:
-        """Count the tokens of one forward."""
+        """Add a forward over `tokens` tokens, of which `unseen` have no row."""
         self._tokens += tokens
         if unseen:
             self.has_warned = True
@@ -31,12 +32,12 @@ class UnseenCount:
             )  # fmt: skip
 
 
-class UnseenWatch:
-    """Looks at each step for a token without a row, and reads the answer once it has arrived by itself.
+class UnseenMonitor:
+    """Raises for a token without a row at a later step, since asking the device at once would synchronise.
 
-    The device keeps the largest unseen id so far (-1: none); a copy travels to pinned memory behind the step's own
-    work, and `look` raises `UnseenTokenError` at the first later step that finds it there. `settle` waits: it is
-    called where state is saved, so that nothing trained on a wrong row is written.
+    The device keeps the largest unseen id so far (-1: none). A copy of it goes to pinned memory after the step's own
+    work, and `record` reads it at the first step that finds it there. `sync` waits for it: called before state is
+    saved, so that nothing trained on a wrong row is written.
     """
 
     def __init__(self) -> None:
@@ -44,31 +45,45 @@ class UnseenWatch:
         self._copy: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def __deepcopy__(self, memo: object) -> UnseenWatch:
-        return UnseenWatch()
+    def __deepcopy__(self, memo: object) -> UnseenMonitor:
+        return UnseenMonitor()
 
-    def __reduce__(self) -> tuple[type[UnseenWatch], tuple[()]]:
-        return UnseenWatch, ()
+    def __reduce__(self) -> tuple[type[UnseenMonitor], tuple[()]]:
+        return UnseenMonitor, ()
 
-    def look(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Note whether a position [...] is -1, and read an earlier answer if it is there. Raises: UnseenTokenError."""
+    def record(self, input_ids: Annotated[Tensor, "Int *batch"], positions: Annotated[Tensor, "Int *batch"]) -> None:
+        """Record which tokens have no row, and check an earlier step if its answer has arrived.
+
+        Args:
+            input_ids: token ids [...].
+            positions: their rows [...], -1 for none.
+
+        Raises:
+            UnseenTokenError: an earlier step met a token without a row.
+        """
+        if not input_ids.numel():
+            return
         unseen = torch.where(positions < 0, input_ids, -1).max()
         self._worst = unseen if self._worst is None else torch.maximum(self._worst, unseen)
         if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]
             return
         if self._copy is not None:
-            self._judge(int(self._copy))
+            self._raise_if_unseen(int(self._copy))
         self._copy = torch.empty((), dtype=self._worst.dtype, pin_memory=True)
         self._copy.copy_(self._worst, non_blocking=True)
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record()
 
-    def settle(self) -> None:
-        """Wait for the answer to every step so far. Raises: UnseenTokenError."""
-        if self._worst is not None:
-            self._judge(int(self._worst))
+    def sync(self) -> None:
+        """Wait for the answer to every step so far.
 
-    def _judge(self, token_id: int) -> None:
+        Raises:
+            UnseenTokenError: one of them met a token without a row.
+        """
+        if self._worst is not None:
+            self._raise_if_unseen(int(self._worst))
+
+    def _raise_if_unseen(self, token_id: int) -> None:
         if token_id < 0:
             return
         self._worst = self._copy = self._arrived = None

@@ -1,4 +1,4 @@
-"""How a user asks for PEMA: `PEMAConfig`, beside CompacterConfig and LoRAConfig."""
+"""`PEMAConfig`, the config of PEMA among those of adapters (CompacterConfig, LoRAConfig)."""
 
 from __future__ import annotations
 
@@ -18,33 +18,31 @@ _EXPECTED: dict[str, tuple[str | bool | None, ...]] = {
 
 @dataclass(eq=False)
 class PEMAConfig(AdapterConfig):  # type: ignore[misc]
-    """Partial Embedding Matrix Adaptation (Williams and Aletras, section 4): train the embedding rows that the data
-    use.
+    """Train only the embedding rows that the data use: Partial Embedding Matrix Adaptation (Williams & Aletras, §4).
 
     Combine it with another method in a `ConfigUnion(PEMAConfig(), CompacterConfig())`. An adapter with PEMA needs a
     vocabulary before it trains: `pema_adapters.shrink_embeddings(model, "task", dataset)`.
 
     Args:
-        unseen: what a token outside the partial vocabulary gets when the adapter is active: its row of the base matrix
-            ("base"), or an `UnseenTokenError` ("error").
-        output_embeddings: for a language model whose head shares the matrix with the input (tied). "tied": the head
-            uses the trained rows, too, and the base's for all other tokens, so that the loss is over the whole
-            vocabulary and a merged model is tied as the base was. "full": the head keeps the base's matrix, which
-            unties the two, and the merge writes two matrices. None: what keeps the model's meaning, "tied". Where
-            nothing is tied, the head is an ordinary layer and this has no effect.
-        trainable: False to keep the rows as they are, for the sake of the memory alone; the artifact has no rows then.
-        dtype: of the trained rows, "float32" for a model in half precision, say; None: the model's. What the embedding
-            gives is in the model's dtype.
-        vocabulary: "grow" where the data cannot be scanned beforehand (a stream, reinforcement learning): every token
-            that training meets gets a row, its base row at first, and the optimizer's state follows. Call
-            `shrink_embeddings(model, "task")` without data first. The result is that of a scan beforehand, bit for bit
-            where the optimizer treats each weight by itself (AdamW, SGD) without weight decay; with decay, a row
-            decays from the step on at which it is met; Adafactor's means are over the rows met so far. In evaluation
-            nothing grows. One process only; on a GPU it costs a synchronisation a step; a head that shares the matrix
-            needs `output_embeddings="full"`. None: the vocabulary given to `shrink_embeddings`.
+        unseen: what happens to a token outside the partial vocabulary when the adapter is active. "base": it gets its
+            row of the base matrix. "error": an `UnseenTokenError`.
+        output_embeddings: for a language model whose head is tied to the input embedding; otherwise without effect.
+            "tied" (and None): the head uses the trained rows as well, and the base's for all other tokens, so the loss
+            is over the whole vocabulary and a merged model is tied as the base was. "full": the head keeps the base's
+            matrix, which unties the two, and the merge writes two matrices.
+        trainable: False to freeze the rows and save memory only; the artifact then contains no rows.
+        dtype: of the trained rows; "float32" for a model in half precision, say. None: the model's. The output of the
+            embedding is in the model's dtype in any case.
+        vocabulary: None: the vocabulary given to `shrink_embeddings`. "grow": for data that cannot be scanned
+            beforehand (a stream, reinforcement learning). Every token that training meets gets a row, which starts as
+            its base row, with matching optimizer state; evaluation adds none. Call `shrink_embeddings(model, "task")`
+            without data first. The result equals that of a scan beforehand, bit for bit if the optimizer treats each
+            weight separately (AdamW, SGD) without weight decay. With decay, a row decays from the step that first
+            meets it; Adafactor's means are over the rows met so far. It works in one process only, synchronises a GPU
+            once a step, and needs `output_embeddings="full"` if the head is tied.
 
     Raises:
-        ValueError: another value, or a vocabulary that grows where the rows do not train.
+        ValueError: an unknown value, or `vocabulary="grow"` with `trainable=False`.
     """
 
     unseen: Literal["base", "error"] = "base"
@@ -58,10 +56,10 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         for name, expected in _EXPECTED.items():
             if getattr(self, name) not in expected:
-                options = " or ".join(f'"{one}"' if isinstance(one, str) else str(one) for one in expected)
+                options = " or ".join(f'"{each}"' if isinstance(each, str) else str(each) for each in expected)
                 raise ValueError(f"PEMAConfig: {name} is {getattr(self, name)!r}, expected {options}")
         if self.vocabulary == "grow" and not self.trainable:
             raise ValueError(
-                'PEMAConfig: vocabulary="grow" adds rows for them to train, but trainable=False trains none: '
-                "leave out one of the two (rows that do not train are read from the base whatever the vocabulary)"
+                'PEMAConfig: vocabulary="grow" adds rows to train them, but trainable=False trains none: '
+                "leave out one of the two (frozen rows are read from the base whatever the vocabulary)"
             )

@@ -1,4 +1,4 @@
-"""The full matrix E [V, d] back in memory, with rows of an adapter written in."""
+"""Load the full matrix E [V, d] with an adapter's rows written in (the paper's section 4, after training)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pema_adapters.training.base.find_base import Base
+from pema_adapters.training.base.base_model import BaseModel
 from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
-from pema_adapters.training.embedding.row_table import PartialRows
-from pema_adapters.training.output.tied_head import heads_of
+from pema_adapters.training.embedding.partial_rows import PartialRows
+from pema_adapters.training.output.tied_head import find_heads
 
 
 def load_full_matrix(model: Any, owner: PartialEmbedding, rows: PartialRows | None) -> None:
     """Hold E [V, d] in memory, with the embedding's own rows and those of an adapter written in.
 
     A tied head shares the result. One that `output_embeddings="full"` untied keeps the base's matrix, as a Parameter.
+
+    Args:
+        model: changed in place.
+        owner: its embedding, shrunk or not.
+        rows: those of the adapter, if any.
     """
-    heads, untied = heads_of(model, owner).values(), is_untied(model, rows)
-    matrix = _full_matrix(owner)
+    heads, untied = find_heads(model, owner).values(), is_untied(model, rows)
+    matrix = _read_full_matrix(owner)
     for head in heads if untied else ():
         head.untie()  # first: in a model that is not shrunk it shares the matrix, which changes below
     if rows is not None:
@@ -29,27 +34,27 @@ def load_full_matrix(model: Any, owner: PartialEmbedding, rows: PartialRows | No
         head.tie()
 
 
-def copy_base(base: Base, matrix: Tensor) -> None:
+def copy_base_rows(base: BaseModel, matrix: Tensor) -> None:
     """Fill `matrix` [V, d] with the base's rows, a block at a time."""
     first = 0
-    for block in base.matrix.blocks():
+    for block in base.matrix.iterate_blocks():
         matrix[first : first + len(block)] = block.to(matrix.dtype)
         first += len(block)
 
 
 def is_untied(model: Any, rows: PartialRows | None) -> bool:
-    """Whether the output has a matrix of its own once `rows` are in the input's."""
-    trains_input_alone = rows is not None and rows.trainable and not rows.ties_output
-    return model.config.tie_word_embeddings is False or trains_input_alone
+    """Return whether the output has its own matrix once `rows` are written into the input's."""
+    trains_input_only = rows is not None and rows.trainable and not rows.tied_to_output
+    return model.config.tie_word_embeddings is False or trains_input_only
 
 
-def _full_matrix(owner: PartialEmbedding) -> Tensor:
-    """E [V, d] in memory, own rows written in; the weight itself where the model is not shrunk."""
-    if not isinstance(owner.base, Base):
+def _read_full_matrix(owner: PartialEmbedding) -> Tensor:
+    """Return E [V, d] with own rows written in; the weight itself if the model is not shrunk."""
+    if not isinstance(owner.base, BaseModel):
         return owner.weight.data
     weight = owner.weight
     matrix = torch.empty(owner.num_embeddings, owner.embedding_dim, dtype=weight.dtype, device=weight.device)
-    copy_base(owner.base, matrix)
+    copy_base_rows(owner.base, matrix)
     if owner.token_ids is not None:
         matrix[owner.token_ids.long()] = weight.detach()
     return matrix

@@ -1,4 +1,4 @@
-"""Acting on a module when it is first imported, so that `import pema_adapters` costs nothing and order does not matter.
+"""Import hooks: run an action when a module is imported, so that `import pema_adapters` is cheap and order is free.
 
 `on_import("adapters.interface", action)` runs `action(module)` now if the module is loaded, else right after it loads.
 """
@@ -15,6 +15,8 @@ Action = Callable[[ModuleType], None]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Finds modules that have an action as the other finders do, and gives them a `_Loader`."""
+
     def __init__(self) -> None:
         self.actions: dict[str, Action] = {}
 
@@ -29,7 +31,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, followed by the action. An import that fails keeps the action for the next attempt."""
+    """Runs the module's own loader, then the action. An import that fails keeps the action for the next attempt."""
 
     def __init__(self, loader: importlib.abc.Loader, actions: dict[str, Action]) -> None:
         self._loader, self._actions = loader, actions
@@ -52,7 +54,7 @@ _finder = _Finder()
 
 
 def on_import(name: str, action: Action) -> None:
-    """Run `action` on module `name` as soon as it is loaded. A second action for the same name replaces the first."""
+    """Run `action` on module `name` once it is loaded; a second action for the same name replaces the first."""
     if name in sys.modules:
         action(sys.modules[name])
         _finder.actions.pop(name, None)
@@ -62,7 +64,7 @@ def on_import(name: str, action: Action) -> None:
     _finder.actions[name] = action
 
 
-def withdraw(names: Iterable[str]) -> None:
-    """Forget the actions for modules that are not loaded yet."""
+def cancel(names: Iterable[str]) -> None:
+    """Drop the actions of modules that are not loaded yet."""
     for name in names:
         _finder.actions.pop(name, None)

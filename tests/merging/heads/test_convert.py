@@ -17,8 +17,8 @@ from pema_adapters.errors import FormatError
 from pema_adapters.formats.delta import Head
 from pema_adapters.formats.stored_tensor import StoredTensor
 from pema_adapters.formats.weights import read_tensors
-from pema_adapters.merging.heads.convert import StandardHead, standard_head
-from pema_adapters.merging.heads.labels import label_settings, labels
+from pema_adapters.merging.heads.convert import StandardHead, convert_head
+from pema_adapters.merging.heads.labels import label_settings, read_labels
 from pema_adapters.merging.heads.registry import DEFAULTS, STANDARD
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_value. is deprecated:FutureWarning")
@@ -156,7 +156,7 @@ def loaded(folder, backbone, standard, config):
 def test_the_standard_head_is_the_same_function(model_type, kind, settings, changes, tmp_path):
     config = config_of(model_type, **changes)
     backbone, model = flexible(config, kind, settings)
-    standard = standard_head(saved_head(model, tmp_path), config.to_diff_dict())
+    standard = convert_head(saved_head(model, tmp_path), config.to_diff_dict())
     assert isinstance(standard, StandardHead), standard
     assert set(standard.needs) <= backbone.state_dict().keys()
     matrices = [stored for stored in standard.tensors.values() if stored.shape[0] == V and len(stored.shape) == 2]
@@ -181,7 +181,7 @@ def test_where_a_class_computes_something_else(model_type, kind, settings, model
     config = config_of(model_type)
     backbone, model = flexible(config, kind, settings)
     head = saved_head(model, tmp_path)
-    assert isinstance(standard_head(head, config.to_diff_dict()), str)
+    assert isinstance(convert_head(head, config.to_diff_dict()), str)
     tensors = {name.replace("heads.task.1", layer): tensor for name, tensor in head.tensors.items()}
     tensors = {name: replace(tensor, name=name) for name, tensor in tensors.items()}
     labelled = {"id2label": {i: str(i) for i in range(model.heads["task"].config["num_labels"])}}
@@ -245,7 +245,7 @@ STAYS = [
 
 @pytest.mark.parametrize("model_type, base, head, reason", STAYS)
 def test_what_no_class_equals_stays_for_a_reason(model_type, base, head, reason):
-    assert standard_head(made(**head), BASE | {"model_type": model_type} | base) == reason
+    assert convert_head(made(**head), BASE | {"model_type": model_type} | base) == reason
 
 
 DAMAGED = [
@@ -266,7 +266,7 @@ DAMAGED = [
 @pytest.mark.parametrize("head, message", DAMAGED)
 def test_a_damaged_head_is_an_error_of_one_line(head, message):
     with pytest.raises(FormatError) as error:
-        standard_head(made(**head), BASE)
+        convert_head(made(**head), BASE)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -285,7 +285,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("head, model_class, label2id, problem", SETTINGS)
 def test_config_json_says_class_labels_and_problem(head, model_class, label2id, problem):
-    standard = standard_head(made(**head), BASE)
+    standard = convert_head(made(**head), BASE)
     id2label = {str(number): label for label, number in label2id.items()} if label2id else None
     assert standard.model_class == model_class
     assert standard.config == {"architectures": [model_class], "id2label": id2label, "label2id": label2id,
@@ -294,11 +294,11 @@ def test_config_json_says_class_labels_and_problem(head, model_class, label2id, 
 
 def test_labels_come_in_the_order_of_their_numbers():
     where = Path("head_config.json")
-    assert list(labels({"label2id": {"b": 1, "a": 0}, "num_labels": 2}, where)) == ["a", "b"]
-    assert labels({"num_labels": 1}, where) == {"LABEL_0": 0} and labels({}, where) == {}
+    assert list(read_labels({"label2id": {"b": 1, "a": 0}, "num_labels": 2}, where)) == ["a", "b"]
+    assert read_labels({"num_labels": 1}, where) == {"LABEL_0": 0} and read_labels({}, where) == {}
     assert label_settings({"a": 0}) == {"id2label": {"0": "a"}, "label2id": {"a": 0}}
 
 
 def test_tensors_of_another_head_with_a_longer_name_are_not_its_own():
     head = made(tensors={"heads.task2.1.weight": (5, D), "heads.task2.1.bias": (5,)})
-    assert standard_head(head, BASE).tensors.keys() == {"classifier.weight", "classifier.bias"}
+    assert convert_head(head, BASE).tensors.keys() == {"classifier.weight", "classifier.bias"}

@@ -14,9 +14,9 @@ from pema_adapters import merge_checkpoint
 from pema_adapters.errors import MergeError
 from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging.in_place import change_set, undo_data, undo_journal
-from pema_adapters.merging.in_place.change_set import todo_of
+from pema_adapters.merging.in_place.change_set import plan_changes
 from pema_adapters.merging.in_place.execute import (
-    InPlace,
+    InPlaceMerge,
     check_in_place,
     merge_in_place,
     roll_back_interrupted,
@@ -25,7 +25,7 @@ from pema_adapters.merging.in_place.execute import (
 from pema_adapters.merging.output.writer import write_plan
 from pema_adapters.merging.plan.dtype_cast import Rounding
 from pema_adapters.merging.plan.plan import PlannedFile
-from pema_adapters.merging.plan.segments import Cast, Copy, Literal, Rows
+from pema_adapters.merging.plan.segments import BytesSegment, CastSegment, CopySegment, RowsSegment
 
 A, B = "model-1.safetensors", "model-2.safetensors"
 CONFIG, README, NEW = "config.json", "README.md", "adapters/task/adapter_config.json"
@@ -36,7 +36,7 @@ IDS = np.array([0, 3, 4, 9, 30])
 class Doubled:
     """Bytes of the base times 2, computed as they are read, as folded weights are."""
 
-    origin: Copy
+    origin: CopySegment
 
     @property
     def length(self):
@@ -67,23 +67,27 @@ def plan_of(*files):
 
 
 def file_a(base, ids=IDS):
-    matrix = Rows(Copy(InputFile(base / A), 20, 32 * 8), Literal(np.random.default_rng(1).bytes(len(ids) * 8)), ids, 8)
-    return PlannedFile(A, (Literal((base / A).read_bytes()[:20]), matrix, Copy(InputFile(base / A), 276, 5)))
+    matrix = RowsSegment(
+        CopySegment(InputFile(base / A), 20, 32 * 8), BytesSegment(np.random.default_rng(1).bytes(len(ids) * 8)), ids, 8
+    )
+    return PlannedFile(
+        A, (BytesSegment((base / A).read_bytes()[:20]), matrix, CopySegment(InputFile(base / A), 276, 5))
+    )
 
 
 def plan_for(base):
     """Rows in one file, tensors in the other, a file replaced, one made in new folders, one carried."""
     return plan_of(
-        PlannedFile(README, (Copy(InputFile(base / README), 0, 5),)),
+        PlannedFile(README, (CopySegment(InputFile(base / README), 0, 5),)),
         file_a(base),
-        PlannedFile(B, (Copy(InputFile(base / B), 0, 8), Literal(bytes(30)), Doubled(Copy(InputFile(base / B), 38, 16)), Copy(InputFile(base / B), 54, 10))),
-        PlannedFile(CONFIG, (Literal(b'{"a": 1}'),)),
-        PlannedFile(NEW, (Literal(b"new"),)),
+        PlannedFile(B, (CopySegment(InputFile(base / B), 0, 8), BytesSegment(bytes(30)), Doubled(CopySegment(InputFile(base / B), 38, 16)), CopySegment(InputFile(base / B), 54, 10))),
+        PlannedFile(CONFIG, (BytesSegment(b'{"a": 1}'),)),
+        PlannedFile(NEW, (BytesSegment(b"new"),)),
     )  # fmt: skip
 
 
 def run(base, plan=None, verify=False):
-    return merge_in_place(InPlace(plan or plan_for(base), base, report={"delta": "d"}), verify, lambda count: None)
+    return merge_in_place(InPlaceMerge(plan or plan_for(base), base, report={"delta": "d"}), verify, lambda count: None)
 
 
 def content(folder):
@@ -92,7 +96,7 @@ def content(folder):
 
 
 def visible(folder):
-    return {name: data for name, data in content(folder).items() if not name.startswith(undo_journal.ARMED)}
+    return {name: data for name, data in content(folder).items() if not name.startswith(undo_journal.JOURNAL_DIR)}
 
 
 @pytest.fixture
@@ -108,12 +112,12 @@ def test_as_written_and_back(base, merged, monkeypatch, verify, chunk):
     monkeypatch.setattr(undo_data, "CHUNK", chunk)
     before, plan, heard = content(base), plan_for(base), []
     stats = (base / CONFIG).stat(), (base / A).stat().st_ino
-    written = merge_in_place(InPlace(plan, base, report={"delta": "d"}), verify, heard.append)
+    written = merge_in_place(InPlaceMerge(plan, base, report={"delta": "d"}), verify, heard.append)
     assert written == len(IDS) * 8 + 46 + 8 + 3
     assert sum(heard) == plan.size * (1 + verify)
     assert visible(base) == merged
     assert ((base / CONFIG).stat().st_mode, (base / A).stat().st_ino) == (stats[0].st_mode, stats[1])
-    assert (base / undo_journal.ARMED / "undo.bin").stat().st_size == len(IDS) * 8 + 46
+    assert (base / undo_journal.JOURNAL_DIR / "undo.bin").stat().st_size == len(IDS) * 8 + 46
     assert not roll_back_interrupted(base)
     assert undo(base) == {"delta": "d", "bytes_written": written, "max_rounding_error": 0.0}
     assert content(base) == before
@@ -136,11 +140,13 @@ def test_a_real_merge(make_base, make_adapter, tmp_path, shards):
 
 
 def test_what_is_as_planned_is_not_touched(base):
-    found = todo_of(plan_for(base), base)
+    found = plan_changes(plan_for(base), base)
     assert found.patched[A].tolist() == [[20, 8], [20 + 24, 16], [20 + 72, 8], [20 + 240, 8]]
     assert found.patched[B].tolist() == [[8, 46]]
     assert [file.name for file in found.replaced + found.created] == [CONFIG, NEW]
-    plan = plan_of(PlannedFile(B, (Literal((base / B).read_bytes()),)), PlannedFile(CONFIG, (Literal(b"{}"),)))
+    plan = plan_of(
+        PlannedFile(B, (BytesSegment((base / B).read_bytes()),)), PlannedFile(CONFIG, (BytesSegment(b"{}"),))
+    )
     before = (base / B).stat().st_mtime_ns
     assert run(base, plan) == 0
     assert (base / B).stat().st_mtime_ns == before
@@ -178,7 +184,7 @@ def killed_at(number, action):
 def test_killed_at_every_step(base, merged):
     before, number, seen = content(base), 1, set()
     while not killed_at(number, lambda: run(base)):
-        rolled_back, done = roll_back_interrupted(base), (base / undo_journal.ARMED).exists()
+        rolled_back, done = roll_back_interrupted(base), (base / undo_journal.JOURNAL_DIR).exists()
         seen.add((rolled_back, done))
         if done:
             assert visible(base) == merged
@@ -195,10 +201,10 @@ def test_killed_at_every_step_back(base, monkeypatch, back):
     """An undo, or a rollback, that is cut off is finished by the next one."""
     before, number = content(base), 1
     if back is roll_back_interrupted:
-        monkeypatch.setattr(undo_journal, "finish", lambda *args: None)  # as if cut off at the end
+        monkeypatch.setattr(undo_journal, "mark_done", lambda *args: None)  # as if cut off at the end
     run(base)
     while not killed_at(number, lambda: back(base)):
-        if not roll_back_interrupted(base) and (base / undo_journal.ARMED).exists():
+        if not roll_back_interrupted(base) and (base / undo_journal.JOURNAL_DIR).exists():
             undo(base)
         assert content(base) == before
         run(base)
@@ -268,17 +274,21 @@ def test_tensors_that_would_move(base):
         r"model-1.safetensors: cannot be merged in place: its tensors would move \({}\); write a new checkpoint with"
     )
     refused(base, plan_of(file_a(base, np.array([32]))), moved.format("281 bytes -> 289 bytes"))
-    half = Cast(Copy(InputFile(base / A), 21, 260), "F16", "BF16", Rounding(), "")
-    for segment in (Copy(InputFile(base / A), 20, 260), half, Rows(half, Literal(bytes(8)), np.array([1]), 8)):
-        parts = (Literal(bytes(281 - segment.length)), segment)
+    half = CastSegment(CopySegment(InputFile(base / A), 21, 260), "F16", "BF16", Rounding(), "")
+    for segment in (
+        CopySegment(InputFile(base / A), 20, 260),
+        half,
+        RowsSegment(half, BytesSegment(bytes(8)), np.array([1]), 8),
+    ):
+        parts = (BytesSegment(bytes(281 - segment.length)), segment)
         refused(base, plan_of(PlannedFile(A, parts)), moved.format("or change their dtype"))
-    new = plan_of(PlannedFile("model.safetensors", (Literal(b"header"), Copy(InputFile(base / A), 0, 281))))
+    new = plan_of(PlannedFile("model.safetensors", (BytesSegment(b"header"), CopySegment(InputFile(base / A), 0, 281))))
     refused(base, new, r"model-1.safetensors: cannot be merged .* \(to model.safetensors\)")
 
 
 def test_refusals(base, tmp_path, monkeypatch):
     for where, name, value, match in (
-        (change_set, "MOST_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
+        (change_set, "MAX_REPLACED", 8, "config.json: 8 bytes are too many to be replaced in place; write a new"),
         (os, "access", lambda path, mode: path != base, "base: not writable, so it cannot be merged in place"),
         (os, "access", lambda path, mode: path == base, "model-1.safetensors: not writable, so it cannot"),
         (
@@ -291,15 +301,19 @@ def test_refusals(base, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, value)
             refused(base, None, match)
-    refused(base, plan_of(PlannedFile("../x", (Literal(b"x"),))), "x: would lie outside of the base, or behind a link")
+    refused(
+        base, plan_of(PlannedFile("../x", (BytesSegment(b"x"),))), "x: would lie outside of the base, or behind a link"
+    )
     (base / "adapters").mkdir()
-    refused(base, plan_of(PlannedFile("adapters", (Literal(b"x"),))), "adapters: not a file, but the merge writes one")
+    refused(
+        base, plan_of(PlannedFile("adapters", (BytesSegment(b"x"),))), "adapters: not a file, but the merge writes one"
+    )
     os.link(base / A, tmp_path / "other")
     refused(base, None, r"model-1.safetensors: has 2 names \(hard links\), and the others would change with it")
     (tmp_path / "other").unlink()
     (base / B).rename(tmp_path / "blob")
     (base / B).symlink_to(tmp_path / "blob")
-    plan = plan_of(PlannedFile(B, (Literal(bytes(64)),)))
+    plan = plan_of(PlannedFile(B, (BytesSegment(bytes(64)),)))
     refused(base, plan, r"model-2.safetensors: is a link, to the Hub's cache for example, and others would change")
     with pytest.raises(MergeError, match="no: no such folder"):
         run(tmp_path / "no", plan)
@@ -337,7 +351,7 @@ def test_twice(base):
 @pytest.mark.parametrize("how", ["flip", "cut", "gone"])
 def test_damaged_journals_touch_nothing(base, name, how):
     run(base)
-    path = base / undo_journal.ARMED / name
+    path = base / undo_journal.JOURNAL_DIR / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.unlink()
@@ -366,10 +380,10 @@ def test_a_base_that_changed_since(base):
 def test_a_journal_from_somebody_else_does_not_lead_elsewhere(base, tmp_path, name):
     (tmp_path / "other").write_text("")
     (base / "link").symlink_to(tmp_path)
-    (base / undo_journal.ARMED).mkdir()
+    (base / undo_journal.JOURNAL_DIR).mkdir()
     sums = {part: [0, "0" * 64] for part in ("undo.bin", "ranges.npy")}
     undo_journal.write_journal(
-        base / undo_journal.ARMED, undo_journal.Journal(undo_journal.PATCHING, {}, [], [name], [], sums)
+        base / undo_journal.JOURNAL_DIR, undo_journal.Journal(undo_journal.PATCHING, {}, [], [name], [], sums)
     )
     with pytest.raises(MergeError, match=r"other' is a link or lies outside of the base\) and was not followed"):
         roll_back_interrupted(base)

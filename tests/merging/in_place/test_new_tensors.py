@@ -130,7 +130,7 @@ def test_killed_at_every_step(pair, monkeypatch):
     before, number, seen = content(base), 1, set()
     while not killed_at(number, lambda: merge(pair)):
         names = frozenset(path.name for path in base.glob("model*"))
-        rolled_back, done = roll_back_interrupted(base), (base / undo_journal.ARMED).exists()
+        rolled_back, done = roll_back_interrupted(base), (base / undo_journal.JOURNAL_DIR).exists()
         seen.add((rolled_back, done, names))
         if done:
             assert weight_map(base)["classifier.weight"] == SECOND
@@ -151,10 +151,10 @@ def test_killed_at_every_step_back(pair, monkeypatch, back):
     base = pair[0]
     before, number = content(base), 1
     if back is roll_back_interrupted:
-        monkeypatch.setattr(undo_journal, "finish", lambda *args: None)
+        monkeypatch.setattr(undo_journal, "mark_done", lambda *args: None)
     merge(pair)
     while not killed_at(number, lambda: back(base)):
-        if not roll_back_interrupted(base) and (base / undo_journal.ARMED).exists():
+        if not roll_back_interrupted(base) and (base / undo_journal.JOURNAL_DIR).exists():
             undo(base)
         assert content(base) == before
         merge(pair)
@@ -225,7 +225,7 @@ def test_no_room_for_the_prefix(make_base, make_adapter, monkeypatch):
     pair = base.folder, make_adapter(base, head=HEAD).folder
     longer = r"need the prefix 'bert', which makes its header \d+ bytes longer, and the tensors behind it are too large"
     with monkeypatch.context() as patch:
-        patch.setattr(added_shard, "MOST_MOVED", 64)
+        patch.setattr(added_shard, "MAX_MOVED", 64)
         refused(pair, rf"/model.safetensors: cannot be merged in place: beside a head its names {longer}")
     shards = compact(
         make_base(prefixed=False, shards=5, name="shards")
@@ -257,9 +257,9 @@ def test_a_base_that_changed_since(pair):
 @pytest.mark.parametrize("renamed", [{"../other": "x"}, {SINGLE: "/etc/other"}, {SINGLE: "link/other"}, {SINGLE: 1}, 1])
 def test_a_journal_from_somebody_else_renames_nothing_elsewhere(pair, tmp_path, renamed):
     (pair[0] / "link").symlink_to(tmp_path)
-    (pair[0] / undo_journal.ARMED).mkdir()
+    (pair[0] / undo_journal.JOURNAL_DIR).mkdir()
     found = undo_journal.Journal(undo_journal.PATCHING, {}, [], [], [], {}, renamed=renamed)
-    undo_journal.write_journal(pair[0] / undo_journal.ARMED, found)
+    undo_journal.write_journal(pair[0] / undo_journal.JOURNAL_DIR, found)
     before = content(pair[0])
     with pytest.raises(MergeError, match=r"journal.json: the undo journal is damaged .* and was not followed"):
         roll_back_interrupted(pair[0])

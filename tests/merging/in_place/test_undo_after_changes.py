@@ -50,7 +50,7 @@ def test_a_model_saved_over_the_base_is_not_touched(pair):
 def test_rows_trained_on_are_not_touched(pair):
     base, delta = pair
     merge_checkpoint(base, delta, in_place=True)
-    ranges = np.load(base / undo_journal.ARMED / "ranges.npy")
+    ranges = np.load(base / undo_journal.JOURNAL_DIR / "ranges.npy")
     with (base / WEIGHTS).open("r+b") as file:
         os.pwrite(file.fileno(), b"trained", int(ranges[0, 1]))
     refused(base, "model.safetensors: the rows or weights that the merge wrote have changed")
@@ -83,8 +83,8 @@ def test_an_interrupted_merge_is_not_rolled_back_over_another_model(pair, monkey
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(execute, "_abandon", lambda *args, **options: None)
-        patch.setattr(undo_journal, "finish", stop)
+        patch.setattr(execute, "_rollback_on_error", lambda *args, **options: None)
+        patch.setattr(undo_journal, "mark_done", stop)
         merge_checkpoint(base, delta, in_place=True)
     fine_tune(base / WEIGHTS)
     refused(
@@ -98,7 +98,7 @@ def test_journals_of_version_1_are_undone(pair):
     base, delta = pair
     before = content(base)
     merge_checkpoint(base, delta, in_place=True)
-    path = base / undo_journal.ARMED / "journal.json"
+    path = base / undo_journal.JOURNAL_DIR / "journal.json"
     found = json.loads(path.read_bytes())["journal"]
     for key in ("made", "written", "samples"):
         del found[key]
@@ -110,7 +110,7 @@ def test_journals_of_version_1_are_undone(pair):
 def test_newer_journals_are_named(pair):
     base, delta = pair
     merge_checkpoint(base, delta, in_place=True)
-    path = base / undo_journal.ARMED / "journal.json"
+    path = base / undo_journal.JOURNAL_DIR / "journal.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"version": 3}))
     refused(base, r"journal.json: written by a newer version of pema_adapters \(format 3, this one reads up to 2\)")
 
@@ -119,7 +119,7 @@ def test_fields_of_later_versions_are_ignored(pair):
     base, delta = pair
     before = content(base)
     merge_checkpoint(base, delta, in_place=True)
-    path = base / undo_journal.ARMED / "journal.json"
+    path = base / undo_journal.JOURNAL_DIR / "journal.json"
     found = json.loads(path.read_bytes())["journal"] | {"later": 1}
     path.write_text(json.dumps({"version": 2, "sha256": undo_journal._sum(found), "journal": found}))
     undo_merge(base)
@@ -128,7 +128,7 @@ def test_fields_of_later_versions_are_ignored(pair):
 
 def forge(base, ranges=None, **fields):
     """Change a journal and renew all of its sums, as an attacker can."""
-    folder = base / undo_journal.ARMED
+    folder = base / undo_journal.JOURNAL_DIR
     found = json.loads((folder / "journal.json").read_bytes())["journal"]
     if ranges is not None:
         np.save(folder / "ranges.npy", ranges)
@@ -195,8 +195,8 @@ def test_private_bases_stay_private(pair):
         for path in base.iterdir():
             path.chmod(0o600)
         merge_checkpoint(base, delta, in_place=True)
-        files = [path for path in base.rglob("*") if path.is_file() and undo_journal.ARMED not in path.parts]
+        files = [path for path in base.rglob("*") if path.is_file() and undo_journal.JOURNAL_DIR not in path.parts]
         assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
-        assert (base / undo_journal.ARMED).stat().st_mode & 0o777 == 0o700
+        assert (base / undo_journal.JOURNAL_DIR).stat().st_mode & 0o777 == 0o700
     finally:
         os.umask(before)

@@ -100,4 +100,4 @@ def test_elsewhere_the_bytes_are_the_same(big, make_adapter, tmp_path):
     ],
 )
 def test_how_much_is_copied_at_once(at, to, left, expected):
-    assert writer._to_block(at, to, left) == expected
+    assert writer._align_to_block(at, to, left) == expected

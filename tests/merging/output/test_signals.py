@@ -42,7 +42,12 @@ def test_a_merge_that_is_stopped_leaves_nothing_behind(make_base, make_adapter, 
 def test_a_merge_in_place_that_is_stopped_is_rolled_back(make_base, make_adapter, number):
     base = make_base()
     delta, before = make_adapter(base).folder, content(base.folder)
-    where = {"package": "pema_adapters.merging.in_place", "module": "execute", "name": "_apply", "number": number}
+    where = {
+        "package": "pema_adapters.merging.in_place",
+        "module": "execute",
+        "name": "_apply_changes",
+        "number": number,
+    }
     done = run("--base", base.folder, "--delta", delta, "--in-place", **where)
     assert done.returncode == 1
     assert done.stderr.endswith("base is as it was\n")

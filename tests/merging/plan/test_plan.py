@@ -10,7 +10,7 @@ from pema_adapters.io.input_file import InputFile
 from pema_adapters.merging.plan import plan, segments
 from pema_adapters.merging.plan.dtype_cast import Rounding, cast
 from pema_adapters.merging.plan.plan import PlannedFile
-from pema_adapters.merging.plan.segments import Cast, Copy, Literal, Rows, joined
+from pema_adapters.merging.plan.segments import BytesSegment, CastSegment, CopySegment, RowsSegment, merge_segments
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def source(tmp_path_factory):
 
 def rows_over(file):
     """Rows 1, 2 and 4 of a 5 x 3 matrix, and a row 5 that makes it grow."""
-    return Rows(Copy(file, 100, 15), Literal(b"aaabbbcccddd"), np.array([1, 2, 4, 5]), 3)
+    return RowsSegment(CopySegment(file, 100, 15), BytesSegment(b"aaabbbcccddd"), np.array([1, 2, 4, 5]), 3)
 
 
 def test_rows_by_hand(source):
@@ -46,7 +46,13 @@ def test_runs_are_bounded_by_the_chunk(source, monkeypatch):
 @given(begin=st.integers(0, 60), end=st.integers(0, 60), chunk=st.integers(1, 60))
 def test_a_file_gives_any_range_whatever_the_segments(source, begin, end, chunk):
     halves = StoredTensor("x", "F32", (2, 2), source, None, 16, np.array([1, 2, 3, 4], "<f4").view(np.uint8))
-    parts = [Literal(b"head"), Literal(b""), rows_over(source), Copy(source, 0, 7), Cast.of(halves, "F16", Rounding())]
+    parts = [
+        BytesSegment(b"head"),
+        BytesSegment(b""),
+        rows_over(source),
+        CopySegment(source, 0, 7),
+        CastSegment.of(halves, "F16", Rounding()),
+    ]
     whole = b"head" + b"defaaabbbmnocccddd" + bytes(range(7)) + np.array([1, 2, 3, 4], "<f2").tobytes()
     file = PlannedFile("x", tuple(parts))
     begin, end = sorted((begin, end))
@@ -58,8 +64,14 @@ def test_a_file_gives_any_range_whatever_the_segments(source, begin, end, chunk)
 
 
 def test_copies_that_continue_each_other_become_one(source):
-    parts = [Copy(source, 0, 4), Copy(source, 4, 2), Literal(b""), Copy(source, 6, 1), Copy(source, 9, 1)]
-    assert joined(parts) == (Copy(source, 0, 7), Copy(source, 9, 1))
+    parts = [
+        CopySegment(source, 0, 4),
+        CopySegment(source, 4, 2),
+        BytesSegment(b""),
+        CopySegment(source, 6, 1),
+        CopySegment(source, 9, 1),
+    ]
+    assert merge_segments(parts) == (CopySegment(source, 0, 7), CopySegment(source, 9, 1))
 
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

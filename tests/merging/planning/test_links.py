@@ -126,7 +126,7 @@ def test_a_link_in_the_delta_is_refused(make_base, make_adapter, home):
     base = make_base()
     delta = make_adapter(base, rest={"bert.encoder.layer.0.adapters.task.down": T.of(noise(1, 4))})
     (delta.folder / "adapter_interface.json").symlink_to(home / "settings.json")
-    with pytest.raises(FormatError, match=r"adapter_interface.json: is a link to .*settings.json, outside of"):
+    with pytest.raises(FormatError, match=r"adapter_interface.json: is a link to .*settings.json, outside"):
         merge_checkpoint(base.folder, delta.folder)
 
 
@@ -174,7 +174,7 @@ def test_a_snapshot_whose_blobs_lead_elsewhere_is_refused(pair, hub, home):
     (snapshot.parents[1] / "blobs").symlink_to(home / "keys")
     (snapshot / "vocab.txt").unlink()
     (snapshot / "vocab.txt").symlink_to("../../blobs/id")
-    with pytest.raises(FormatError, match=r"vocab.txt: is a link to .*/keys/id, outside of"):
+    with pytest.raises(FormatError, match=r"vocab.txt: is a link to .*/keys/id, outside"):
         merge_checkpoint(snapshot, delta.folder)
 
 

@@ -1,4 +1,4 @@
-"""A base that is written to while a model trains on it: one clear error, and no foreign row anywhere."""
+"""A base that changes while a model trains on it is a clear error; changed rows are never used."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import torch
 from pema_adapters import PartialVocabulary, load_model, restore_embeddings, save_delta, shrink_embeddings
 from pema_adapters.errors import InputChangedError
 from pema_adapters.io import input_file
-from pema_adapters.training.base.mapped_rows import BaseRows
+from pema_adapters.training.base.mapped_rows import MappedRows
 from tests.models import MIXED, USED, V, assert_same, matrix_of, outputs
 from tests.training.test_shrink import perturb, shrunk
 
@@ -58,7 +58,7 @@ def full_model(case):
 
 @pytest.mark.parametrize("change", [copy_over, cut, patch_a_row])
 @pytest.mark.parametrize("make", [adapter_model, full_model])
-def test_nothing_is_computed_saved_or_restored_with_foreign_rows(case, tmp_path, make, change):
+def test_forward_save_and_restore_refuse_a_changed_base(case, tmp_path, make, change):
     model = make(case)
     change(case, tmp_path)
     for use in (
@@ -72,7 +72,7 @@ def test_nothing_is_computed_saved_or_restored_with_foreign_rows(case, tmp_path,
     assert not (tmp_path / "saved").exists()
 
 
-def test_saving_into_the_folder_of_a_changed_base_leaves_it_as_it_is(case, tmp_path):
+def test_saving_into_the_folder_of_a_changed_base_leaves_it_alone(case, tmp_path):
     model = full_model(case)
     patch_a_row(case, tmp_path)
     before = {path.name: path.read_bytes() for path in Path(case.folder).iterdir()}
@@ -96,12 +96,12 @@ def link_and_mode(path):
 
 
 @pytest.mark.parametrize("change", [rename, Path.unlink, rename_over, link_and_mode])
-def test_what_leaves_the_contents_alone_is_no_change(case, tmp_path, monkeypatch, change):
+def test_renaming_linking_and_chmod_are_no_change(case, tmp_path, monkeypatch, change):
     expected = outputs(case.plain(), MIXED)
     model = full_model(case)
     change(weights(case))
     monkeypatch.setattr(input_file._open_files, "_limit", 1)
-    for i in range(3):  # pushes every descriptor out that is not kept
+    for i in range(3):  # evicts every descriptor that is not pinned
         (tmp_path / f"{i}").write_bytes(b"0")
         input_file.InputFile(tmp_path / f"{i}").open()
     assert_same(outputs(model, MIXED), expected)
@@ -111,7 +111,7 @@ def test_what_leaves_the_contents_alone_is_no_change(case, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("where", ["in place", "renamed", "through a link"])
 def test_saving_over_the_base_keeps_its_rows(case, tmp_path, where):
-    """The old file moves aside, by whatever name it is there."""
+    """The old file is moved aside, under any name."""
     model, folder = full_model(case), Path(case.folder)
     with torch.no_grad():
         matrix_of(model).mul_(1.5)
@@ -129,14 +129,14 @@ def test_saving_over_the_base_keeps_its_rows(case, tmp_path, where):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_delta_is_saved_though_the_base_has_changed(case, tmp_path):
+def test_a_delta_can_be_saved_after_the_base_has_changed(case, tmp_path):
     model = full_model(case)
     patch_a_row(case, tmp_path)
     save_delta(model, tmp_path / "delta")
     assert (tmp_path / "delta" / "model.safetensors").exists()
 
 
-def test_an_adapter_is_saved_though_the_base_has_changed(case, tmp_path):
+def test_an_adapter_can_be_saved_after_the_base_has_changed(case, tmp_path):
     model = shrunk(case)
     perturb(model)
     patch_a_row(case, tmp_path)
@@ -159,7 +159,7 @@ CUT = """
 """
 
 
-def test_a_file_that_is_cut_short_does_not_end_the_process(case, tmp_path):
+def test_a_truncated_file_does_not_kill_the_process(case, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(CUT), case.folder, str(tmp_path / "saved")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.returncode
@@ -167,12 +167,12 @@ def test_a_file_that_is_cut_short_does_not_end_the_process(case, tmp_path):
     assert len(lines) == 2 and all("InputChangedError" in line and "bytes" in line for line in lines), done.stdout
 
 
-def test_a_change_while_blocks_are_read_is_seen(tmp_path, monkeypatch):
+def test_a_change_while_blocks_are_read_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("pema_adapters.training.base.mapped_rows.BLOCK_BYTES", 100)
     path = tmp_path / "rows"
     path.write_bytes(torch.arange(1000.0).numpy().tobytes())
-    rows = BaseRows(input_file.InputFile(path), 0, (100, 10), torch.float32)
-    found = rows.blocks()
+    rows = MappedRows(input_file.InputFile(path), 0, (100, 10), torch.float32)
+    found = rows.iterate_blocks()
     assert next(found).flatten().tolist() == list(range(20))
     os.truncate(path, 200)
     with pytest.raises(InputChangedError, match=r"went from 4,000 to 200 bytes|ends at byte 200 now"):

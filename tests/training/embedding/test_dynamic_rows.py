@@ -1,27 +1,21 @@
-"""Vocabularies that grow: rows come in training, and the run is the one that a scan beforehand would have given."""
+"""Growing vocabularies: training adds rows, and the run equals one after scanning the data beforehand."""
 
 import gc
-import json
 
-import adapters
 import pytest
 import torch
-from adapters import AdapterConfig, AdapterTrainer, ConfigUnion
+from adapters import AdapterTrainer, ConfigUnion
 from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, set_seed
 
 from pema_adapters import (
-    PartialVocabulary,
     PEMAConfig,
     load_model,
-    merge_checkpoint,
-    restore_embeddings,
-    save_delta,
     shrink_embeddings,
 )
-from pema_adapters.errors import SurgeryError, UnseenTokenError
-from tests.models import MIXED, SEEN, V, assert_same, batch, live_tensors_of_shape, matrix_of, outputs
+from pema_adapters.errors import SurgeryError
+from tests.models import MIXED, V, assert_same, live_tensors_of_shape, matrix_of, outputs
 from tests.training.test_shrink import COMPACTER, rows_of
 from tests.training.test_training import run
 
@@ -30,7 +24,7 @@ GROWS = PEMAConfig(vocabulary="grow")
 
 @pytest.fixture
 def data():
-    """Rows that bring new tokens little by little: row i has ids up to 10 + 4 i."""
+    """Data with new tokens in later rows: row i has ids up to 10 + 4 i."""
     generator = torch.Generator().manual_seed(4)
     ids = [torch.randint(1, 10 + 4 * i, (7,), generator=generator).tolist() for i in range(24)]
     return Dataset.from_dict(
@@ -39,7 +33,7 @@ def data():
 
 
 def adapter_model(case, data=None, config=PEMAConfig):
-    """With a vocabulary that grows, or with all that the data use."""
+    """A model with a growing vocabulary; with `data`, one scanned beforehand."""
     model = case.with_adapters()
     set_seed(2)
     model.add_adapter("task", config=ConfigUnion(GROWS if data is None else config(), COMPACTER))
@@ -70,7 +64,7 @@ def loop(model, data, optimizer=None, steps=range(6), accumulate=1, make=torch.o
 
 
 def assert_same_run(grown, scanned):
-    """All weights are equal, and the tokens that only the scan knows have never moved."""
+    """Assert that all weights are equal, for tokens that both tables have."""
     ours, theirs = table_of(grown), table_of(scanned)
     places = torch.searchsorted(theirs.token_ids, ours.token_ids)
     assert torch.equal(theirs.token_ids[places], ours.token_ids) and len(ours.token_ids) > 10
@@ -93,7 +87,7 @@ MODELS = pytest.mark.parametrize("make", [adapter_model, full_model])
         (full_model, 1, torch.optim.Adagrad, {"initial_accumulator_value": 0.5}),
     ],
 )
-def test_a_loop_gives_what_a_scan_beforehand_gives(case, data, make, accumulate, optimizer, settings):
+def test_a_training_loop_equals_one_after_a_scan(case, data, make, accumulate, optimizer, settings):
     grown, scanned = make(case), make(case, data)
     assert table_of(grown).token_ids.tolist() == [0]
     for model in (grown, scanned):
@@ -103,8 +97,8 @@ def test_a_loop_gives_what_a_scan_beforehand_gives(case, data, make, accumulate,
 
 @MODELS
 @pytest.mark.parametrize("as_keyword", [False, True])
-def test_rows_that_come_in_a_closure(case, data, make, as_keyword):
-    """As Lightning calls every optimizer: forward and backward happen within the step."""
+def test_rows_can_be_added_in_a_closure(case, data, make, as_keyword):
+    """Forward and backward happen within the step, as Lightning calls every optimizer."""
     grown, scanned = make(case), make(case, data)
     for model in (grown, scanned):
         model.train()
@@ -127,13 +121,13 @@ def backward(model, optimizer, rows):
 
 
 @MODELS
-def test_an_optimizer_with_one_state_for_all_weights(case, data, make):
+def test_lbfgs_is_refused_when_rows_are_added(case, data, make):
     model = make(case)
     optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=0.01, max_iter=2)
     model.train()
     optimizer.step(backward(model, optimizer, data[:4]))
     optimizer.step(backward(model, optimizer, data[:4]))
-    with pytest.raises(SurgeryError, match=r"LBFGS keeps 'd' .* cannot follow them from \d+ rows to \d+: train with"):
+    with pytest.raises(SurgeryError, match=r"LBFGS keeps 'd' .* cannot be remapped from \d+ rows to \d+: train with"):
         optimizer.step(backward(model, optimizer, data[20:24]))
 
 
@@ -144,7 +138,7 @@ def test_an_optimizer_with_one_state_for_all_weights(case, data, make):
         (Trainer, full_model, {"max_grad_norm": 1e3}),
     ],
 )
-def test_trainers_on_a_stream_give_what_a_scan_beforehand_gives(case, data, tmp_path, trainer_class, make, settings):
+def test_trainers_on_a_stream_equal_those_after_a_scan(case, data, tmp_path, trainer_class, make, settings):
     grown, scanned = make(case), make(case, data)
     for model in (grown, scanned):
         run(trainer_class, model, data.to_iterable_dataset(), tmp_path, **settings)
@@ -154,7 +148,7 @@ def test_trainers_on_a_stream_give_what_a_scan_beforehand_gives(case, data, tmp_
 @pytest.mark.parametrize(
     ("trainer_class", "make", "safe"), [(AdapterTrainer, adapter_model, False), (Trainer, full_model, True)]
 )
-def test_a_resumed_run_goes_on_growing(case, data, tmp_path, trainer_class, make, safe):
+def test_a_resumed_run_continues_to_grow(case, data, tmp_path, trainer_class, make, safe):
     whole, again, scanned = make(case), make(case), make(case, data)
     settings = {"save_strategy": "steps", "save_steps": 2, "save_safetensors": safe, "max_steps": 4}
     run(trainer_class, whole, data, tmp_path / "run", **settings)
@@ -166,7 +160,7 @@ def test_a_resumed_run_goes_on_growing(case, data, tmp_path, trainer_class, make
     assert not [state for state in saved if state["exp_avg"].shape == table_of(whole).weight.shape]  # it grew since
 
 
-def test_the_best_of_several_checkpoints_has_its_own_rows(case, data, tmp_path):
+def test_the_best_checkpoint_is_loaded_with_its_own_rows(case, data, tmp_path):
     model = full_model(case)
     trainer = run(
         Trainer, model, data, tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1,
@@ -184,7 +178,7 @@ def meet(embedding, *ids):
     return embedding(torch.tensor(ids)).sum()
 
 
-def test_a_row_decays_from_the_step_at_which_it_is_met(case):
+def test_a_row_decays_from_the_step_that_adds_it(case):
     embedding, base = embedding_of(case), matrix_of(case.plain()).detach()
     optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1, weight_decay=0.5)
     for token_id in (3, 8):
@@ -196,7 +190,7 @@ def test_a_row_decays_from_the_step_at_which_it_is_met(case):
     torch.testing.assert_close(embedding.weight.detach(), torch.stack(expected))
 
 
-def test_nothing_grows_but_in_training(case):
+def test_only_training_adds_rows(case):
     model = full_model(case)
     embedding, full = model.get_input_embeddings(), case.plain()
     assert_same(outputs(model, MIXED), outputs(full, MIXED))
@@ -207,7 +201,7 @@ def test_nothing_grows_but_in_training(case):
     assert embedding.token_ids.tolist() == [0, 2, 3, 4, 8, 21, 55, 99, 119]
 
 
-def test_no_matrix_is_left(case):
+def test_no_full_matrix_is_alive(case):
     model = adapter_model(case)
     loss = model.train()(**MIXED, labels=torch.tensor([0, 1])).loss
     loss.backward()
@@ -215,7 +209,7 @@ def test_no_matrix_is_left(case):
     assert not live_tensors_of_shape((V, 32))
 
 
-def test_a_pending_gradient_and_an_older_graph_follow_the_rows(case):
+def test_a_pending_gradient_and_an_older_graph_are_remapped(case):
     embedding = embedding_of(case)
     meet(embedding, 5, 9).backward()
     older = 2 * meet(embedding, 9)
@@ -227,7 +221,7 @@ def test_a_pending_gradient_and_an_older_graph_follow_the_rows(case):
     assert embedding.weight.grad[:, 0].tolist() == [0, 1, 5, 1, 7]
 
 
-def test_gradient_checkpointing_finds_the_rows_that_the_forward_has_added(case):
+def test_gradient_checkpointing_uses_the_added_rows(case):
     embedding = embedding_of(case)
     for reentrant in (False, True):
         ids, scale = torch.tensor([7, 30 + reentrant]), torch.ones(1, requires_grad=True)
@@ -236,7 +230,7 @@ def test_gradient_checkpointing_finds_the_rows_that_the_forward_has_added(case):
     assert embedding.weight.grad[:, 0].tolist() == [0, 2, 1, 1]
 
 
-def test_encoder_and_decoder_grow_one_table(tmp_path, data):
+def test_encoder_and_decoder_add_rows_to_one_table(tmp_path, data):
     torch.manual_seed(3)
     config = T5Config(
         vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, dropout_rate=0.0,
@@ -248,77 +242,3 @@ def test_encoder_and_decoder_grow_one_table(tmp_path, data):
     for model in (grown, scanned):
         loop(model, data, weight_decay=0.0)
     assert_same_run(grown, scanned)
-
-
-def test_the_fingerprint_covers_every_row_that_came(case, data, tmp_path):
-    grown, scanned = adapter_model(case), adapter_model(case, data)
-    for model in (grown, scanned):
-        loop(model, data)
-    missing = set(table_of(scanned).token_ids.tolist()) - set(table_of(grown).token_ids.tolist())
-    grown.train()(**batch([[*missing, 0]]))
-    state, expected = grown.state_dict(), scanned.state_dict()
-    for name in ("token_ids", "fingerprint"):
-        assert torch.equal(state[f"bert.pema.adapters.task.{name}"], expected[f"bert.pema.adapters.task.{name}"])
-
-
-@MODELS
-def test_what_has_grown_is_merged_like_any_other(case, data, tmp_path, make):
-    model = make(case)
-    loop(model, data)
-    if make is adapter_model:
-        model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
-    else:
-        save_delta(model, tmp_path / "run")
-    report = merge_checkpoint(case.folder, tmp_path / "run", tmp_path / "merged")
-    assert report.rows_merged == len(table_of(model).token_ids)
-    merged = case.auto_class.from_pretrained(tmp_path / "merged")
-    if make is adapter_model:
-        adapters.init(merged)
-        merged.load_adapter(str(tmp_path / "merged" / "adapters" / "task"), set_active=True, use_safetensors=True)
-        merged.load_head(str(tmp_path / "run"))
-    assert_same(outputs(merged, MIXED), outputs(model, MIXED))
-
-
-def test_a_second_run_goes_on_where_the_first_was_saved(case, data, tmp_path):
-    first, other = adapter_model(case), data.map(lambda row: {"input_ids": row["input_ids"] + 20})
-    loop(first, data)
-    first.save_adapter(str(tmp_path), "task")
-    again = case.with_adapters()
-    again.load_adapter(str(tmp_path))
-    with pytest.raises(
-        SurgeryError, match=r"no vocabulary yet that could grow: call .*shrink_embeddings\(model, \"task\"\)"
-    ):
-        again.train_adapter("task")
-    used = shrink_embeddings(again, "task")
-    assert used.token_ids.tolist() == rows_of(first).token_ids.tolist()
-    assert_same([rows_of(again).weight], [rows_of(first).weight])
-    again.train_adapter("task")
-    loop(again, other)
-    assert len(rows_of(again)) > len(used)
-
-
-def test_the_config_is_saved_and_older_ones_are_read():
-    saved = json.loads(json.dumps(GROWS.to_dict()))
-    assert saved["vocabulary"] == "grow" and AdapterConfig.load(saved) == GROWS
-    del saved["vocabulary"]
-    assert AdapterConfig.load(saved).vocabulary is None
-
-
-def test_data_to_start_with_and_an_error_for_what_evaluation_alone_meets(case):
-    model = case.with_adapters()
-    model.add_adapter("task", config=PEMAConfig(vocabulary="grow", unseen="error"))
-    assert set(shrink_embeddings(model, "task", PartialVocabulary([3, 5], V))) == {0, 3, 5}
-    model.train_adapter("task")
-    model.train()(**SEEN)
-    outputs(model, SEEN)
-    with pytest.raises(UnseenTokenError, match="4 token ids are outside the partial vocabulary"):
-        outputs(model, MIXED)
-
-
-def test_a_vocabulary_given_to_full_fine_tuning_ends_the_growth(case):
-    model = full_model(case)
-    shrink_embeddings(model, None, PartialVocabulary([3], V))
-    model.train()(**SEEN)
-    assert model.get_input_embeddings().token_ids.tolist() == [0, 3]
-    restore_embeddings(model)
-    assert matrix_of(model).shape[0] == V and type(model.get_input_embeddings()) is torch.nn.Embedding

@@ -1,4 +1,4 @@
-"""Vocabularies that cannot grow, and why: one clear line each."""
+"""Cases in which a vocabulary cannot grow: each is an error of one clear line."""
 
 import adapters
 import pytest
@@ -12,7 +12,7 @@ from tests.training.embedding.test_dynamic_rows import GROWS, full_model
 from tests.training.test_shrink import rows_of
 
 
-def test_another_adapter_s_restored_matrix_stops_the_growth_with_a_word(case):
+def test_growth_is_refused_after_the_matrix_was_restored(case):
     model = case.with_adapters()
     model.add_adapter("task", config=GROWS)
     shrink_embeddings(model, "task")
@@ -33,7 +33,7 @@ def tied(tmp_path, config):
     return model
 
 
-def test_a_tied_output_is_refused_unless_it_keeps_the_base(tmp_path):
+def test_a_tied_output_is_refused_unless_it_keeps_the_base_matrix(tmp_path):
     model = tied(tmp_path, GROWS)
     for name, vocabulary in (("task", None), (None, "grow")):
         with pytest.raises(
@@ -59,7 +59,7 @@ def test_a_tied_output_is_refused_unless_it_keeps_the_base(tmp_path):
         (lambda m: m.train_adapter("grows"), SurgeryError, r'no vocabulary yet that could grow: call .*\(model, "grows"\) first'),
     ],
 )  # fmt: skip
-def test_bad_calls_show_the_good_one(case, call, error, message):
+def test_errors_show_the_right_call(case, call, error, message):
     model = case.with_adapters()
     model.add_adapter("task", config="pema")
     model.add_adapter("grows", config=GROWS)

@@ -1,4 +1,4 @@
-"""Optimizer state and gradients follow the rows, whatever the optimizer; what cannot follow is refused by name."""
+"""Optimizer state and gradients stay with their rows; state that cannot be remapped is refused by name."""
 
 import copy
 
@@ -8,22 +8,21 @@ from transformers.optimization import Adafactor
 
 from pema_adapters import PartialVocabulary, load_model, shrink_embeddings
 from pema_adapters.errors import SurgeryError
-from pema_adapters.training.embedding.row_index import Layout
-from pema_adapters.training.embedding.row_table import PartialRows
+from pema_adapters.training.embedding.partial_rows import PartialRows
 from tests.models import V, matrix_of
 
 NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def table_of(*token_ids):
-    """A table of a matrix [20, 2] whose row i is i i."""
+    """A table over a matrix [20, 2] whose row i is (i, i)."""
     table = PartialRows(20, 2, torch.device("cpu"), torch.float32, "base")
     hold(table, *token_ids)
     return table
 
 
 def hold(table, *token_ids):
-    """Have rows for `token_ids`; those there are keep what they learned."""
+    """Set rows for `token_ids`; existing ones keep their values."""
     ids = torch.tensor(token_ids, dtype=torch.int32)
     rows = ids.float().unsqueeze(1).repeat(1, 2)
     known = torch.isin(ids, table.token_ids)
@@ -37,20 +36,6 @@ def step(table, optimizer, **gradients):
     for name, value in gradients.items():
         table.weight.grad[table.token_ids.tolist().index(int(name[1:]))] = value
     optimizer.step()
-
-
-def test_layouts_by_eye():
-    small = Layout(torch.tensor([3, 5, 9], dtype=torch.int32))
-    large = small.with_tokens(torch.tensor([4, 9])).with_tokens(torch.tensor([1]))
-    assert large.token_ids.tolist() == [1, 3, 4, 5, 9] and large.since.tolist() == [5, 3, 4, 3, 3]
-    assert large.origin(small).tolist() == [-1, 0, -1, 1, 2]
-    assert large.carry(torch.tensor([7.0, 8, 9]), small, fill=0.5).tolist() == [0.5, 7, 0.5, 8, 9]
-    assert [large.former(k) and large.former(k).token_ids.tolist() for k in (2, 3, 4)] == [
-        None,
-        [3, 5, 9],
-        [3, 4, 5, 9],
-    ]
-    assert small.lies_within(large) and not large.lies_within(small)
 
 
 def test_rows_keep_their_parameter_gradient_and_momentum():
@@ -74,7 +59,7 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize(("kind", "settings"), OPTIMIZERS)
-def test_rows_that_come_later_train_as_if_they_had_been_there(kind, settings):
+def test_added_rows_train_as_if_present_from_the_start(kind, settings):
     early, late = table_of(3, 5, 9), table_of(3, 9)
     for table in (early, late):
         optimizer = kind(table.parameters(), **{"lr": 0.1, "weight_decay": 0.0, **settings})
@@ -86,7 +71,7 @@ def test_rows_that_come_later_train_as_if_they_had_been_there(kind, settings):
     assert torch.equal(early.weight, late.weight)
 
 
-def test_state_that_was_saved_with_fewer_rows_is_loaded_for_those_of_today():
+def test_state_saved_with_fewer_rows_is_remapped_when_loaded():
     table = table_of(3, 9)
     optimizer = torch.optim.SGD(table.parameters(), lr=1, momentum=0.5)
     step(table, optimizer, i3=1, i9=2)
@@ -122,7 +107,7 @@ def test_state_stays_with_its_token_when_other_rows_are_loaded():
     ("kind", "row", "column"),
     [(Adafactor, "exp_avg_sq_row", "exp_avg_sq_col"), (torch.optim.Adafactor, "row_var", "col_var")],
 )
-def test_factored_moments_are_means_over_the_rows_of_today(kind, row, column):
+def test_factored_moments_are_means_over_the_current_rows(kind, row, column):
     early, late = table_of(3, 5, 9), table_of(3, 9)
     found = []
     for table in (early, late):
@@ -137,7 +122,7 @@ def test_factored_moments_are_means_over_the_rows_of_today(kind, row, column):
 
 
 class Blockwise(torch.optim.Optimizer):
-    """State as eight-bit optimizers keep it: bytes in the shape of the weight, and scales for blocks of them."""
+    """An optimizer with 8-bit state: bytes in the shape of the weight, and scales for blocks of them."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -156,7 +141,7 @@ class Blockwise(torch.optim.Optimizer):
         (torch.optim.LBFGS, {}, r"LBFGS keeps 'd' \(torch\.float32 \[4\]\)"),
     ],
 )
-def test_state_that_cannot_follow_is_refused(kind, settings, found):
+def test_state_that_cannot_be_remapped_is_refused(kind, settings, found):
     table = table_of(3, 9)
     optimizer = kind(table.parameters(), **settings)
     table.weight.grad = torch.ones_like(table.weight)
@@ -164,13 +149,13 @@ def test_state_that_cannot_follow_is_refused(kind, settings, found):
     optimizer.step(*closure)
     optimizer.step(*closure)
     hold(table, 3, 5, 9)
-    with pytest.raises(SurgeryError, match=found + ".* cannot follow them from 2 rows to 3: train with"):
+    with pytest.raises(SurgeryError, match=found + ".* cannot be remapped from 2 rows to 3: train with"):
         optimizer.step(*closure)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_a_second_stage_of_training_keeps_rows_and_state(case, kind):
-    """Stages on 3 5 and on 5 9, with the vocabulary of the first extended, against one vocabulary for both."""
+    """Compare stages on tokens 3 5 and 5 9, extending the vocabulary between them, with one vocabulary for both."""
     found = []
     for first in ([3, 5], [3, 5, 9]):
         model = (

@@ -1,4 +1,4 @@
-"""The partial embedding as a module: precision, copies, states, autograd, compilation, and ids that it has no row for."""
+"""The partial embedding as a module: precision, copies, state dicts, autograd, compilation, ids without a row."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_deepcopy_to_and_state_dict(case):
         assert outputs(moved, MIXED)[0].dtype == moved.dtype
 
 
-def test_a_full_state_does_not_pass_for_rows(case):
+def test_a_full_state_is_not_loaded_as_rows(case):
     state = case.plain().state_dict()
     for model in (shrunk(case), load_model(case.auto_class, case.folder, PartialVocabulary(USED, V))):
         with pytest.raises(RuntimeError, match=r"size mismatch for bert\.embeddings\.word_embeddings\.weight"):
@@ -62,7 +62,7 @@ def test_gradient_checkpointing_and_autocast_give_the_full_model_s_gradients(cas
     assert_same([found], [expected[ids]])
 
 
-def test_compiled_model_gives_the_same(case):
+def test_a_compiled_model_has_the_same_outputs(case):
     model = shrunk(case)
     perturb(model)
     compiled = torch.compile(model, backend="eager")

@@ -1,4 +1,4 @@
-"""Several threads that train one model, and the replicas that nn.DataParallel makes of it."""
+"""Several threads that train one model, and replicas of nn.DataParallel."""
 
 import threading
 
@@ -32,8 +32,8 @@ def in_threads(count, work):
     return errors
 
 
-def test_rows_that_several_threads_bring(case):
-    """The table is in order, each row is the base's, and each token has the gradient of all its uses."""
+def test_several_threads_can_add_rows(case):
+    """Rows are sorted and equal the base's, and each token has the gradient of all its uses."""
     base = matrix_of(case.plain()).detach()
     for seed in range(5):
         embedding = load_model(case.auto_class, case.folder, "grow").get_input_embeddings().train()

@@ -1,4 +1,4 @@
-"""Adapters and data without the vocabulary that training needs: refused where they are saved, counted where they train."""
+"""Adapters without a vocabulary are refused when they are saved; unseen tokens are counted in training."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from pema_adapters import PartialVocabulary, PEMAConfig, load_model, merge_checkpoint, shrink_embeddings
 from pema_adapters.errors import SurgeryError, VocabularyError
+from pema_adapters.training.embedding.unseen_monitor import UnseenMonitor
 from tests.models import MIXED, SEEN, USED, V
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -30,7 +31,7 @@ def prepared(case, pema=None):
 
 
 @pytest.mark.parametrize("rows", [{"input_ids": []}, {"input_ids": [[], []]}])
-def test_data_without_a_token_are_no_vocabulary(case, rows):
+def test_data_without_a_token_are_refused(case, rows):
     model = case.with_adapters()
     model.add_adapter("task", config="pema")
     with pytest.raises(VocabularyError, match=r"no token ids in the data: .* in input_ids, .*: give the token"):
@@ -40,13 +41,19 @@ def test_data_without_a_token_are_no_vocabulary(case, rows):
         shrink_embeddings(model, "task", scanned)
 
 
-def test_an_empty_split_beside_another_is_no_matter():
+def test_an_empty_batch_records_nothing():
+    monitor = UnseenMonitor()
+    monitor.record(torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0, dtype=torch.int64))
+    monitor.sync()
+
+
+def test_an_empty_split_beside_another_is_accepted():
     data = [Dataset.from_dict({"input_ids": []}), Dataset.from_dict({"input_ids": [[3, 5]]})]
     assert PartialVocabulary.from_dataset(data, vocab_size=V).token_ids.tolist() == [3, 5]
 
 
 @pytest.mark.parametrize("form", ["adapter", "full", "loaded"])
-def test_unseen_tokens_in_training_are_counted_and_said_once(case, caplog, tmp_path, form):
+def test_unseen_tokens_in_training_are_counted_and_reported_once(case, caplog, tmp_path, form):
     if form == "full":
         model = load_model(case.auto_class, case.folder, PartialVocabulary(USED, V)).train()
     else:
@@ -68,7 +75,7 @@ def test_unseen_tokens_in_training_are_counted_and_said_once(case, caplog, tmp_p
     assert line.endswith('every split and column), or use PEMAConfig(vocabulary="grow")')
 
 
-def test_evaluation_and_rows_that_do_not_train_say_nothing(case, caplog):
+def test_evaluation_and_frozen_rows_do_not_warn(case, caplog):
     prepared(case).eval()(**MIXED)
     model = case.with_adapters()
     model.add_adapter("task", config=ConfigUnion(PEMAConfig(trainable=False), LoRAConfig()))
@@ -78,7 +85,7 @@ def test_evaluation_and_rows_that_do_not_train_say_nothing(case, caplog):
     assert not ours(caplog)
 
 
-def test_an_adapter_without_a_vocabulary_is_not_saved(case, tmp_path):
+def test_an_adapter_without_a_vocabulary_cannot_be_saved(case, tmp_path):
     model = case.with_adapters()
     model.add_adapter("task", config="pema")
     with pytest.raises(
@@ -93,7 +100,7 @@ def test_an_adapter_without_a_vocabulary_is_not_saved(case, tmp_path):
     merge_checkpoint(case.folder, tmp_path / "run", tmp_path / "merged")
 
 
-def test_a_trainer_saves_another_adapter_beside_it(case, data, tmp_path):
+def test_a_trainer_saves_other_adapters_beside_one_without_a_vocabulary(case, data, tmp_path):
     model = case.with_adapters()
     model.add_adapter("later", config="pema")
     model.add_adapter("task", config=LoRAConfig(r=2))
@@ -108,7 +115,7 @@ def test_a_trainer_saves_another_adapter_beside_it(case, data, tmp_path):
     again.load_adapter(str(tmp_path / "checkpoint-1" / "task"))
 
 
-def test_rows_that_do_not_train_are_saved_without_a_vocabulary(case, tmp_path):
+def test_frozen_rows_can_be_saved_without_a_vocabulary(case, tmp_path):
     model = case.with_adapters()
     model.add_adapter("task", config=ConfigUnion(PEMAConfig(trainable=False), LoRAConfig()))
     model.save_adapter(str(tmp_path / "run"), "task")

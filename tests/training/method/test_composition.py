@@ -1,4 +1,4 @@
-"""An adapter with PEMA beside others: one embedding serves them all, so one of them may have rows."""
+"""An adapter with PEMA combined with others: they share one embedding, so only one may have rows."""
 
 import adapters.composition as ac
 import pytest
@@ -32,7 +32,7 @@ def model(case):
 
 
 def oracle(model, case, setup):
-    """The rows written into a full model, with the same setup of the others."""
+    """The outputs of a full model with the rows written in, with the same setup of the other adapters."""
     full = case.with_adapters()
     for name, config in (("one", SeqBnConfig()), ("two", SeqBnConfig()), ("low", LoRAConfig(r=2))):
         full.add_adapter(name, config=config)
@@ -56,7 +56,7 @@ def oracle(model, case, setup):
     (ac.Stack("rows", ac.Parallel("one", "two")), ac.Parallel("one", "two")),
     (ac.Stack("rows", ac.BatchSplit("one", "two", batch_sizes=[1, 1])), ac.BatchSplit("one", "two", batch_sizes=[1, 1])),
 ], ids=str)  # fmt: skip
-def test_rows_under_others(model, case, setup, others):
+def test_rows_combine_with_other_adapters(model, case, setup, others):
     if isinstance(others, ac.Fuse):
         model.add_adapter_fusion(others)
     model.set_active_adapters(setup)
@@ -65,8 +65,8 @@ def test_rows_under_others(model, case, setup, others):
         torch.testing.assert_close(one, other)
 
 
-def test_rows_under_several_tasks(model, case):
-    """Multi-task LoRA, each row of the batch with the weights of its task."""
+def test_rows_combine_with_multi_task_lora(model, case):
+    """With multi-task LoRA, each example of the batch uses the weights of its task."""
     full = case.with_adapters()
     for one in (model, full):
         for name in ("a", "b"):
@@ -97,16 +97,16 @@ def outputs_of(model, tasks):
     ac.MultiTask("rows", "one"),
     ac.Stack("two", ac.Parallel("rows", "one")),
 ], ids=str)  # fmt: skip
-def test_rows_in_a_branch_are_refused(model, setup):
+def test_rows_in_a_parallel_block_are_refused(model, setup):
     with pytest.raises(
-        SurgeryError, match=r"adapter 'rows' has embedding rows, which one would get as well.*in a Stack"
+        SurgeryError, match=r"adapter 'rows' has embedding rows, which one would use as well.*in a Stack"
     ):
         model.set_active_adapters(setup)
     model.set_active_adapters("rows")
 
 
 @pytest.mark.parametrize("block", [ac.Stack, ac.Fuse, ac.Average, ac.Parallel])
-def test_two_with_rows_are_refused(model, block):
+def test_two_adapters_with_rows_are_refused(model, block):
     model.add_adapter("more", config=PEMAConfig())
     shrink_embeddings(model, "more", PartialVocabulary(USED, V))
     with pytest.raises(SurgeryError, match=r"more, rows are active together .* average_adapter"):

@@ -1,4 +1,4 @@
-"""A model that adapters knows only through an AdapterModelInterface of the user's own: OLMo."""
+"""A model that adapters supports only through a user's own AdapterModelInterface: OLMo."""
 
 import adapters
 import pytest

@@ -1,4 +1,4 @@
-"""Rows that do not train, for the sake of the memory, and rows of another dtype than the model's."""
+"""Frozen rows, which only save memory, and rows in another dtype than the model's."""
 
 import adapters
 import pytest
@@ -35,7 +35,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("config", [LoRAConfig(r=2), COMPACTER], ids=["lora", "compacter"])
-def test_rows_that_do_not_train(case, tmp_path, config):
+def test_frozen_rows_do_not_change(case, tmp_path, config):
     model = prepared(case.plain(), PEMAConfig(trainable=False), config)
     rows = model.base_model.pema.adapters["task"]
     assert len(rows) and not rows.weight.requires_grad and not live_tensors_of_shape((V, 32))
@@ -65,7 +65,7 @@ def test_rows_that_do_not_train(case, tmp_path, config):
     same(outputs(merged, MIXED), after)
 
 
-def test_nothing_but_frozen_rows_is_nothing_to_merge(case, tmp_path):
+def test_an_adapter_with_frozen_rows_only_has_nothing_to_merge(case, tmp_path):
     model = case.plain()
     adapters.init(model)
     model.add_adapter("task", config=PEMAConfig(trainable=False))
@@ -98,6 +98,6 @@ def test_rows_of_another_dtype(case, tmp_path, base):
 
 
 @pytest.mark.parametrize(("name", "value"), [("output_embeddings", "both"), ("trainable", None), ("dtype", "float64")])
-def test_wrong_values(name, value):
+def test_wrong_config_values_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"PEMAConfig: {name} is {value!r}, expected"):
         PEMAConfig(**{name: value})

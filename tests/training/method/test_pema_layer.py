@@ -39,7 +39,7 @@ def test_either_import_order_makes_it_a_method(first):
 
 
 @pytest.mark.parametrize("config", [PEMAConfig(), PEMAConfig(unseen="error"), BOTH])
-def test_configs_read_back_from_json(config):
+def test_configs_survive_json(config):
     again = AdapterConfig.load(json.loads(json.dumps(config.to_dict())))
     assert again == config
     setups = ModelAdaptersConfig()
@@ -48,7 +48,7 @@ def test_configs_read_back_from_json(config):
     assert restored.match("task", PEMAConfig)["unseen"] == setups.match("task", PEMAConfig)["unseen"]
 
 
-def test_a_wrong_policy_is_refused():
+def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match='unseen is \'skip\', expected "base" or "error"'):
         PEMAConfig(unseen="skip")
 
@@ -64,7 +64,7 @@ def test_summary_counts_the_rows(case):
     assert "task" in model.adapter_summary()
 
 
-def test_summary_s_full_model_is_the_full_one(case):
+def test_the_summary_counts_the_full_matrix(case):
     full, model = case.with_adapters(), shrunk(case)
     assert model.adapter_summary(as_dict=True)[-1]["#param"] == full.adapter_summary(as_dict=True)[-1]["#param"]
 
@@ -125,7 +125,7 @@ def test_average_of_adapters_without_a_vocabulary_has_none(case):
     assert len(rows_of(model, "mean")) == 0
 
 
-def test_average_of_pema_alone_refuses_other_strategies(case):
+def test_average_refuses_other_strategies(case):
     model = shrunk(case)
     with pytest.raises(ValueError, match="cannot average PEMA rows"):
         model.average_adapter("mean", ["task"], combine_strategy="lora_linear_only_negate_b")
@@ -153,7 +153,7 @@ def test_save_and_load(case, tmp_path, safe, target):
         assert_same(outputs(again, MIXED), outputs(model, MIXED))
 
 
-def test_load_as_another_name_and_training_goes_on(case, tmp_path):
+def test_training_continues_after_loading_under_another_name(case, tmp_path):
     model = shrunk(case)
     perturb(model)
     model.save_adapter(str(tmp_path / "run"), "task")
@@ -228,7 +228,7 @@ def test_save_pretrained_and_from_pretrained_bring_the_adapter_back(case, tmp_pa
     assert_same([rows_of(again).weight, matrix_of(again)], [rows_of(model).weight, matrix_of(case.plain())])
 
 
-def test_interface_models_take_it_without_listing_it(tmp_path):
+def test_interface_models_accept_pema_without_listing_it(tmp_path):
     torch.manual_seed(0)
     config = ModernBertConfig(
         vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -247,7 +247,7 @@ def test_interface_models_take_it_without_listing_it(tmp_path):
     assert "pema" not in (tmp_path / "run" / "adapter_interface.json").read_text()
 
 
-def test_a_model_without_a_token_embedding_says_so():
+def test_a_model_without_a_token_embedding_is_refused():
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)

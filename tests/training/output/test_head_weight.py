@@ -1,4 +1,4 @@
-"""The weight of a tied head, read by who does not call the head: fused losses, DistributedDataParallel, copies."""
+"""The weight of a tied head when it is read without calling the head: fused losses, DistributedDataParallel, copies."""
 
 import copy
 import subprocess
@@ -13,13 +13,11 @@ from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_emb
 from pema_adapters.errors import SurgeryError
 from tests.training.output.test_tied_head import MIXED, MODELS, SEEN, USED, V, close, logits, make, train, with_adapter  # noqa: F401
 
-WAY_OUT = (
-    r"its trained rows lie apart .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
-)
+WAY_OUT = r"its trained rows are separate .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
 
 
 def chunked_loss(model, ids, chunk=2):
-    """As fused losses do it: the backbone, then the head's weight, some tokens at a time."""
+    """Compute the loss as fused losses do: the backbone, then the head's weight, a few tokens at a time."""
     hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1].reshape(-1, 32)
     head, targets, total = model.get_output_embeddings(), ids[:, 1:].reshape(-1), 0.0
     hidden = hidden.to(head.weight.device).to(head.weight.dtype)
@@ -56,7 +54,7 @@ def loaded_over_the_full_matrix(folder, auto_class):
 
 
 @pytest.mark.parametrize("prepare", [adapter, full_fine_tuning, loaded_over_the_full_matrix])
-def test_a_fused_loss_is_refused_with_the_way_out(make, prepare):  # noqa: F811
+def test_a_fused_loss_is_refused(make, prepare):  # noqa: F811
     model = prepare(*make("gpt2"))
     hidden = torch.ones(1, 32, requires_grad=True)
     for use in (
@@ -77,10 +75,10 @@ def test_a_fused_loss_is_refused_with_the_way_out(make, prepare):  # noqa: F811
         "cpu",
         False,
     )
-    assert repr(weight) == "ApartFromRows(shape=(211, 32), dtype=torch.float32, device='cpu')"
+    assert repr(weight) == "MetadataOnlyWeight(shape=(211, 32), dtype=torch.float32, device='cpu')"
 
 
-def test_a_fused_loss_is_right_where_no_rows_lie_apart(make):  # noqa: F811
+def test_a_fused_loss_is_correct_without_separate_rows(make):  # noqa: F811
     folder, auto_class = make("gpt2")
     untied = with_adapter(folder, auto_class, output_embeddings="full")
     train(untied)
@@ -95,7 +93,7 @@ def test_a_fused_loss_is_right_where_no_rows_lie_apart(make):  # noqa: F811
 
 
 def test_the_matrix_is_no_buffer_of_a_distributed_model(make, tmp_path):  # noqa: F811
-    """What DistributedDataParallel broadcasts at every forward."""
+    """DistributedDataParallel broadcasts buffers at every forward."""
     model = with_adapter(*make("gpt2"))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -107,7 +105,7 @@ def test_the_matrix_is_no_buffer_of_a_distributed_model(make, tmp_path):  # noqa
     assert model.base_model.pema.adapters["task"].weight.grad is not None
 
 
-def test_the_matrix_goes_where_the_model_goes(make):  # noqa: F811
+def test_the_matrix_moves_with_the_model(make):  # noqa: F811
     model = with_adapter(*make("gpt2"))
     train(model)
     before = logits(model)
@@ -134,12 +132,12 @@ torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits
 """
 
 
-def test_a_compiled_model_computes_the_same(tmp_path):
-    """In a process of its own: what torch.compile keeps would keep matrices alive that other tests look for."""
+def test_a_compiled_language_model_has_the_same_outputs(tmp_path):
+    """Runs in a separate process, because torch.compile would keep matrices alive that other tests look for."""
     subprocess.run([sys.executable, "-c", COMPILED, tmp_path], check=True)
 
 
-def test_a_model_that_asks_for_the_dtype_of_its_head(tmp_path):
+def test_a_model_can_read_the_dtype_of_its_head(tmp_path):
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=V, hidden_size=32, state_size=4, num_hidden_layers=1, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -147,14 +145,14 @@ def test_a_model_that_asks_for_the_dtype_of_its_head(tmp_path):
     close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)))
 
 
-def test_a_head_that_computes_with_the_matrix_itself_is_refused(tmp_path):
+def test_a_head_that_uses_the_matrix_in_its_forward_is_refused(tmp_path):
     config = MobileBertConfig(
         vocab_size=V, hidden_size=32, embedding_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         intra_bottleneck_size=16,
     )  # fmt: skip
     MobileBertForMaskedLM(config).save_pretrained(tmp_path)
     model = load_model(MobileBertForMaskedLM, tmp_path, PartialVocabulary(USED, V))
-    with pytest.raises(SurgeryError, match="its trained rows lie apart from this matrix"):
+    with pytest.raises(SurgeryError, match="its trained rows are separate from this matrix"):
         model(input_ids=MIXED)
 
 

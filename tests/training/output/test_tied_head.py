@@ -1,4 +1,4 @@
-"""Language models: a head that shares the matrix with the input, when K rows of the input train."""
+"""Language models with a tied head, when K rows of the input embedding train."""
 
 import adapters
 import pytest
@@ -107,7 +107,7 @@ def with_adapter(folder, auto_class, **config):
 
 
 def full_model(model, folder, auto_class, tied):
-    """The oracle: the trained rows in a full matrix, which the head shares, or not."""
+    """The oracle: a full model with the trained rows written in, its head tied or not."""
     full = auto_class.from_pretrained(folder)
     adapters.init(full)
     full.add_adapter("task", config=LoRAConfig(r=2))
@@ -160,7 +160,7 @@ def test_training_saving_merging(make, tmp_path, name, policy):
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_one_matrix_is_alive_and_none_is_saved(make, tmp_path, name):
+def test_one_full_matrix_is_alive_and_none_is_saved(make, tmp_path, name):
     folder, auto_class = make(name)
     model = with_adapter(folder, auto_class)
     shape = (V, model.get_input_embeddings().embedding_dim)
@@ -272,17 +272,17 @@ def test_flexible_heads(make, tmp_path):
     close(logits(auto_class.from_pretrained(tmp_path / "merged")), after)
 
 
-def test_tied_is_what_none_means(make):
+def test_none_means_tied(make):
     folder, auto_class = make("bert")
     models = []
     for policy in (None, "tied"):
-        torch.manual_seed(2)  # LoRA's A is drawn at random
+        torch.manual_seed(2)  # LoRA's A is initialized at random
         models.append(with_adapter(folder, auto_class, output_embeddings=policy))
         train(models[-1])
     assert torch.equal(*map(logits, models))
 
 
-def test_something_else_that_shares_the_matrix(make):
+def test_another_module_that_shares_the_matrix_is_refused(make):
     folder, auto_class = make("bert")
     model = auto_class.from_pretrained(folder)
     model.odd = torch.nn.Bilinear(2, 2, 2)

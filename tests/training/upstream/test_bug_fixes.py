@@ -1,4 +1,4 @@
-"""What adapters leaves wrong when it saves, loads and wraps, and is right with us."""
+"""Bugs of adapters in saving, loading and wrapping that `bug_fixes` fixes."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from transformers import (
 )  # fmt: skip
 
 from pema_adapters import PartialVocabulary, PEMAConfig, restore_embeddings, shrink_embeddings
-from pema_adapters.training.upstream.bug_fixes import without_shared_memory
+from pema_adapters.training.upstream.bug_fixes import drop_shared_tensors
 from tests.models import CONFIGS, MIXED, USED, V, assert_same, bert_like, outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning")  # T5 with adapters
@@ -56,7 +56,7 @@ OWN_BASES = {
 
 
 def with_adapter(model, config, name="task"):
-    """A model with an adapter whose weights are drawn anew, shared ones included."""
+    """Add an adapter with random weights, shared ones included."""
     model.add_adapter(name, config=config, set_active=True)
     if "pema" in json.dumps(config.to_dict()):
         shrink_embeddings(model, name, PartialVocabulary(USED, V))
@@ -90,7 +90,7 @@ def test_shared_weights_are_saved_on_models_that_are_their_own_base(tmp_path, ba
     assert_same(first(again), first(model))
 
 
-def test_prompt_tuning_is_loaded_under_another_name(tmp_path):
+def test_prompt_tuning_can_be_loaded_under_another_name(tmp_path):
     load = bert(AutoModelForSequenceClassification, tmp_path / "base")
     model = with_adapter(load(), adapters.PromptTuningConfig(prompt_length=3))
     model.save_adapter(str(tmp_path / "run"), "task")
@@ -99,7 +99,7 @@ def test_prompt_tuning_is_loaded_under_another_name(tmp_path):
     assert_same(first(again), first(model))
 
 
-def test_prefix_tuning_is_saved_as_safetensors_and_once(tmp_path):
+def test_prefix_tuning_is_saved_once_as_safetensors(tmp_path):
     load = bert(AutoModelForSequenceClassification, tmp_path / "base")
     model = with_adapter(load(), ConfigUnion(PEMAConfig(), adapters.PrefixTuningConfig(bottleneck_size=8)))
     model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
@@ -123,7 +123,7 @@ def test_the_tied_bias_of_a_masked_language_model_is_saved_as_safetensors(tmp_pa
     assert_same(first(again), first(model))
 
 
-def test_tensors_that_share_memory_are_told_apart():
+def test_shared_tensors_are_dropped_or_cloned():
     whole, empty = torch.arange(6.0).view(2, 3), torch.empty(0)
     given = {
         "whole": whole,
@@ -133,13 +133,13 @@ def test_tensors_that_share_memory_are_told_apart():
         "e": empty,
         "f": empty,
     }
-    found = without_shared_memory(given)
+    found = drop_shared_tensors(given)
     assert list(found) == ["whole", "part", "other", "e", "f"]
     assert found["whole"] is whole
     assert torch.equal(found["part"], whole[1:]) and found["part"].data_ptr() != whole[1:].data_ptr()
 
 
-def test_the_head_of_a_t5_classifier_is_its_head_alone(tmp_path):
+def test_the_saved_head_of_a_t5_classifier_has_no_base_weights(tmp_path):
     load = t5(AutoModelForSequenceClassification, tmp_path / "base")
     model = with_adapter(load(), ConfigUnion(PEMAConfig(), LoRAConfig(r=2)))
     model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
@@ -147,7 +147,7 @@ def test_the_head_of_a_t5_classifier_is_its_head_alone(tmp_path):
     assert set(head) == {name for name in model.state_dict() if name.startswith("classification_head.")}
 
 
-def test_the_head_of_t5_has_no_adapter_in_it(tmp_path):
+def test_the_saved_head_of_t5_has_no_adapter_weights(tmp_path):
     load = t5(AutoModelForSeq2SeqLM, tmp_path / "base", tie_word_embeddings=False)
     model = with_adapter(load(), ConfigUnion(PEMAConfig(), SeqBnInvConfig(reduction_factor=4)))
     model.save_adapter(str(tmp_path / "run"), "task", use_safetensors=True)
@@ -164,7 +164,7 @@ MERGED_PROJECTIONS = {
 
 
 @pytest.mark.parametrize("family", MERGED_PROJECTIONS)
-def test_a_merged_projection_without_bias_stays_without(family):
+def test_a_fused_projection_without_bias_stays_without(family):
     torch.manual_seed(3)
     model = AutoModelForSequenceClassification.from_config(MERGED_PROJECTIONS[family]())
     before = outputs(model, MIXED)
@@ -172,7 +172,7 @@ def test_a_merged_projection_without_bias_stays_without(family):
     assert_same(outputs(model, MIXED), before)
 
 
-def test_direft_stays_direft():
+def test_a_direft_config_survives_saving():
     config = adapters.DiReftConfig()
     assert AdapterConfig.load(json.loads(json.dumps(config.to_dict()))).subtract_projection is False
     setups = ModelAdaptersConfig()
@@ -186,7 +186,7 @@ def test_direft_stays_direft():
 
 
 @pytest.mark.parametrize("save", ["save_pretrained", "save_adapter"])
-def test_adapters_can_be_deleted_and_restored_after_they_were_saved(tmp_path, save):
+def test_adapters_can_be_deleted_after_saving(tmp_path, save):
     load = bert(AutoModelForSequenceClassification, tmp_path / "base")
     model = with_adapter(load(), ConfigUnion(PEMAConfig(), adapters.PrefixTuningConfig(bottleneck_size=8)))
     model.add_adapter("other", config=adapters.PrefixTuningConfig(bottleneck_size=8))
@@ -202,14 +202,14 @@ def test_adapters_can_be_deleted_and_restored_after_they_were_saved(tmp_path, sa
     model.delete_adapter("task")
 
 
-def test_activating_an_adapter_warns_of_no_forward(case, caplog, monkeypatch):
-    """adapters speaks of a forward pass without an active adapter whenever one is activated."""
+def test_activating_an_adapter_does_not_warn(case, caplog, monkeypatch):
+    """Without the fix, adapters warns of a forward without an active adapter whenever one is activated."""
     model = case.with_adapters()
     model.add_adapter("task", config=PEMAConfig())
     shrink_embeddings(model, "task", PartialVocabulary(USED, V))
     model.train_adapter("task")
     logger = logging.getLogger("adapters.model_mixin")
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # whatever other tests did to the loggers above it
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # independent of parent loggers that other tests changed
     with caplog.at_level(logging.WARNING, logger=logger.name):
         model.set_active_adapters("task")
         assert "none are activated" not in caplog.text

@@ -1,4 +1,4 @@
-"""Imports that fail: PEMA is there at the next attempt, and never half of it."""
+"""Failed imports: the next attempt applies all patches, and none are applied in part."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def run(*programs):
 
 
 @pytest.mark.parametrize("name", ["PEMAConfig", "load_model", "shrink_embeddings", "parameter_groups"])
-def test_every_public_name_may_be_the_first_import(name):
+def test_every_public_name_can_be_the_first_import(name):
     found = run(
         f"from pema_adapters import {name}",
         "from adapters import AdapterConfig",
@@ -67,7 +67,7 @@ def test_every_public_name_may_be_the_first_import(name):
 
 
 @pytest.mark.parametrize("at", ["adapters.utils", "adapters.composition"])
-def test_an_interrupted_import_is_complete_when_it_is_done_again(at):
+def test_an_interrupted_import_completes_when_repeated(at):
     found = run(
         "import pema_adapters",
         ONE_INTERRUPTION.format(at=at),
@@ -88,7 +88,7 @@ def test_an_interrupted_import_is_complete_when_it_is_done_again(at):
 
 
 @pytest.mark.slow
-def test_a_name_that_is_missing_is_one_error_each_time_and_nothing_is_patched():
+def test_a_missing_name_is_the_same_error_each_time_and_nothing_is_patched():
     found = run(
         MISSING,
         """
@@ -108,7 +108,7 @@ def test_a_name_that_is_missing_is_one_error_each_time_and_nothing_is_patched():
     assert found[0].endswith("(pip install --upgrade pema-adapters)")
 
 
-def test_a_name_that_is_missing_behind_the_hook_is_the_same_error_each_time():
+def test_a_name_missing_in_a_module_imported_later_is_the_same_error_each_time():
     found = run(
         MISSING_AT_IMPORT,
         """
