@@ -172,14 +172,18 @@ def _sort_ids(token_ids: Any, vocab_size: int) -> TokenIds:
     if ids.size and ids.dtype.kind not in "iu":
         raise VocabularyError(f"found token ids of type {ids.dtype}, expected integers (first: {ids.flat[0]!r})")
     ids = _sort_unique(ids.reshape(-1))
-    if ids.size and not (ids[0] >= 0 and ids[-1] < vocab_size):
-        found = ids[0] if ids[0] < 0 else ids[-1]
-        raise VocabularyError(
-            f"token id {found} is outside the embedding, whose V = {vocab_size:,} rows are 0 to {vocab_size - 1:,}"
-        )
+    _check_range(ids, vocab_size)
     ids = ids.astype(np.int32)
     ids.setflags(write=False)
     return ids
+
+
+def _check_range(sorted_ids: npt.NDArray[Any], vocab_size: int) -> None:
+    if sorted_ids.size and not (sorted_ids[0] >= 0 and sorted_ids[-1] < vocab_size):
+        found = sorted_ids[0] if sorted_ids[0] < 0 else sorted_ids[-1]
+        raise VocabularyError(
+            f"token id {found} is outside the embedding, whose V = {vocab_size:,} rows are 0 to {vocab_size - 1:,}"
+        )
 
 
 def _sort_unique(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -193,17 +193,10 @@ def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bo
         FormatError: the config does not exist, or no model can be built from it.
     """
     import torch
-    from transformers import PretrainedConfig
 
-    from pema_adapters.hub.pretrained import load_config
     from pema_adapters.training.guards import refuse_hub_kernel
 
-    if not isinstance(config, (str, PretrainedConfig)):
-        raise FormatError(
-            f"found a {type(config).__name__}, expected a Transformers model, a config, a folder or a Hub id"
-        )
-    name = config if isinstance(config, str) else config.name_or_path or type(config).__name__
-    config = load_config(config, trust_remote_code) if isinstance(config, str) else config
+    name, config = _resolve_config(config, trust_remote_code)
     model_class = model_class or _select_class(config)
     if not trust_remote_code:
         refuse_hub_kernel(config, name)
@@ -214,6 +207,19 @@ def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bo
             return model_class(config)
     except Exception as error:  # of any class: model code does not validate its config
         raise FormatError(f"{name}: cannot build {model_class.__name__} from this config: {error}") from error
+
+
+def _resolve_config(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
+    """Return the name of a model in errors, and its config."""
+    from transformers import PretrainedConfig
+
+    from pema_adapters.hub.pretrained import load_config
+
+    if isinstance(config, str):
+        return config, load_config(config, trust_remote_code)
+    if isinstance(config, PretrainedConfig):
+        return config.name_or_path or type(config).__name__, config
+    raise FormatError(f"found a {type(config).__name__}, expected a Transformers model, a config, a folder or a Hub id")
 
 
 def _select_class(config: Any) -> Any:

@@ -177,8 +177,8 @@ class SplitPlan:
                 self.used[column] = None
             elif isinstance(value, str):
                 raise VocabularyError(
-                    f"{self.name}, column {column!r}: found str from row {first} on, and {known} before: name the "
-                    f"columns of text, --text-column {column} for one, to have both read as text"
+                    f"{self.name}, column {column!r}: found str from row {first} on, but {known} before; to read both "
+                    f"as text, name all columns of text, --text-column {column} among them"
                 )
             self.types[column] = type(value).__name__
 
@@ -197,7 +197,7 @@ class SplitPlan:
             if not isinstance(value, (*TEXTS, *FORMATTED)):
                 raise VocabularyError(
                     f"{self.name}, column {column!r}, row {row}: found {type(value).__name__}, expected text, a list "
-                    "of words, or a number: name a column of text, --text-column C"
+                    "of words, or a number; name the columns of text, --text-column C"
                 )
         return [value if isinstance(value, TEXTS) else str(value) for value in values]
 

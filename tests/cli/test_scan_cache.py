@@ -226,7 +226,7 @@ def make_long(folder):
 
 
 def test_a_killed_scan_is_resumed(folder, capsys):
-    """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scan.py."""
+    """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scanner.py."""
     make_long(folder)
     whole = scanned(capsys, "x.txt", "--no-cache")
     process = start(folder, SLOWLY)
