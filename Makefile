@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all test-minimum lint demo bench build clean
+.PHONY: help test test-all test-minimum lint demo bench results build clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ bench: $(VENV)/.bench  ## Measure scan, loading, training step, artifact, merge 
 	$(BIN)/python tools/bench_merge.py
 	$(BIN)/python tools/bench_merge_memory.py --sizes 0.3 1 3
 	$(BIN)/python tools/bench_push.py
+
+results: $(VENV)/.bench  ## Write the tables of tools/README.md and recipes/README.md from tools/results
+	$(BIN)/python tools/render_results.py
 
 build: $(VENV)/.release  ## Build the distributions, and check what PyPI would show
 	rm -rf dist

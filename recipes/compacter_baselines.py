@@ -1,8 +1,8 @@
 """The methods that the Compacter paper compares, each with and without PEMA.
 
 Mahabadi, Henderson and Ruder, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", sections 5.1, 5.2 and 5.5,
-in the terms of `adapters`; and LoRA and (IA)^3, which are not in it. A method is two answers: which adapter, and which
-of the model's own weights train beside it.
+in the terms of `adapters`; and LoRA and (IA)^3, which are not in it. A method says which adapter trains, and which of
+the model's own weights train beside it.
 
     model = AutoModelForSequenceClassification.from_pretrained(base)
     prepare(model, "Compacter", TRAINED, PartialVocabulary.from_dataset(data, vocab_size=model.config.vocab_size))
@@ -136,12 +136,12 @@ def ia3(config: Any) -> AdapterConfig:
 
 
 def bottleneck(config: Any) -> dict[str, Any]:
-    """adapters wants the bottleneck as a share of the hidden size, and rounds down: the half makes up for that."""
+    """Return a reduction factor for the bottleneck: adapters rounds down, the half makes up for that."""
     return {"reduction_factor": config.hidden_size / (BOTTLENECK + 0.5), "non_linearity": "gelu"}
 
 
 def rule_of_one(model: Any, vocabulary: PartialVocabulary) -> None:
-    """adapters draws a rule near 0, and trains it whatever `learn_phm` says."""
+    """Set the rule to 1 and freeze it: adapters initializes it near 0, and trains it whatever `learn_phm` says."""
     rule = model.base_model.shared_parameters[TASK]["phm_rule"]
     rule.data.fill_(1.0)
     rule.requires_grad_(False)
@@ -158,7 +158,7 @@ def prompt_of_tokens(model: Any, vocabulary: PartialVocabulary) -> None:
 
 
 def prompt_ids(vocabulary: PartialVocabulary) -> Any:
-    """Ids of the prompt's tokens, spread over the vocabulary; the paper does not say which it took."""
+    """Return ids for the prompt's tokens, spread over the vocabulary; the paper does not name its own."""
     places = (np.arange(PROMPT_LENGTH) + 0.5) * len(vocabulary) / PROMPT_LENGTH
     return vocabulary.token_ids[places.astype(int)].astype(np.int64)
 
@@ -215,7 +215,7 @@ def prepare(model: Any, name: str, column: str, vocabulary: PartialVocabulary) -
 
 
 def _parts(method: Method, column: str, config: Any) -> list[AdapterConfig]:
-    """The configs of the adapter. Rows that train and nothing else are full fine-tuning's: they need no adapter."""
+    """Return the configs of the adapter; full fine-tuning needs none."""
     parts = [] if method.config is None else [method.config(config)]
     if column == FROZEN:
         return [PEMAConfig(trainable=False), *parts]
@@ -229,7 +229,7 @@ def _set_trained(model: Any, method: Method, *, trains_matrix: bool) -> None:
 
 
 def own_weights(model: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """The weights of the pretrained model, without head and adapter, as (module, name in it, weight)."""
+    """Yield the weights of the pretrained model, without head and adapter, as (module, name in it, weight)."""
     for path, module in model.base_model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not _in_adapter(f"{path}.{name}"):
@@ -241,14 +241,14 @@ def _in_adapter(name: str) -> bool:
 
 
 def trained_parameters(model: Any) -> tuple[int, int]:
-    """How many train: of the model with its adapter, which is what the paper counts, and of the head."""
+    """Count trained parameters: of the model with its adapter, as the paper counts, and of the head."""
     body = {id(p): p.numel() for p in model.base_model.parameters() if p.requires_grad}
     total = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     return sum(body.values()), sum(total.values()) - sum(body.values())
 
 
 def save(model: Any, folder: str | Path) -> None:
-    """Write what the task has of its own: all that trained, and nothing else."""
+    """Write the trained weights, and nothing else."""
     folder = Path(folder)
     if _has_own_rows(model):
         pema_adapters.save_delta(model, folder)

@@ -9,13 +9,12 @@ Any other model and data set:
 """
 
 import argparse
-import json
 import logging
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 import pema_adapters
 import stdlib_docstrings
 from pema_adapters import PEMAConfig
+from runs import format_ratio, format_table, make_parser, write_results
 
 TASK = "task"
 ROUNDS = 12
@@ -49,7 +49,7 @@ ROUNDS = 12
 
 @dataclass
 class Experiment:
-    """What both ways of training share."""
+    """The shared settings of both ways of training."""
 
     options: argparse.Namespace
     data: DatasetDict
@@ -58,20 +58,20 @@ class Experiment:
 
 @dataclass(eq=False)
 class Run:
-    """What one way of training cost and gave."""
+    """Costs and accuracy of one way of training."""
 
     way: str
     embedding_rows: int
     trained_parameters: int
     training_state_bytes: int
-    seconds_per_step: float
+    step_seconds: list[float]
     artifact_bytes: int
     accuracy: float
 
 
 def main() -> None:
     options = parse()
-    quiet()
+    silence()
     data = load_data(options)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     tokenized = data.map(
@@ -88,16 +88,18 @@ def main() -> None:
     batches = DataLoader(tokenized["train"], options.batch_size, collate_fn=experiment.collator)
     time_steps({with_pema: model, with_matrix: full_model}, list(islice(batches, ROUNDS)))
 
-    report([with_pema, with_matrix])
+    figures = {"runs": [vars(with_pema), vars(with_matrix)], "largest_difference": difference}
+    print(f"\n{render(figures)}")
+    write_results(options, figures)
     print(f"\nmerged with pema-merge into {merged}, loaded with plain Transformers + the remaining adapter:")
     print(f"largest difference of a logit from the trained model: {difference:g}")
-    figure([with_pema, with_matrix], options.output / "quickstart.png")
+    plot([with_pema, with_matrix], options.output / "quickstart.png")
     if difference > 1e-5:
         sys.exit("the merged model is not the trained one")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--base", help="model folder or Hub id (default: the packaged all-MiniLM-L6-v2)")
     parser.add_argument("--dataset", help="Hub id or folder with splits train and test (default: stdlib docstrings)")
     parser.add_argument("--text-column", default="text")
@@ -117,8 +119,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def quiet() -> None:
-    """Leave the screen to the table; progress bars show on a terminal only."""
+def silence() -> None:
+    """Silence libraries; progress bars show on a terminal only."""
     transformers_logging.set_verbosity_error()
     logging.getLogger("adapters").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -127,7 +129,7 @@ def quiet() -> None:
 
 
 def load_data(options: argparse.Namespace) -> DatasetDict:
-    """Splits train and test with columns text and label."""
+    """Load splits train and test with columns text and label."""
     if options.dataset is None:
         return stdlib_docstrings.load()
     data = load_dataset(options.dataset)
@@ -190,12 +192,12 @@ def train(way: str, rows: int, model: PreTrainedModel, experiment: Experiment) -
     trained = [p for p in model.parameters() if p.requires_grad]
     return Run(
         way, rows, sum(p.numel() for p in trained), state_bytes(trained, trainer.optimizer),
-        0.0, 0, trainer.evaluate()["eval_accuracy"],
+        [], 0, trainer.evaluate()["eval_accuracy"],
     )  # fmt: skip
 
 
 def time_steps(models: dict[Run, PreTrainedModel], batches: list[Any]) -> None:
-    """Seconds of a training step, the models taking turns so that both meet the same weather."""
+    """Time training steps, the models taking turns so that the load of the machine is the same for both."""
     steps: dict[Run, list[float]] = {run: [] for run in models}
     optimizers = {
         run: torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-4)
@@ -209,11 +211,11 @@ def time_steps(models: dict[Run, PreTrainedModel], batches: list[Any]) -> None:
             optimizers[run].zero_grad()
             steps[run].append(time.perf_counter() - began)
     for run, seconds in steps.items():
-        run.seconds_per_step = statistics.median(seconds)
+        run.step_seconds = seconds
 
 
 def state_bytes(parameters: Iterable[torch.nn.Parameter], optimizer: Any) -> int:
-    """Weights, gradients and optimizer state of what is trained."""
+    """Sum weights, gradients and optimizer state of trained parameters, in bytes."""
     weights = sum(p.numel() * p.element_size() for p in parameters)
     moments = sum(
         value.numel() * value.element_size()
@@ -232,7 +234,7 @@ def merge(options: argparse.Namespace) -> Path:
 
 
 def compare(model: PreTrainedModel, merged: Path, experiment: Experiment) -> float:
-    """The largest difference of a logit between the trained model and the merged one, over 64 test texts."""
+    """Return the largest difference of a logit between the trained model and the merged one, over 64 test texts."""
     loaded = AutoModelForSequenceClassification.from_pretrained(merged)
     adapters.init(loaded)
     loaded.load_adapter(str(merged / "adapters" / TASK), set_active=True, use_safetensors=True)
@@ -246,26 +248,32 @@ def folder_bytes(folder: Path, names: list[str]) -> int:
     return sum((folder / name).stat().st_size for name in names)
 
 
-def report(runs: list[Run]) -> None:
+def render(figures: dict[str, Any]) -> str:
+    with_pema, with_matrix = figures["runs"]
     rows = [
-        ("embedding rows in memory", *(f"{run.embedding_rows:,}" for run in runs)),
-        ("trained parameters", *(f"{run.trained_parameters:,}" for run in runs)),
-        ("weights, gradients, moments", *(f"{run.training_state_bytes / 1e6:.1f} MB" for run in runs)),
-        ("median step, in turns", *(f"{run.seconds_per_step:.3f} s" for run in runs)),
-        ("artifact", *(f"{run.artifact_bytes / 1e6:.1f} MB" for run in runs)),
-        ("test accuracy", *(f"{run.accuracy:.3f}" for run in runs)),
+        compare_field("embedding rows in memory", "embedding_rows", "{:,}".format, figures),
+        compare_field("trained parameters", "trained_parameters", "{:,}".format, figures),
+        compare_field("weights, gradients, moments", "training_state_bytes", show_megabytes, figures),
+        compare_field("artifact", "artifact_bytes", show_megabytes, figures),
+        compare_field("test accuracy", "accuracy", "{:.3f}".format, figures),
     ]
-    print(f"\n{'':<28}{runs[0].way:>24}{runs[1].way:>26}{'ratio':>8}")
-    for name, one, other in rows:
-        ratio = number(one) / number(other)
-        print(f"{name:<28}{one:>24}{other:>26}{ratio:>8.2f}")
+    pairs = zip(with_pema["step_seconds"], with_matrix["step_seconds"], strict=True)
+    medians = [f"{statistics.median(run['step_seconds']):.3f} s" for run in figures["runs"]]
+    rows.append(["median step, in turns", *medians, format_ratio([one / other for one, other in pairs])])
+    last = f"Largest difference of a logit, merged against trained: {figures['largest_difference']:g}"
+    return f"{format_table(['', with_pema['way'], with_matrix['way'], 'ratio'], rows)}\n\n{last}"
 
 
-def number(text: str) -> float:
-    return float(text.split(maxsplit=1)[0].replace(",", ""))
+def compare_field(name: str, key: str, show: Callable[[Any], str], figures: dict[str, Any]) -> list[str]:
+    one, other = (run[key] for run in figures["runs"])
+    return [name, show(one), show(other), f"{one / other:.2f}"]
 
 
-def figure(runs: list[Run], path: Path) -> None:
+def show_megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def plot(runs: list[Run], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -286,7 +294,6 @@ def figure(runs: list[Run], path: Path) -> None:
         axis.margins(y=0.15)
     drawing.tight_layout()
     drawing.savefig(path, dpi=130)
-    (path.with_suffix(".json")).write_text(json.dumps([vars(run) for run in runs], indent=2))
     print(f"figure: {path}")
 
 

@@ -31,9 +31,9 @@ SHORTEST = 40
 
 
 def load() -> DatasetDict:
-    """Splits train and test with columns text and label; a docstring's split follows from its own text."""
+    """Return splits train and test with columns text and label; a docstring's split depends on its text alone."""
     splits: dict[str, dict[str, list[object]]] = {name: {"text": [], "label": []} for name in ("train", "test")}
-    for text, area in sorted(set(_documented())):
+    for text, area in sorted(set(_find_docstrings())):
         held_out = hashlib.sha256(text.encode()).digest()[0] < 51
         split = splits["test" if held_out else "train"]
         split["text"].append(text)
@@ -42,17 +42,17 @@ def load() -> DatasetDict:
     return DatasetDict({name: Dataset.from_dict(rows, features=features) for name, rows in splits.items()})
 
 
-def _documented() -> Iterator[tuple[str, str]]:
+def _find_docstrings() -> Iterator[tuple[str, str]]:
     seen: set[str] = set()
     for area, modules in AREAS.items():
         for module in modules.split():
-            for text in _docstrings(module):
+            for text in _parse_docstrings(module):
                 if text not in seen:
                     seen.add(text)
                     yield text, area
 
 
-def _docstrings(module: str) -> Iterator[str]:
+def _parse_docstrings(module: str) -> Iterator[str]:
     if module not in sys.stdlib_module_names:
         return
     library = Path(sysconfig.get_path("stdlib"))

@@ -24,7 +24,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.checkpoints import (
     LORA,
@@ -55,27 +55,18 @@ AIMS = {"rows": (1.15, 64), "rows + LoRA": (1.5, 400), "rows, in place": (0.5, 6
 PEFT_TARGETS = r".*\.(query|key|value|intermediate\.dense|layer\.\d+\.output\.dense)"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The folders of a bench."""
 
     folder: Path
+    base: Path
+    rows: Path
+    lora: Path
+    output: Path
 
-    @property
-    def base(self) -> Path:
-        return self.folder / "base"
-
-    @property
-    def rows(self) -> Path:
-        return self.folder / "rows"
-
-    @property
-    def lora(self) -> Path:
-        return self.folder / "lora"
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "merged"
+    @classmethod
+    def below(cls, folder: Path) -> "Place":
+        return cls(folder, *(folder / name for name in ("base", "rows", "lora", "merged")))
 
 
 @dataclass(frozen=True)
@@ -282,7 +273,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         if shutil.disk_usage(name).free < NEEDED_BYTES:
             raise SystemExit(f"{name}: needs {NEEDED_BYTES / 1e9:.0f} GB free; choose another place with --dir")
-        figures = measure(Place(Path(name)), options)
+        figures = measure(Place.below(Path(name)), options)
     print(render(figures))
     write_results(options, figures)
 

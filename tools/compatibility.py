@@ -37,7 +37,7 @@ HEAD_KINDS = ("classification", *LM_HEADS)
 
 
 def cells(models: Sequence[str], methods: Sequence[str], heads: Sequence[str]) -> list[list[Cell]]:
-    """The cells to try, in groups that share a checkpoint."""
+    """Return the cells to try, in groups that share a checkpoint."""
     groups = [[Cell(model, ALONE, heads[0])] for model in models if model in WITHOUT_TEXT]
     for model in (each for each in models if each in FAMILIES):
         kinds = [head for head in heads if head in FAMILIES[model].head_kinds()]
@@ -90,7 +90,7 @@ class Worker:
         theirs.close()
 
     def run(self, cell: Cell) -> Result | None:
-        """The result; None where the process died or did not answer in time."""
+        """Return the result; None where the process died or did not answer in time."""
         try:
             self._pipe.send(cell)
             return self._pipe.recv() if self._pipe.poll(SECONDS_A_CELL) else None
@@ -98,7 +98,7 @@ class Worker:
             return None
 
     def stop(self) -> None:
-        """Let it clean up; else end it."""
+        """Let the process clean up, then end it."""
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(5)
@@ -107,7 +107,7 @@ class Worker:
 
 
 def _work(pipe: Connection) -> None:
-    """In the process: cells come in, results go out, None ends it."""
+    """In the process: answer cells with results, until None comes."""
     _quiet()
     benches = Benches()
     auto_benches = AutoBenches(benches.folder)

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
@@ -98,12 +98,13 @@ class Session:
         return hub
 
     def _edit_card(self, hub: Any) -> None:
-        """Edit the card on the Hub each time that a run's change asks for it."""
-        while True:
-            (self.kept / "ask").read_text()
-            card = hub.store.blob(*hub.store.put(b"# By hand, and edited\n"), lfs=False)
-            hub.repositories[REPOSITORY].commit("main", "edited", {"README.md": card})
-            (self.kept / "answer").write_text("done")
+        """Edit the card on the Hub each time that a run's change asks for it, until the folder is removed."""
+        with suppress(FileNotFoundError):
+            while True:
+                (self.kept / "ask").read_text()
+                card = hub.store.blob(*hub.store.put(b"# By hand, and edited\n"), lfs=False)
+                hub.repositories[REPOSITORY].commit("main", "edited", {"README.md": card})
+                (self.kept / "answer").write_text("done")
 
     def __enter__(self) -> "Session":
         return self

@@ -1,4 +1,4 @@
-"""Hundreds of damaged data files: each is refused in one line that names it, or scanned right.
+"""Scan hundreds of damaged data files: each is refused in one line that names it, or scanned right.
 
     python tools/fuzz_arrow.py [--mutations 1000] [--seed 0] [--only NUMBER ...] [--limit SECONDS] [--json FILE]
 
@@ -21,174 +21,36 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from fuzz.arrow_files import Source, V, damage, is_unguarded, read_by_arrow, write_sources
 from fuzz.tally import format_counts
 from harness.command_line import make_parser
 from harness.results import write_results
 
-V = 300
-ROWS = 60
 KINDS = ("refused", "scanned", "escaped")
-DOORS = ("from_dataset", "stream", "pema-scan")
-COLUMNS = ("list", "nulls", "large list", "fixed-size list", "nested", "Array2D")
-WORDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 255, 1000)
-LONG_WORDS = (0, 1, 2**62, 2**63, 2**64 - 1, 1000)
+READERS = ("from_dataset", "stream", "pema-scan")
 
 
-@dataclass(frozen=True)
-class Source:
-    """An undamaged data set: its file, the content, its ids, the bytes that nothing guards (ids, or Parquet pages)."""
-
-    name: str
-    folder: Path
-    file: Path
-    content: bytes
-    ids: frozenset[int]
-    unguarded: tuple[tuple[int, int], ...]
-
-
-def rows_of(column: str) -> tuple[list[Any], Any]:
-    """Values of a column and their feature."""
-    from datasets import Array2D, LargeList, List, Value
-
-    random = Random(7)
-    ragged = [[random.randrange(V) for _ in range(random.randrange(9))] for _ in range(ROWS)]
-    squares = [[[random.randrange(V) for _ in range(2)] for _ in range(2)] for _ in range(ROWS)]
-    missing = [
-        None if i % 7 == 3 else [one if j % 5 else None for j, one in enumerate(row)] for i, row in enumerate(ragged)
-    ]
-    return {
-        "list": (ragged, List(Value("int32"))),
-        "nulls": (missing, List(Value("int64"))),
-        "large list": (ragged, LargeList(Value("uint16"))),
-        "fixed-size list": ([one for one, _ in squares], List(Value("int32"), length=2)),
-        "nested": ([ragged[i : i + 2] for i in range(ROWS)], List(List(Value("int32")))),
-        "Array2D": (squares, Array2D((2, 2), "int32")),
-    }[column]
-
-
-def write_sources(folder: Path) -> list[Source]:
-    """A data set of each column in each format, in two batches."""
-    import datasets
-
-    sources = []
-    for column in COLUMNS:
-        values, feature = rows_of(column)
-        features = datasets.Features({"input_ids": feature, "text": datasets.Value("string")})
-        data = datasets.Dataset.from_dict({"input_ids": values, "text": ["a b"] * ROWS}, features=features)
-        ids = frozenset(flatten(values))
-        saved = folder / f"saved {column}"
-        datasets.config.DEFAULT_MAX_BATCH_SIZE = ROWS // 2
-        data.save_to_disk(saved)
-        file = next(saved.glob("*.arrow"))
-        sources.append(Source(f"Arrow, {column}", saved, file, file.read_bytes(), ids, arrow_values(file)))
-        file = folder / f"parquet {column}" / "x.parquet"
-        file.parent.mkdir()
-        data.to_parquet(file, batch_size=ROWS // 2)
-        sources.append(Source(f"Parquet, {column}", file, file, file.read_bytes(), ids, parquet_values(file)))
-    return sources
-
-
-def flatten(value: Any) -> list[int]:
-    """All integers in nested lists, None left out."""
-    if isinstance(value, list):
-        return [one for part in value for one in flatten(part)]
-    return [] if value is None else [int(value)]
-
-
-def arrow_values(file: Path) -> tuple[tuple[int, int], ...]:
-    """Where in an Arrow file the bodies of the batches are: from the first buffer to the last one of each."""
-    import pyarrow as pa
-
-    content = pa.py_buffer(file.read_bytes())
-    read = pa.ipc.open_stream(content).read_all()
-    ids, texts = (read.column(name).chunks for name in ("input_ids", "text"))
-    firsts = [next(filter(None, _storage(chunk).buffers())) for chunk in ids]
-    pairs = [(first, text.buffers()[-1]) for first, text in zip(firsts, texts, strict=True)]
-    return tuple((a.address - content.address, b.address - content.address + b.size) for a, b in pairs)
-
-
-def _storage(array: Any) -> Any:
-    return getattr(array, "storage", array)
-
-
-def parquet_values(file: Path) -> tuple[tuple[int, int], ...]:
-    """Where in a Parquet file the pages of all columns are: encoded and compressed, lengths and ids in one."""
-    import pyarrow.parquet as pq
-
-    groups = pq.ParquetFile(file).metadata
-    chunks = [groups.row_group(i).column(j) for i in range(groups.num_row_groups) for j in range(groups.num_columns)]
-    starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
-    return tuple((start, start + chunk.total_compressed_size) for start, chunk in zip(starts, chunks, strict=True))
-
-
-def damage(content: bytes, random: Random) -> tuple[str, bytes]:
-    """One mutation, and its name."""
-    changed, kind = bytearray(content), random.choice(("bit", "byte", "word", "long word", "stretch", "zeros", "cut"))
-    at = random.randrange(len(content) - 16)
-    if kind == "bit":
-        changed[at] ^= 1 << random.randrange(8)
-    elif kind == "byte":
-        changed[at] = random.choice((0, 1, 127, 128, 255))
-    elif kind == "word":
-        at -= at % 4
-        changed[at : at + 4] = random.choice((*WORDS, random.randrange(3000))).to_bytes(4, "little")
-    elif kind == "long word":
-        at -= at % 8
-        changed[at : at + 8] = random.choice((*LONG_WORDS, random.randrange(3000))).to_bytes(8, "little")
-    elif kind == "stretch":
-        source = random.randrange(len(content) - 16)
-        changed[at : at + 16] = content[source : source + 16]
-    elif kind == "zeros":
-        changed[at : at + 64] = bytes(len(changed[at : at + 64]))
-    else:
-        del changed[at:]
-    return f"{kind} at {at}", bytes(changed)
-
-
-def is_unguarded(source: Source, content: bytes) -> bool:
-    """Whether all changed bytes are such."""
-    changed = [i for i, (old, new) in enumerate(zip(source.content, content, strict=False)) if old != new]
-    spans = source.unguarded
-    return len(content) == len(source.content) and all(any(a <= i < b for a, b in spans) for i in changed)
-
-
-def read_by_arrow(source: Source) -> frozenset[int]:
-    """The ids that Arrow itself reads, slowly."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if source.file.suffix == ".parquet":
-        found = pq.read_table(source.file)
-    else:
-        found = pa.ipc.open_stream(source.file.read_bytes()).read_all()
-    if "input_ids" not in found.column_names:  # its name is damaged, and the command tokenizes the text beside it
-        return frozenset({0})
-    found.column("input_ids").validate(full=True)
-    return frozenset(flatten([_storage(chunk).to_pylist() for chunk in found.column("input_ids").chunks]))
-
-
-def scan(source: Source, door: str, folder: Path) -> frozenset[int]:
-    """The ids that we find, or the error that we raise."""
+def scan(source: Source, reader: str, folder: Path) -> frozenset[int]:
+    """Return the ids that pema_adapters finds, or raise its error."""
     import datasets
 
     from pema_adapters import PartialVocabulary
     from pema_adapters.errors import FormatError, PemaError
 
-    if door == "pema-scan":
+    if reader == "pema-scan":
         return scan_by_command(source, folder)
     try:
         if source.file.suffix == ".parquet":
-            options = {"streaming": True} if door == "stream" else {"cache_dir": str(folder / "cache")}
+            options = {"streaming": True} if reader == "stream" else {"cache_dir": str(folder / "cache")}
             data = datasets.load_dataset("parquet", data_files=[str(source.file)], split="train", **options)
         else:
             data = datasets.load_from_disk(str(source.folder))
-            data = data.to_iterable_dataset() if door == "stream" else data
+            data = data.to_iterable_dataset() if reader == "stream" else data
     except Exception as error:  # the caller's own line, not ours
         raise FormatError(f"not loaded: {type(error).__name__}") from error
     finally:
@@ -218,15 +80,15 @@ def scan_by_command(source: Source, folder: Path) -> frozenset[int]:
     raise FormatError(text)
 
 
-def judge(source: Source, content: bytes, door: str, folder: Path) -> tuple[str, str]:
-    """Kind and text of an outcome."""
+def judge(source: Source, content: bytes, reader: str, folder: Path) -> tuple[str, str]:
+    """Return kind and text of an outcome."""
     from pema_adapters.errors import PemaError
 
     source.file.unlink()  # a map of the last case may be open
     source.file.write_bytes(content)
     try:
-        found = scan(source, door, folder)
-        is_excused = is_unguarded(source, content) or door == "stream" or source.file.suffix == ".parquet"
+        found = scan(source, reader, folder)
+        is_excused = is_unguarded(source, content) or reader == "stream" or source.file.suffix == ".parquet"
         if found == source.ids or (is_excused and found == read_by_arrow(source)):
             return "scanned", ""
         return "escaped", f"a wrong vocabulary: {sorted(found ^ source.ids)[:9]} more or less"
@@ -237,7 +99,7 @@ def judge(source: Source, content: bytes, door: str, folder: Path) -> tuple[str,
 
 
 def work(pipe: Connection, folder: Path, seed: int) -> None:
-    """A process of its own, which a case may kill: answers numbers with outcomes."""
+    """In a process of its own, which a case may kill: answer numbers with outcomes."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=str(folder / "hf"), OMP_NUM_THREADS="1")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import datasets
@@ -253,16 +115,16 @@ def work(pipe: Connection, folder: Path, seed: int) -> None:
     sources = write_sources(folder / str(os.getpid()))
     while (number := pipe.recv()) is not None:
         random = Random(f"{seed} {number}")
-        source, door = sources[number % len(sources)], DOORS[number // len(sources) % len(DOORS)]
+        source, reader = sources[number % len(sources)], READERS[number // len(sources) % len(READERS)]
         name, content = (
-            damage(source.content, random) if number >= len(sources) * len(DOORS) else ("none", source.content)
+            damage(source.content, random) if number >= len(sources) * len(READERS) else ("none", source.content)
         )
-        pipe.send((f"{source.name.split(',')[0]}, {door}", f"{number}: {source.name}, {door}, {name}"))
-        pipe.send(judge(source, content, door, folder))
+        pipe.send((f"{source.name.split(',')[0]}, {reader}", f"{number}: {source.name}, {reader}, {name}"))
+        pipe.send(judge(source, content, reader, folder))
 
 
 class Worker:
-    """The process; started again after a case that killed it."""
+    """The process of the cases; restarted after a case that killed it."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options

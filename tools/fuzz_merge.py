@@ -31,7 +31,7 @@ KEEP = Path(tempfile.gettempdir(), "pema-fuzz-escapes")
 
 
 class Worker:
-    """A process that merges; started again after a case that killed it."""
+    """A process that merges; restarted after a case that killed it."""
 
     def __init__(self, folder: Path, seed: int, family: str | None, limit: float) -> None:
         self.folder, self.arguments, self.limit = folder, (folder, seed, family), limit
@@ -74,7 +74,7 @@ class Worker:
 
 @dataclass
 class Tally:
-    """What happened so far."""
+    """Counts, remarks and escapes so far."""
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     remarks: Counter[str] = field(default_factory=Counter)

@@ -27,13 +27,14 @@ from random import Random
 from typing import Any
 
 from crash.full_disk import full_disks
-from crash.kill_modes import COMMAND, MODES, Mode, Place, Reference, contents, inputs, run
+from crash.kill_modes import MODES, Mode, Place, Reference, contents, inputs, run
 from fuzz.pairs import put
+from harness.checkpoints import MERGE
 from harness.command_line import add_dir, make_parser
 from harness.results import write_results
 from harness.tables import format_table
 
-CHILD = [sys.executable, str(Path(__file__).with_name("crash/kill_child.py"))]
+CHILD = [sys.executable, str(Path(__file__).resolve().parent / "crash" / "kill_child.py")]
 
 
 @dataclass
@@ -52,7 +53,7 @@ def make_reference(mode: Mode, place: Place) -> Reference:
     for _ in range(3):
         mode.prepare(place)
         start = time.perf_counter()
-        process = subprocess.Popen([*COMMAND, *mode.arguments(place)])
+        process = subprocess.Popen([*MERGE, *mode.arguments(place)])
         begun = start
         while process.poll() is None:
             if begun == start and mode.has_begun(place):
@@ -70,10 +71,10 @@ def check(mode: Mode, place: Place, reference: Reference, tally: Tally, moment: 
     """After a kill: check the state, run again, check again."""
     state = mode.state(place, reference.target)
     tally.states[state] += 1
-    wrong = [f"changed: {', '.join(touched)}"] if (touched := place.touched()) else []
+    wrong = [f"changed: {', '.join(touched)}"] if (touched := place.find_changed()) else []
     wrong += ["the target is neither absent nor complete"] if state == "WRONG" else []
     wrong += _after_rerun(mode, place, reference, mode.again(place, state))
-    wrong += [f"changed by the next run: {', '.join(touched)}"] if (touched := place.touched()) else []
+    wrong += [f"changed by the next run: {', '.join(touched)}"] if (touched := place.find_changed()) else []
     for line in wrong:
         print(f"WRONG {mode.name}, killed {moment}, state {state!r}: {line}", flush=True)
         tally.wrong.append(f"{moment}: {line}")
@@ -94,7 +95,7 @@ def _after_rerun(mode: Mode, place: Place, reference: Reference, command: list[s
 def kill_at(mode: Mode, place: Place, reference: Reference, random: Random, is_aimed: bool) -> str | None:
     """Kill one run at a random moment. Returns the moment, None where the run was over before."""
     mode.prepare(place)
-    process = subprocess.Popen([*COMMAND, *mode.arguments(place)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*MERGE, *mode.arguments(place)], stderr=subprocess.DEVNULL)
     delay = random.uniform(0, (reference.writing if is_aimed else reference.seconds) * 1.05)
     while is_aimed and process.poll() is None and not mode.has_begun(place):
         time.sleep(0.0002)

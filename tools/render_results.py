@@ -40,7 +40,7 @@ def render_block(name: str) -> str:
     """Return table and origin of a result file."""
     saved = read_results(RESULTS / f"{name}.json")
     if RECONSTRUCTED in saved:
-        table = format_table(saved["table"]["header"], saved["table"]["rows"])
+        table = saved.get("markdown") or format_table(saved["table"]["header"], saved["table"]["rows"])
         return "\n\n".join(
             filter(None, [saved.get("caption"), table, saved.get("remark"), describe_reconstruction(saved)])
         )
@@ -54,10 +54,12 @@ def describe_origin(saved: dict[str, Any]) -> str:
     machine = saved["machine"]
     versions = ", ".join(f"{name} {saved['versions'][name]}" for name in SHOWN_VERSIONS if name in saved["versions"])
     memory = f"{machine['memory_bytes'] / 1e9:.0f} GB" if machine["memory_bytes"] else "unknown memory"
+    threads = machine.get("omp_num_threads")
+    limit = f", OMP_NUM_THREADS={threads}" if threads else ""
     changed = ", with uncommitted changes" if saved["dirty"] else ""
     return (
         f"Measured on {saved['date'][:10]} at commit {(saved['commit'] or 'unknown')[:7]}{changed}: {machine['cpu']}, "
-        f"{machine['cores']} cores, {memory}, load {machine['load'][0]} at the end; {versions}. "
+        f"{machine['cores']} cores, {memory}{limit}, load {machine['load'][0]} at the end; {versions}. "
         f"Reproduce: `{saved['command']}`"
     )
 

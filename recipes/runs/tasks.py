@@ -31,7 +31,7 @@ METRICS: Mapping[str, Callable[[Any, Any], float]] = {
 
 
 class TaskError(Exception):
-    """What is wrong with the data of a task, in one line."""
+    """The data of a task cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Task:
     scored: tuple[str, ...] = ("validation",)
 
     def load(self, data_dir: Path | None) -> DatasetDict:
-        """All splits, from a data folder, or from the Hub where there is none.
+        """Load all splits, from a data folder, or from the Hub without one.
 
         Raises:
             TaskError: no such folder or split, or columns that do not fit.
@@ -78,7 +78,7 @@ class Task:
         )
 
     def texts(self, columns: list[str]) -> list[str]:
-        """The columns of text: one, or two for a pair."""
+        """Return the columns of text: one, or two for a pair."""
         found = [column for column in columns if column not in NO_TEXT]
         if len(found) not in {1, 2}:
             raise TaskError(
@@ -87,7 +87,7 @@ class Task:
         return found
 
     def scores(self, logits: Any, labels: Any) -> dict[str, float]:
-        """Every metric of the task, of logits [n, classes] (or numbers [n, 1]) and labels [n]."""
+        """Compute every metric of the task, of logits [n, classes] (or numbers [n, 1]) and labels [n]."""
         guesses = np.asarray(logits)[:, 0] if self.labels == 1 else np.argmax(logits, axis=-1)
         return {name: float(METRICS[name](labels, guesses)) for name in self.metrics}
 
@@ -102,5 +102,5 @@ class Benchmark:
 
 
 def plain(name: str) -> str:
-    """SST-2, sst2 and SST_2 are one task; Compacter and Compacter++ are two methods."""
+    """Return a name without case and punctuation but pluses: SST-2 is sst2, Compacter++ is not Compacter."""
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))

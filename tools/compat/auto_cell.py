@@ -24,7 +24,22 @@ from adapters import ConfigUnion
 from torch import Tensor
 from torch.nn import functional
 
-from compat.cell import NAME, NONE, OK, OURS, REFUSED, STEPS, THEIRS, Cell, Difference, Result, attempt, same, short
+from compat.cell import (
+    NAME,
+    NONE,
+    OK,
+    OURS,
+    REFUSED,
+    STEPS,
+    THEIRS,
+    Cell,
+    Difference,
+    Result,
+    attempt,
+    build_model,
+    same,
+    short,
+)
 from compat.models import ALONE, FAMILIES, USED, Family, V, adapter_config
 from pema_adapters import PartialVocabulary, PEMAConfig, shrink_embeddings
 from pema_adapters.cli.merge import main as pema_merge
@@ -45,18 +60,18 @@ POLICIES: dict[str, dict[str, Any]] = {
     "full": {"output_embeddings": "full"},
     "grow": {"output_embeddings": "full", "vocabulary": "grow"},
 }
-"""What `PEMAConfig` says about the output."""
+"""Arguments of `PEMAConfig` about the output."""
 BASES = ("bare", "lm")
 """The base checkpoint: of the backbone alone, or of a language model."""
 METHODS = (ALONE, "lora", "ia3", "seq_bn", "seq_bn_inv", "compacter", "mam", "prefix_tuning")
 MODELS = ("albert", "bart", "bert", "distilbert", "electra", "gpt2", "roberta", "t5", "xlm-roberta")
 METHODS_ON_LM = (ALONE, "lora", "seq_bn_inv", "compacter")
-"""Those that are tried on the base of a language model, too."""
+"""Methods that are tried on the base of a language model, too."""
 
 
 @dataclass(frozen=True)
 class AutoCell(Cell):
-    """What to try together. `head`: one of HEADS, or "base": that of a base with a head, which adapters converts."""
+    """A combination to try. `head`: one of HEADS, or "base": that of a base with a head, which adapters converts."""
 
     policy: str = "tied"
     base: str = "bare"
@@ -74,17 +89,17 @@ class AutoBench:
         self.config = self.family.config()
         torch.manual_seed(3)
         cls = self.family.model_class(self.family.heads[0]) if self.base == "lm" else transformers.AutoModel
-        made = cls._from_config(self.config) if hasattr(cls, "_from_config") else cls.from_config(self.config)
+        made = build_model(cls, self.config)
         made.save_pretrained(self.folder, state_dict=self._with_pooler(made))
 
     def _with_pooler(self, model: Any) -> dict[str, Tensor]:
-        """The state of a base, with what AutoAdapterModel reads beside it, and published checkpoints have."""
+        """Return the state of a base, with the pooler that AutoAdapterModel reads and published checkpoints have."""
         inside = "" if model.base_model is model else f"{model.base_model_prefix}."
         bare = transformers.AutoModel.from_config(self.config).state_dict()
         return {inside + name: each for name, each in bare.items() if "pooler" in name} | model.state_dict()
 
     def model(self, head: str, folder: Path | None = None) -> Any:
-        """With the head, or with none of its own where it is that of the base ("base") or yet to be loaded ("")."""
+        """Load a model, with a new head unless it is that of the base ("base") or yet to be loaded ("")."""
         torch.manual_seed(7)
         model = adapters.AutoAdapterModel.from_pretrained(folder or self.folder)
         if head in HEADS:
@@ -96,7 +111,7 @@ class AutoBench:
         return list(adapters.AutoAdapterModel.from_config(self.family.config()).head_types)
 
     def outputs(self, model: Any, head: str, *, unseen: bool) -> Tensor:
-        """Every logit [.., C]."""
+        """Return all logits [..., C]."""
         kind = head if head in LM_HEADS else "classification"
         if head == "base" and "seq2seq" in self.family.heads:
             kind = "seq2seq"
@@ -109,7 +124,7 @@ class AutoBench:
 
 
 def auto_cells(models: tuple[str, ...], methods: tuple[str, ...], heads: tuple[str, ...]) -> list[list[AutoCell]]:
-    """The cells to try, in groups that share a checkpoint: a head of each kind that the model type has."""
+    """Return the cells to try, in groups that share a checkpoint."""
     groups = []
     for model in models:
         for base in BASES if FAMILIES[model].heads else BASES[:1]:
@@ -145,7 +160,7 @@ class AutoBenches:
 
 
 def run_auto(cell: AutoCell, benches: AutoBenches) -> Result:
-    """The result of a cell, whatever happens in it."""
+    """Return the result of a cell, whatever happens in it."""
     start = time.perf_counter()
     status, reason = _judge(cell, benches)
     return Result(cell, status, reason, time.perf_counter() - start)
@@ -169,18 +184,18 @@ def _judge(cell: AutoCell, benches: AutoBenches) -> tuple[str, str]:
 
 
 def _check(cell: AutoCell, bench: AutoBench) -> None:
-    """Raise `Difference` where the merged model is another, or the refusal."""
+    """Raise `Difference` where the merged model differs, or the refusal of PEMA."""
     with tempfile.TemporaryDirectory() as name:
-        model = _trained(cell, bench, pema=True)
+        model = _train(cell, bench, pema=True)
         model.save_adapter(str(Path(name, "run")), NAME, use_safetensors=True)
-        merged = _loaded_as_printed(bench.folder, Path(name, "run"), Path(name, "merged"))
+        merged = _load_as_printed(bench.folder, Path(name, "run"), Path(name, "merged"))
         _compare(cell, bench, merged, model)
 
 
 def _check_alone(cell: AutoCell, bench: AutoBench) -> None:
-    """The same without PEMA: saved, and loaded again onto the base."""
+    """Check the same without PEMA: saved, and loaded again onto the base."""
     with tempfile.TemporaryDirectory() as name:
-        model = _trained(cell, bench, pema=False)
+        model = _train(cell, bench, pema=False)
         if not model.has_adapters():
             bench.outputs(model, cell.head, unseen=True)
             return
@@ -190,7 +205,7 @@ def _check_alone(cell: AutoCell, bench: AutoBench) -> None:
         _compare(cell, bench, fresh, model)
 
 
-def _trained(cell: AutoCell, bench: AutoBench, *, pema: bool) -> Any:
+def _train(cell: AutoCell, bench: AutoBench, *, pema: bool) -> Any:
     model, config = bench.model(cell.head), adapter_config(cell.method, pema=pema)
     if pema:
         ours = PEMAConfig(**POLICIES[cell.policy])
@@ -212,8 +227,8 @@ def _trained(cell: AutoCell, bench: AutoBench, *, pema: bool) -> Any:
     return model.eval()
 
 
-def _loaded_as_printed(base: Path, delta: Path, output: Path) -> Any:
-    """What `pema-merge` writes, loaded by the lines it prints."""
+def _load_as_printed(base: Path, delta: Path, output: Path) -> Any:
+    """Run `pema-merge`, and load its output by the lines that it prints."""
     said, refused = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(refused):
         code = pema_merge(["--base", str(base), "--delta", str(delta), "--output", str(output), "--verify"])
@@ -221,22 +236,22 @@ def _loaded_as_printed(base: Path, delta: Path, output: Path) -> Any:
         raise PemaError(refused.getvalue().strip().removeprefix("pema-merge: ").replace(str(delta.parent), ""))
     names = {"adapters": adapters, "transformers": transformers}
     torch.manual_seed(11)
-    exec("\n".join(_printed(said.getvalue())) or _by_config(output), names)
+    exec("\n".join(_find_printed_lines(said.getvalue())) or _load_line_by_config(output), names)
     return names["model"].eval()
 
 
-def _printed(said: str) -> Iterator[str]:
+def _find_printed_lines(said: str) -> Iterator[str]:
     _, _, below = said.partition("load both, in Python")
     return (line.strip() for line in below.splitlines()[1:])
 
 
-def _by_config(output: Path) -> str:
+def _load_line_by_config(output: Path) -> str:
     name = json.loads((output / "config.json").read_bytes())["architectures"][0]
     return f"model = transformers.{name}.from_pretrained({str(output)!r})"
 
 
 def _compare(cell: AutoCell, bench: AutoBench, one: Any, other: Any) -> None:
-    """Of the same inputs, in the vocabulary and outside."""
+    """Raise where two models differ for tokens in the vocabulary or outside."""
     for unseen in (False, True):
         with torch.no_grad():
             left, right = (_outputs(bench, each, cell.head, unseen) for each in (one, other))

@@ -1,9 +1,9 @@
-"""One cell of the matrix of tools/compatibility.py: a model, a method and a head, taken all the way with PEMA.
+"""One cell of the matrix of tools/compatibility.py: a model, a method and a head, from training to merging.
 
     add_adapter, shrink_embeddings, three steps; then: the same function as the full model with the rows written in,
     nothing [V, d] alive, save and load, merge, and the base's function where the adapter is not active
 
-A cell that fails is tried again with the method alone: what adapters cannot do by itself is not ours to mend.
+A cell that fails is tried again with the method alone, to tell failures of adapters from those of PEMA.
 """
 
 import gc
@@ -32,7 +32,7 @@ OK, THEIRS, OURS, NONE, REFUSED = "ok", "adapters", "ours", "none", "refused"
 
 @dataclass(frozen=True)
 class Cell:
-    """What to try together."""
+    """A model, a method and a head to try together."""
 
     model: str
     method: str
@@ -41,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a cell.
+    """The outcome of a cell.
 
     Args:
         status: "ok", "adapters" (fails without PEMA, too), "ours", or "none" (PEMA says that it does not apply).
@@ -58,7 +58,7 @@ class Result:
 
 
 class Difference(Exception):
-    """Two models that must compute the same do not, or a matrix is alive."""
+    """Raised where two models that must compute the same do not, or a matrix is alive."""
 
 
 @dataclass
@@ -74,11 +74,10 @@ class Bench:
         if not self.family.is_bare(self.head) and self.head not in LM_HEADS:
             self.config.num_labels = CLASSES
         torch.manual_seed(3)
-        self._made().save_pretrained(self.folder)
+        self._make().save_pretrained(self.folder)
 
-    def _made(self) -> Any:
-        made = self.family.model_class(self.head)
-        return made._from_config(self.config) if hasattr(made, "_from_config") else made.from_config(self.config)
+    def _make(self) -> Any:
+        return build_model(self.family.model_class(self.head), self.config)
 
     @cached_property
     def changed_by_init(self) -> bool:
@@ -92,13 +91,13 @@ class Bench:
         return self.family.model_class(self.head).from_pretrained(folder or self.folder).eval()
 
     def fresh(self, folder: Path | None = None) -> Any:
-        """With adapters' classes in it."""
+        """Load the model and call adapters.init."""
         model = self.plain(folder)
         adapters.init(model)
         return model
 
     def outputs(self, model: Any, *, unseen: bool) -> Tensor:
-        """Logits; where there is no head, the last hidden state."""
+        """Return the logits; without a head, the last hidden state."""
         given = self.family.inputs(self.config, self.head, unseen=unseen)
         out = model(**given)
         return out[0] if self.family.is_bare(self.head) else out.logits
@@ -114,22 +113,28 @@ class Bench:
         return functional.cross_entropy(found, torch.tensor([0, 2]))
 
 
+def build_model(model_class: Any, config: Any) -> Any:
+    """Build a model with random weights; classes of Transformers and Auto classes name that differently."""
+    build = model_class._from_config if hasattr(model_class, "_from_config") else model_class.from_config
+    return build(config)
+
+
 def check(cell: Cell, bench: Bench, *, pema: bool = True) -> None:
-    """Raise where something does not hold."""
+    """Raise the first error or difference from training to the merged model."""
     with tempfile.TemporaryDirectory() as name:
-        model = _trained(cell, bench, pema)
+        model = _train(cell, bench, pema)
         if pema:
-            _compare("trained", bench, model, _oracle(cell, bench, model))
+            _compare("trained", bench, model, _make_oracle(cell, bench, model))
         saved = Path(name, "run")
         with torch.no_grad():
             _save(model, saved)
             _compare("loaded", bench, _with_adapter(bench.fresh(), saved), model)
             if pema:
-                _compare("merged", bench, _merged(bench, saved, Path(name, "merged")), model)
+                _compare("merged", bench, _merge_and_load(bench, saved, Path(name, "merged")), model)
             _check_base(bench, model)
 
 
-def _trained(cell: Cell, bench: Bench, pema: bool) -> Any:
+def _train(cell: Cell, bench: Bench, pema: bool) -> Any:
     model, config = bench.fresh(), adapter_config(cell.method, pema=pema)
     if config is not None:
         model.add_adapter(NAME, config=config)
@@ -154,7 +159,7 @@ def _trained(cell: Cell, bench: Bench, pema: bool) -> Any:
 
 
 def _expect_no_matrix(model: Any, allowed: int) -> None:
-    """A head that is not tied, and trained, has its gradient and two moments, too."""
+    """Raise where matrices [V, d] are alive; a trained head of its own has a gradient and two moments, too."""
     if any(each.requires_grad and _is_matrix(each) for each in model.parameters()):
         allowed = 4
     gc.collect()
@@ -169,8 +174,8 @@ def _is_matrix(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and tensor.shape[0] == V and tensor.device.type != "meta"
 
 
-def _oracle(cell: Cell, bench: Bench, model: Any) -> Any:
-    """The full model with the method alone, the trained weights copied by name, and the rows written into E."""
+def _make_oracle(cell: Cell, bench: Bench, model: Any) -> Any:
+    """Build the full model with the method alone, trained weights copied by name, and the rows written into E."""
     full, config = bench.fresh(), adapter_config(cell.method, pema=False)
     if config is not None:
         full.add_adapter(NAME, config=config, set_active=True)
@@ -195,8 +200,8 @@ def _with_adapter(model: Any, saved: Path) -> Any:
     return model.eval()
 
 
-def _merged(bench: Bench, saved: Path, folder: Path) -> Any:
-    """The merged checkpoint; plain, if nothing is left to load beside it."""
+def _merge_and_load(bench: Bench, saved: Path, folder: Path) -> Any:
+    """Merge, and load the result; with the plain class if no adapter is left."""
     report = merge_checkpoint(bench.folder, saved, folder, verify=True)
     if not report.adapters_left and not bench.changed_by_init:
         return bench.plain(folder)
@@ -204,7 +209,7 @@ def _merged(bench: Bench, saved: Path, folder: Path) -> Any:
 
 
 def _check_base(bench: Bench, model: Any) -> None:
-    """With its adapter the model is not the base (with the trained head), and without it is."""
+    """Raise unless the model without its adapter is the base (with the trained head), and with it another."""
     base = bench.fresh()
     own = dict(base.named_parameters())
     for name, each in model.named_parameters():
@@ -219,7 +224,7 @@ def _check_base(bench: Bench, model: Any) -> None:
 
 
 def _compare(stage: str, bench: Bench, one: Any, other: Any) -> None:
-    """Of the same inputs, in the vocabulary and outside."""
+    """Raise where two models differ for tokens in the vocabulary or outside."""
     for unseen in (False, True):
         with torch.no_grad():
             left, right = (bench.outputs(model.eval(), unseen=unseen) for model in (one, other))
@@ -230,7 +235,7 @@ def _compare(stage: str, bench: Bench, one: Any, other: Any) -> None:
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    """Equal but for rounding, which goes with the largest: a small logit is a sum of large terms."""
+    """Whether two tensors are equal up to rounding, which is relative to the largest value."""
     if left.shape != right.shape:
         return False
     return torch.allclose(left, right, rtol=1e-4, atol=1e-5 * max(1.0, float(right.abs().max())))
@@ -254,7 +259,7 @@ class Benches:
 
 
 def run(cell: Cell, benches: Benches) -> Result:
-    """The result of a cell, whatever happens in it."""
+    """Return the result of a cell, whatever happens in it."""
     start = time.perf_counter()
     status, reason = _without_text(cell) if cell.model in WITHOUT_TEXT else _judge(cell, benches)
     changed = status == OK and benches.get(cell.model, cell.head).changed_by_init
@@ -279,7 +284,7 @@ def _without_text(cell: Cell) -> tuple[str, str]:
 
 
 def attempt(work: Callable[[], Any]) -> Exception | None:
-    """What `work` raised. Its traceback is let go: it would keep the models alive."""
+    """Return the exception of `work`, None without one. Its traceback is removed: it would keep the models alive."""
     try:
         work()
     except Exception as error:
@@ -289,7 +294,7 @@ def attempt(work: Callable[[], Any]) -> Exception | None:
 
 
 def short(error: Exception | None) -> str:
-    """Kind and first line, without what differs from one config or size to another."""
+    """Return type and first line of an error, without configs and sizes."""
     if error is None:
         return "no error, where one was expected"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -47,7 +47,7 @@ FLEXIBLE_HEADS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What is exported, and how. `form`: the kind of model, one of PLAIN, AUTO and FULL."""
+    """One export to try. `form`: the kind of model, one of PLAIN, AUTO and FULL."""
 
     export: str
     form: str
@@ -58,7 +58,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a cell.
+    """The outcome of a cell.
 
     Args:
         status: "equal"; "refused" (a PemaError); "warned" (another function, announced in one line); "adapters" (wrong
@@ -74,8 +74,8 @@ class Result:
 class BiasedBench(Bench):
     """A checkpoint whose biases are not 0, as in any trained model: methods that scale outputs scale them, too."""
 
-    def _made(self) -> Any:
-        made = super()._made()
+    def _make(self) -> Any:
+        made = super()._make()
         with torch.no_grad():
             for name, each in made.named_parameters():
                 if name.endswith("bias"):
@@ -84,7 +84,7 @@ class BiasedBench(Bench):
 
 
 class BiasedBenches(Benches):
-    """`BiasedBench`es, each made once."""
+    """Checkpoints with biases, each made once."""
 
     def get(self, model: str, head: str) -> Bench:
         if (model, head) not in self._made:
@@ -94,14 +94,14 @@ class BiasedBenches(Benches):
 
 @dataclass
 class Subject:
-    """A form of a model, with its checkpoint: what exports and their loading need."""
+    """A model in one form with its checkpoint, for an export and its loading."""
 
     cell: Cell
     bench: Bench
     pema: bool = True
 
     def fresh(self, folder: Path | None = None) -> Any:
-        """The base, or another checkpoint of it, with adapters in it and a head, but without an adapter."""
+        """Load the base, or another checkpoint of it, with adapters initialized and a head, without an adapter."""
         if self.cell.form != AUTO:
             return self.bench.fresh(folder)
         model = adapters.AutoAdapterModel.from_pretrained(folder or self.bench.folder)
@@ -110,9 +110,9 @@ class Subject:
             FLEXIBLE_HEADS[self.cell.head](model)
         return model.eval()
 
-    def trained(self) -> Any:
-        """A model after a few steps."""
-        model = self._shrunk()
+    def train(self) -> Any:
+        """Train a model for a few steps."""
+        model = self._shrink()
         optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
         model.train()
         for _ in range(STEPS):
@@ -121,7 +121,7 @@ class Subject:
             optimizer.step()
         return model.eval()
 
-    def _shrunk(self) -> Any:
+    def _shrink(self) -> Any:
         vocabulary = PartialVocabulary(USED, V)
         if self.cell.form == FULL:
             torch.manual_seed(7)
@@ -134,12 +134,12 @@ class Subject:
         return model
 
     def outputs(self, model: Any) -> list[Tensor]:
-        """Logits for tokens in the vocabulary, and for some outside."""
+        """Return logits for tokens in the vocabulary, and for some outside."""
         with torch.no_grad():
             return [self.bench.outputs(model.eval(), unseen=unseen).clone() for unseen in (False, True)]
 
     def with_adapter(self, model: Any, folder: Path) -> Any:
-        """The model with the adapter in `folder`, active, and its head."""
+        """Load the adapter in `folder` into the model, with its head, and activate it."""
         model.load_adapter(str(folder))
         model.set_active_adapters(NAME)
         return model.eval()
@@ -164,7 +164,7 @@ def _write_merged(subject: Subject, model: Any, folder: Path) -> None:
 
 
 def _load_merged(subject: Subject, folder: Path) -> Any:
-    """By the lines that pema-merge prints."""
+    """Load the output by the lines that pema-merge prints."""
     left = {each.name: RemainingAdapterFiles.read(partial(_read, each)) for each in sorted(folder.glob("adapters/*"))}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names: dict[str, Any] = {"adapters": adapters, "transformers": transformers}
@@ -177,7 +177,7 @@ def _read(folder: Path, name: str) -> bytes | None:
 
 
 def _load_plain(subject: Subject, folder: Path) -> Any:
-    """What is left of the adapter lies beside the checkpoint."""
+    """Load the checkpoint, and the remaining adapter beside it if there is one."""
     rest = folder / "adapters" / NAME
     return subject.with_adapter(subject.fresh(folder), rest) if rest.exists() else subject.bench.plain(folder)
 
@@ -196,7 +196,7 @@ def _write_merge_adapter(subject: Subject, model: Any, folder: Path) -> None:
 
 
 def _load_checkpoint(subject: Subject, folder: Path) -> Any:
-    """A plain class ignores what adapters left in the file; AutoAdapterModel makes the adapter again."""
+    """Load the checkpoint: a plain class ignores adapter weights in it, AutoAdapterModel loads them."""
     if subject.cell.form != AUTO:
         return _load_plain(subject, folder)
     model = subject.fresh(folder)
@@ -206,7 +206,7 @@ def _load_checkpoint(subject: Subject, folder: Path) -> Any:
 
 
 def _load_inactive(subject: Subject, folder: Path) -> Any:
-    """The adapter is in the weights: nobody activates it."""
+    """Load the checkpoint without activating the adapter, which is in the weights."""
     return subject.fresh(folder) if subject.cell.form == AUTO else subject.bench.plain(folder)
 
 
@@ -236,7 +236,7 @@ EXPORTS = {
 
 
 def run(cell: Cell, benches: BiasedBenches) -> Result:
-    """Export, load and compare. A cell that is wrong is tried without PEMA, too: that is adapters' own affair."""
+    """Export, load and compare. A cell that is wrong is tried without PEMA, too, to find failures of adapters."""
     result = _attempt(Subject(cell, benches.get(cell.model, cell.head)))
     if result.status not in (WRONG, WARNED) or cell.form == FULL or cell.method == ALONE:
         return result
@@ -249,7 +249,7 @@ def _attempt(subject: Subject) -> Result:
     try:
         with tempfile.TemporaryDirectory() as name, _warnings() as lines:
             folder = Path(name, "out")
-            model = subject.trained()
+            model = subject.train()
             expected = subject.outputs(model)
             lines.clear()
             export.write(subject, model, folder)
@@ -267,12 +267,12 @@ def _attempt(subject: Subject) -> Result:
 
 
 def _without_folders(subject: Subject, line: str) -> str:
-    """The line, alike for every cell that it is said of."""
+    """Return the line without folders, so that equal reasons are equal lines."""
     return re.sub(rf"{tempfile.gettempdir()}/tmp\w+", "", line).replace(f"{subject.bench.folder.parent}/", "")
 
 
 def _difference(stage: str, found: list[Tensor], expected: list[Tensor]) -> str:
-    """What is not equal, or nothing."""
+    """Describe the first difference, "" without one."""
     for where, one, other in zip(("in", "outside"), found, expected, strict=True):
         if not same(one, other):
             far = f"{(one - other).abs().max():.2g} of {other.abs().max():.2g}" if one.shape == other.shape else "shape"
@@ -282,7 +282,7 @@ def _difference(stage: str, found: list[Tensor], expected: list[Tensor]) -> str:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """The lines that pema_adapters logs as warnings in the block."""
+    """Collect the warnings that pema_adapters logs in the block."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -109,7 +109,7 @@ def _like_roberta(name: str, **more: Any) -> Callable[[], Any]:
     return _encoder(name, pad_token_id=1, bos_token_id=0, **more)
 
 
-def _grouped(name: str, **more: Any) -> Callable[[], Any]:
+def _grouped_query(name: str, **more: Any) -> Callable[[], Any]:
     return _encoder(name, num_key_value_heads=2, head_dim=D // HEADS, **more)
 
 
@@ -176,7 +176,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(_like_gpt("GPTJConfig", rotary_dim=8), _GPT_LM),
     "llama": Family(_encoder("LlamaConfig"), _GPT_LM),
     "mbart": Family(_like_bart("MBartConfig"), _BART_LM, decoder=True),
-    "mistral": Family(_grouped("MistralConfig"), _GPT_LM),
+    "mistral": Family(_grouped_query("MistralConfig"), _GPT_LM),
     "mt5": Family(_like_t5("MT5Config"), _BART_LM, decoder=True),
     "plbart": Family(_like_bart("PLBartConfig"), _BART_LM, decoder=True),
     "roberta": Family(_like_roberta("RobertaConfig"), _BERT_LM),
@@ -194,13 +194,13 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         _encoder("ModernBertConfig", cls_token_id=1, sep_token_id=2, reference_compile=False), _BERT_LM
     ),
-    "gemma2": Family(_grouped("Gemma2Config", query_pre_attn_scalar=D // HEADS), _GPT_LM),
+    "gemma2": Family(_grouped_query("Gemma2Config", query_pre_attn_scalar=D // HEADS), _GPT_LM),
     "gemma3_text": Family(
-        _grouped("Gemma3TextConfig", query_pre_attn_scalar=D // HEADS), _GPT_LM,
+        _grouped_query("Gemma3TextConfig", query_pre_attn_scalar=D // HEADS), _GPT_LM,
         classes={"classification": transformers.Gemma3TextForSequenceClassification},
     ),
-    "qwen2": Family(_grouped("Qwen2Config"), _GPT_LM),
-    "qwen3": Family(_grouped("Qwen3Config"), _GPT_LM),
+    "qwen2": Family(_grouped_query("Qwen2Config"), _GPT_LM),
+    "qwen3": Family(_grouped_query("Qwen3Config"), _GPT_LM),
     "phi": Family(_encoder("PhiConfig", num_key_value_heads=HEADS), _GPT_LM),
 }  # fmt: skip
 

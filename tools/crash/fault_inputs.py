@@ -1,4 +1,4 @@
-"""What fault_merge.py merges: a base and a delta, other states of both, and the changes that happen underneath."""
+"""Inputs of fault_merge.py: a base and a delta, other revisions of both, and changes made during a run."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ FREE = slice(7, 20)
 
 
 def tensors() -> dict[str, T]:
-    """1.6 MB in all."""
+    """Return the tensors of the base, 1.6 MB in all."""
     found = {f"bert.{E}": of(noise(ROWS, WIDTH)), f"bert.{LAYER}.weight": of(noise(WIDTH, WIDTH)),
              f"bert.{LAYER}.bias": of(noise(WIDTH))}  # fmt: skip
     for i in range(LAYERS):
@@ -39,7 +39,7 @@ def tensors() -> dict[str, T]:
 
 
 def revise(found: dict[str, T]) -> dict[str, T]:
-    """Another revision of the base, which the fingerprint of a delta cannot tell from the first."""
+    """Return another revision of the base that a fingerprint cannot tell from the first."""
     made = {}
     for name, tensor in found.items():
         values = np.frombuffer(tensor.data, "<f4").copy()
@@ -50,7 +50,7 @@ def revise(found: dict[str, T]) -> dict[str, T]:
 
 
 def base_files(found: dict[str, T], revision: str, *, is_pickled: bool) -> Files:
-    """A base in three shards, or one pickle, with a tokenizer, a card and a module of Sentence Transformers."""
+    """Return a base in three shards, or one pickle, with a tokenizer, a card and a module of Sentence Transformers."""
     files = base(found, shards=1 if is_pickled else 3, pickled=is_pickled)
     files |= {name: node for name, node in MODULES.items() if name.startswith("base/")}
     files["base/config.json"] = dump(CONFIG | {"vocab_size": ROWS, "hidden_size": WIDTH, "revision": revision})
@@ -60,7 +60,7 @@ def base_files(found: dict[str, T], revision: str, *, is_pickled: bool) -> Files
 
 
 def delta_files(found: dict[str, T], seed: int) -> Files:
-    """PEMA, an adapter that stays one, and a static head."""
+    """Return a delta: PEMA, a method that cannot be folded, and a static head."""
     pema = {"architecture": "pema", "unseen": "base"}
     left = {"architecture": None, "phm_dim": 2, "mh_adapter": True, "output_adapter": True}
     config = {"config": {"architecture": "union", "configs": [pema, left]}, "name": NAME,
@@ -110,7 +110,7 @@ APPEAR = "mkdir -p {root}/work/out && echo mine > {root}/work/out/mine.txt"
 
 
 def changes(kept: Path, root: Path, base_name: str) -> dict[str, str]:
-    """`{name: shell command}`."""
+    """Return `{name: shell command}`."""
     found = {}
     for name, source in (("base", base_name), ("delta", "delta")):
         paths = {"kept": kept, "root": root, "given": root / name, "revised": kept / "revised" / source}

@@ -1,9 +1,10 @@
-"""What may lie there after a disturbed run, and what it may say."""
+"""Judge a disturbed run: the files that it left, and its message."""
 
 import re
 from dataclasses import dataclass, field
 
-from crash.fault_modes import MARKER, Mode, Place, State, run_change
+from crash.digests import MARKER
+from crash.fault_modes import Mode, Place, State, run_change
 from crash.fault_process import Fault, Run
 
 UNCHANGED = re.compile(r"nothing (?:was|is) (?:left|kept|touched|changed|written|replaced)")
@@ -32,7 +33,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """A run that was disturbed. plain: what may be there without a change."""
+    """A disturbed run. plain: the states that are right without a change."""
 
     mode: Mode
     place: Place
@@ -54,7 +55,7 @@ def expect(mode: Mode, place: Place) -> Expected:
 
 
 def expect_change(mode: Mode, place: Place, plain: Expected, command: str) -> Expected:
-    """What may be there where the change happens at some moment of the run."""
+    """Return the states that are right where the change happens at some moment of the run."""
     mode.prepare(place)
     run_change(command)
     before, after = [place.state()], []
@@ -75,7 +76,7 @@ def expect_change(mode: Mode, place: Place, plain: Expected, command: str) -> Ex
 
 
 def judge(case: Case) -> list[str]:
-    """Say what is wrong with a run, and with those after it; [] if nothing is."""
+    """Return everything wrong with a run, and with the runs after it."""
     state = case.place.state()
     return [*_judge_words(case), *_judge_state(case, state), *_judge_next_runs(case, state)]
 
@@ -98,7 +99,7 @@ def _judge_words(case: Case) -> list[str]:
 
 
 def _failed_input(case: Case) -> str:
-    """Base or delta, where a call on a file of it failed once and the run with it."""
+    """Return the input, base or delta, whose file a call failed on, if the run failed with it."""
     is_error = case.fault.action.startswith("E") and not case.fault.action.endswith("+")
     folders = (f"{case.place.root}/{name}" for name in ("base", "delta"))
     found = next((folder for folder in folders if f" {folder}/" in case.run.where), "")
@@ -119,7 +120,7 @@ def _judge_state(case: Case, state: State) -> list[str]:
 
 
 def _without_named(state: State, said: str) -> State:
-    """The state without a replaced output that a note names: it could not be removed."""
+    """Return the state without a replaced output that could not be removed, where a note names it."""
     aside = "work/.out.pema-replaced"
     return {name: text for name, text in state.items() if not (name.startswith(aside) and f"/{aside}" in said)}
 
@@ -130,7 +131,7 @@ def _keeps_notes(state: State) -> bool:
 
 
 def _false_claim(case: Case, state: State) -> str | None:
-    """What the run says of what it left, if that is false; "" if it is true; None if it says nothing."""
+    """Return a false claim of the run about what it left; "" for a true one, None without a claim."""
     said, expected = case.run.errors, case.expected
     what = "the result is complete" if state in expected.after else _difference(state, expected.before)
     if claim := COMPLETE.search(said):
@@ -194,7 +195,7 @@ def _difference(state: State, accepted: list[State]) -> str:
 
 
 def _differing(state: State, other: State) -> list[str]:
-    """The names that differ; "+": only in `state`, "-": only in `other`."""
+    """Return the names that differ; "+": only in `state`, "-": only in `other`."""
     found = []
     for name in sorted(state.keys() | other.keys()):
         if state.get(name) != other.get(name):
@@ -204,7 +205,7 @@ def _differing(state: State, other: State) -> list[str]:
 
 
 def _judge_next_runs(case: Case, state: State) -> list[str]:
-    """Give the command again, undisturbed, and then the one that gives back what was there before."""
+    """Run the command again, undisturbed, and then the one that restores the inputs."""
     mode, place, plain = case.mode, case.place, case.plain
     if case.fault.command:
         if mode.is_base_changed or case.fault.action.endswith(("-appears", "-appear", "-edited")):
@@ -244,7 +245,7 @@ def _inputs(state: State) -> State:
 
 
 def _results(state: State) -> State:
-    """Of what "complete" is said: the output folder, or the base changed in place."""
+    """Return the files that "complete" refers to: the output folder, or the base changed in place."""
     folder = "work" if any(name.startswith("work/") for name in state) else "base"
     return {name: text for name, text in state.items() if name.startswith(folder)}
 

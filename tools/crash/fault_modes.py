@@ -1,18 +1,16 @@
-"""The ways to merge that fault_merge.py disturbs: what lies there before, the command, what may lie there after it."""
+"""Modes of fault_merge.py: the files before a merge, the command, and the states that may follow it."""
 
 import hashlib
-import json
 import shutil
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from crash.digests import digest_file
 from crash.fault_inputs import APPEAR, changes
 from crash.fault_process import Fault, MergeServer
 
 State = dict[str, str]
-MARKER, OWN = "pema_merge.json", ("seconds", "output", "base", "delta", "mtime_ns")
 REPOSITORY = "someone/merged"
 
 
@@ -26,7 +24,7 @@ class Place:
         self.kept, self.root, self.server, self.hub = kept, kept / "root", server, hub
 
     def reset(self, base: str) -> None:
-        """Make everything as it was."""
+        """Restore all files."""
         shutil.rmtree(self.root, ignore_errors=True)
         for name in ("work", "tmp", "home"):
             (self.root / name).mkdir(parents=True)
@@ -38,7 +36,7 @@ class Place:
             shutil.copytree(self.kept / source, self.root / name)
 
     def state(self) -> State:
-        """Everything below `root` but the Hub client's files; what the Hub holds."""
+        """Return digests of all files below `root` but the Hub client's, and of the files on the Hub."""
         found = {}
         for path in sorted(self.root.rglob("*")):
             name = path.relative_to(self.root).as_posix()
@@ -55,19 +53,7 @@ def _describe(path: Path) -> str:
         return f"-> {path.readlink()}"
     if path.is_dir():
         return "folder"
-    data = path.read_bytes()
-    if path.name in (MARKER, "journal.json"):
-        with suppress(ValueError, KeyError):
-            data = json.dumps(_without_own(json.loads(data))).encode()
-    return hashlib.blake2b(data).hexdigest()[:16]
-
-
-def _without_own(content: Any) -> Any:
-    """A report or a journal without what differs from run to run."""
-    if not isinstance(content, dict):
-        return content
-    left_out = (*OWN, "sha256", "sums")
-    return {key: _without_own(content[key]) for key in sorted(content) if key not in left_out}
+    return digest_file(path)
 
 
 class Mode:
@@ -90,20 +76,20 @@ class Mode:
         return [str(item) for item in found]
 
     def again(self, place: Place, is_complete: bool) -> list[str] | None:
-        """The arguments of the run after a failed one; None where there is nothing left to do."""
+        """Return the arguments of the run after a failed one; None where nothing is left to do."""
         more = ["--overwrite"] if is_complete and "--overwrite" not in self.more else []
         return [*self.arguments(place), *more]
 
     def steps_on_the_way(self, place: Place, before: State, after: State) -> list[State]:
-        """States between the one before the run and that after it at which the run may end with an error."""
+        """Return the states at which a failing run may end, other than the one before it."""
         return []
 
     def changes(self, place: Place) -> dict[str, str]:
-        """What may happen meanwhile: `{name: shell command}`."""
+        """Return the changes that may happen during a run, `{name: shell command}`."""
         return changes(place.kept, place.root, self.base) | {"output-appears": APPEAR.format(root=place.root)}
 
     def last(self, place: Place) -> list[str] | None:
-        """A last command, which gives back what was there before."""
+        """Return the arguments of a last command that restores the inputs."""
         return None
 
 
@@ -200,7 +186,7 @@ class RollBack(InPlace):
 
 
 class Undo(InPlace):
-    """A merge in place is taken back."""
+    """A merge in place is undone."""
 
     name = "undo"
 
@@ -267,5 +253,5 @@ MODES = {
 
 
 def run_change(command: str) -> None:
-    """Do a change now."""
+    """Run a change."""
     subprocess.run(["sh", "-c", command], check=True)

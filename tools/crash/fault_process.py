@@ -34,7 +34,7 @@ SOON = 7
 
 
 class Settings(ctypes.Structure):
-    """`struct settings` of the library."""
+    """The library's `struct settings`."""
 
     _fields_ = (
         ("counts", ctypes.c_long * len(KINDS)), ("at", ctypes.c_long), ("hits", ctypes.c_long),
@@ -58,7 +58,7 @@ class Fault:
     command: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """The fields of `Settings`."""
+        """Return the fields of `Settings`."""
         name = self.action.removesuffix("+").removesuffix("*2")
         if self.command:
             action, value = COMMAND, 0
@@ -131,7 +131,7 @@ class MergeServer:
 
 
 def serve(root: Path) -> int:
-    """The server: a command for each line of stdin. Returns the exit code, in a forked child that of the command."""
+    """Serve a command for each line of stdin. Returns the exit code, in a forked child that of the command."""
     library = ctypes.CDLL(None)
     settings = ctypes.POINTER(Settings).in_dll(library, "faults").contents
     settings.root = os.fsencode(root)
@@ -152,7 +152,7 @@ def serve(root: Path) -> int:
 
 
 def import_all() -> None:
-    """Import what the command may import; `huggingface_hub` where a Hub is configured, torch where it is asked for."""
+    """Import everything the command may import: `huggingface_hub` with a Hub, torch with FAULTS_TORCH."""
     from pema_adapters import cli, formats, hub, io, merging
 
     for package in (cli, formats, hub, io, merging):
@@ -175,7 +175,7 @@ def configure(settings: Settings, wanted: dict[str, Any]) -> None:
 
 
 def run_child(library: ctypes.CDLL, arguments: list[str], kept: Path) -> int:
-    """In the child: become `pema-merge`."""
+    """In the child: run `pema-merge` with output and errors in files."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         opened = os.open(kept / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(opened, number)

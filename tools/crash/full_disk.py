@@ -1,4 +1,4 @@
-"""A merge onto a disk that is full, or becomes so."""
+"""Merges onto a disk that is full, or becomes full."""
 
 import contextlib
 import resource
@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from crash.kill_modes import COMMAND, MODES, Place, Reference, arguments, contents, run
+from crash.kill_modes import MODES, Place, Reference, arguments, contents, run
+from harness.checkpoints import MERGE
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
-    """A file system of that size, in memory; None where this process may not mount one."""
+    """Mount a file system of that size in memory; yields None where this process may not."""
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
                              capture_output=True, check=False).returncode == 0  # fmt: skip
@@ -24,8 +25,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path | None]:
             subprocess.run(["umount", folder], check=False)
 
 
-def _failed_well(done: "subprocess.CompletedProcess[str]", out: Path, text: str) -> str:
-    """What is wrong with a run that had to fail with this text and leave nothing."""
+def _check_failure(done: "subprocess.CompletedProcess[str]", out: Path, text: str) -> str:
+    """Return what is wrong with a run that had to fail with this text and leave nothing behind."""
     if done.returncode != 1 or done.stderr.count("\n") != 1 or text not in done.stderr:
         return f"exit code {done.returncode}, {done.stderr.strip()!r}; expected 1 and {text!r}"
     left = [path.name for path in out.parent.iterdir() if path.name.lstrip(".").startswith(out.name)]
@@ -33,10 +34,10 @@ def _failed_well(done: "subprocess.CompletedProcess[str]", out: Path, text: str)
 
 
 def full_on_the_way(place: Place, disk: Path, reference: Reference) -> str:
-    """Something else takes the space once the merge has begun to write; the next run has it again."""
+    """Fill the disk once the merge has begun to write, and free it for the next run."""
     out, filler = disk / "out", disk / "filler"
     command = arguments(place.root / "base", place.root / "delta", out)
-    process = subprocess.Popen([*COMMAND, *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*MERGE, *command], stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any(disk.glob(".out.*")):
         time.sleep(0.0002)
     process.send_signal(signal.SIGSTOP)  # on a slow machine it might be done before the disk is full
@@ -44,14 +45,14 @@ def full_on_the_way(place: Place, disk: Path, reference: Reference) -> str:
         while file.write(bytes(1 << 20)):
             pass
     process.send_signal(signal.SIGCONT)
-    wrong = _failed_well(_finished(process), out, "No space left on device")
+    wrong = _check_failure(_wait(process), out, "No space left on device")
     filler.unlink()
     again = run(command)
     is_right = again.returncode == 0 and contents(out) == reference.target
     return wrong or ("" if is_right else f"the next run is wrong: {again.stderr.strip()}")
 
 
-def _finished(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
+def _wait(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
     _, error = process.communicate()
     return subprocess.CompletedProcess([], process.returncode, "", error)
 
@@ -59,25 +60,25 @@ def _finished(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[
 def full_from_the_start(place: Place, disk: Path) -> str:
     out = disk / "out"
     (disk / "filler").write_bytes(bytes(3 << 20))
-    return _failed_well(run(arguments(place.root / "base", place.root / "delta", out)), out, "bytes free")
+    return _check_failure(run(arguments(place.root / "base", place.root / "delta", out)), out, "bytes free")
 
 
-def limited(place: Place) -> str:
-    """No file may become longer than 1 MB."""
+def merge_with_limit(place: Place) -> str:
+    """Merge where no file may become longer than 1 MB."""
     place.fresh()
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    command = [*COMMAND, *MODES["fresh"].arguments(place)]
+    command = [*MERGE, *MODES["fresh"].arguments(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
-    return _failed_well(done, place.target, "File too large")
+    return _check_failure(done, place.target, "File too large")
 
 
 def full_disks(place: Place, reference: Reference, megabytes: int) -> dict[str, str]:
-    """`{what: what is wrong, or nothing}`."""
-    found = {"files limited to 1 MB": limited(place)}
+    """Return `{disk: what is wrong, or ""}`."""
+    found = {"files limited to 1 MB": merge_with_limit(place)}
     runs: dict[str, tuple[float, Callable[[Path], str]]] = {
         "full on the way": (1.5, lambda disk: full_on_the_way(place, disk, reference)),
         "full from the start": (0.5, lambda disk: full_from_the_start(place, disk)),

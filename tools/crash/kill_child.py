@@ -39,7 +39,7 @@ class Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """An audit hook: Python tells of every system call that concerns a name."""
+        """Count a step for an audit event; an audit hook."""
         is_writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
         if (is_writing or event in EVENTS) and self._is_inside(arguments[0]):
             self.take()
@@ -47,8 +47,8 @@ class Steps:
     def _is_inside(self, name: Any) -> bool:
         return isinstance(name, str | bytes | os.PathLike) and os.fsdecode(name).startswith(self.folder)
 
-    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with a step before each call."""
+    def count_calls(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` with a step before each call."""
 
         def call(*arguments: Any, **named: Any) -> Any:
             self.take()
@@ -64,7 +64,7 @@ def main() -> int:
     steps = Steps(int(last), folder)
     for name in CALLS:
         if hasattr(os, name):
-            setattr(os, name, steps.counted(getattr(os, name)))
+            setattr(os, name, steps.count_calls(getattr(os, name)))
     sys.addaudithook(steps.hear)
     code = merge(arguments)
     if not steps.last:

@@ -1,27 +1,21 @@
-"""What kill_merge.py kills: a base with two deltas, and the ways to merge them."""
+"""Modes and inputs of kill_merge.py: a base with two deltas, and the ways to merge them."""
 
-import contextlib
-import hashlib
-import json
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.pairs import E, Files, T, adapter, base, fingerprint, noise, of
+from crash.digests import digest_file
+from fuzz.pairs import CONFIG, E, Files, T, adapter, base, dump, fingerprint, noise, of
+from harness.checkpoints import MERGE
 
 WIDTH, SHARDS, LAYERS, BLOCKS = 256, 3, 8, 6
-COMMAND = [sys.executable, "-c", "import sys; from pema_adapters.cli.merge import main; sys.exit(main())"]
-MARKER = "pema_merge.json"
-OWN = ("seconds", "output", "base")
-"""Of the report in the output: what differs from run to run."""
 Contents = dict[str, str]
 
 
 def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
-    """`pema-merge` with these arguments."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    """Run `pema-merge` with these arguments."""
+    return subprocess.run([*MERGE, *arguments], capture_output=True, text=True, check=False)
 
 
 def arguments(base: Path, delta: Path, output: Path) -> list[str]:
@@ -29,7 +23,7 @@ def arguments(base: Path, delta: Path, output: Path) -> list[str]:
 
 
 def tensors(megabytes: int) -> dict[str, T]:
-    """Half embedding, half layers."""
+    """Return the tensors of the base, half embedding, half layers."""
     rows = megabytes * 500_000 // (4 * WIDTH)
     layers = {
         f"bert.encoder.layer.{i}.output.dense.weight": of(noise(rows // LAYERS, WIDTH, seed=i)) for i in range(LAYERS)
@@ -38,10 +32,11 @@ def tensors(megabytes: int) -> dict[str, T]:
 
 
 def inputs(megabytes: int) -> Files:
-    """A base in shards, and two deltas of it."""
+    """Return a base in shards, and two deltas of it."""
     found = tensors(megabytes)
     rows = found[f"bert.{E}"].shape[0]
     files = base(found, shards=SHARDS)
+    files["base/config.json"] = dump(CONFIG | {"vocab_size": rows, "hidden_size": WIDTH})
     for number, name in enumerate(("delta", "earlier")):
         ids = tuple(i for i in range(rows) if i * 12 * BLOCKS // rows % 12 == number)  # so many writes, one a block
         own = {"fingerprint": fingerprint(found, ids, rows), "token_ids": of(ids, "I32"),
@@ -52,21 +47,14 @@ def inputs(megabytes: int) -> Files:
 
 def contents(folder: Path) -> Contents:
     """`{path: digest}` of all files, hidden ones too; of the report, all but paths and seconds."""
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _digest(path: Path) -> str:
-    data = path.read_bytes()
-    if path.name == MARKER:
-        with contextlib.suppress(ValueError):
-            found = json.loads(data)
-            data = json.dumps({key: found[key] for key in sorted(found) if key not in OWN}).encode()
-    return hashlib.blake2b(data).hexdigest()
+    return {
+        path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @dataclass
 class Place:
-    """A folder with base and deltas, and what they hold; `work` is where a mode may put its output."""
+    """A folder with base and deltas, and their digests; modes write their output to `work`."""
 
     root: Path
     before: dict[str, Contents] = field(default_factory=dict)
@@ -86,14 +74,14 @@ class Place:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
 
-    def touched(self) -> list[str]:
-        """Names of inputs that changed."""
+    def find_changed(self) -> list[str]:
+        """Return the names of inputs that changed."""
         return [name for name, held in self.before.items() if contents(self.root / name) != held]
 
 
 @dataclass
 class Reference:
-    """An undisturbed run of a mode: all that lies there afterwards, the target alone, the seconds of its parts."""
+    """An undisturbed run of a mode: all files afterwards, those of the target, and the seconds of its parts."""
 
     result: Contents
     target: Contents
@@ -102,7 +90,7 @@ class Reference:
 
 
 class Mode:
-    """A way to merge: what lies there before, the command, what may lie there after a kill."""
+    """A way to merge: the files before it, the command, and the states that may follow a kill."""
 
     name = "fresh"
     more: tuple[str, ...] = ()
@@ -118,21 +106,21 @@ class Mode:
         return any(place.work.glob(".out.pema-*"))
 
     def state(self, place: Place, reference: Contents) -> str:
-        """What lies at the target after a kill; "WRONG" where that must not be."""
+        """Name the state of the target after a kill; "WRONG" where it is none that may be."""
         if not place.target.exists():
             return "absent"
         return "new" if contents(place.target) == reference else "WRONG"
 
     def result(self, place: Place) -> Contents:
-        """All that there is after a successful run: the output, and nothing beside it."""
+        """Return all files after a successful run: the output, and nothing beside it."""
         return contents(place.work)
 
     def again(self, place: Place, state: str) -> list[str] | None:
-        """The arguments of the run after the kill; None where there is nothing left to do."""
+        """Return the arguments of the run after the kill; None where nothing is left to do."""
         return self.arguments(place, *(["--overwrite"] if state == "new" and "--overwrite" not in self.more else []))
 
     def afterwards(self, place: Place) -> str:
-        """A last check after the rerun; returns what is wrong."""
+        """Check the result after the rerun. Returns what is wrong."""
         return ""
 
 
@@ -169,7 +157,7 @@ class Overwrite(Mode):
 
 
 class InPlace(Mode):
-    """A copy of the base becomes the merged checkpoint; `--undo` gives it back."""
+    """A copy of the base becomes the merged checkpoint; `--undo` restores it."""
 
     name = "in-place"
     more = ("--in-place",)

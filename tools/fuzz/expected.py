@@ -1,4 +1,4 @@
-"""What base and delta make, in memory: read by the safetensors library and torch, never by the package under test."""
+"""The expected output of a merge, computed with the safetensors library and torch, not the package under test."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class Escape(Exception):
-    """Something that must not happen did."""
+    """A case escaped: the message says what must not happen."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_first(folder: Path, *names: str) -> dict[str, T]:
 
 
 def read_checkpoint(folder: Path) -> dict[str, T]:
-    """As Transformers does: one safetensors file, or its shards, or one pickle, or its shards."""
+    """Read a checkpoint as Transformers does: one safetensors file, its shards, one pickle, or its shards."""
     for single, index in (("model.safetensors", "model.safetensors.index.json"),
                           ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # fmt: skip
         if (folder / single).is_file():
@@ -75,7 +75,7 @@ def read_checkpoint(folder: Path) -> dict[str, T]:
 
 
 def read(path: Path) -> dict[str, T]:
-    """All tensors of a file, by the library whose format it is."""
+    """Read all tensors of a file with the library of its format."""
     import safetensors
 
     if path.suffix == ".bin":
@@ -102,21 +102,21 @@ def _read_pickle(path: Path) -> dict[str, T]:
 
 
 def expected_output(inputs: Inputs) -> dict[str, T]:
-    """`{name in the output: tensor}`; what is folded into a weight is not in it."""
+    """Return `{name in the output: tensor}`, without folding."""
     if _stem(inputs) + "token_ids" not in inputs.delta:
         return _with_ordinary(dict(inputs.base), inputs, next(iter(inputs.base), ""), "bert")
     ids, rows, print_ = _parts(inputs)
     if print_:
-        prefix, embedding = print_["prefix"], _located(inputs.base, print_["embedding"], print_["prefix"])
+        prefix, embedding = print_["prefix"], _locate(inputs.base, print_["embedding"], print_["prefix"])
     else:
-        prefix, embedding = _guessed(inputs)
+        prefix, embedding = _guess_names(inputs)
     if print_:
         prefix = embedding.removesuffix(print_["embedding"]).removesuffix(".") or prefix
     merged = dict(inputs.base)
     matrix = merged[embedding]
     size = max(matrix.shape[0], (ids[-1] + 1) if ids else 0)
     for name in [embedding, *_copies(inputs, embedding)]:
-        merged[name] = _spliced(matrix, ids, rows, size)
+        merged[name] = _splice(matrix, ids, rows, size)
     for name, tensor in inputs.base.items():
         if name.endswith(BIASES) and tensor.shape in ((matrix.shape[0],), (1, matrix.shape[0])):
             zeros = bytes((size - matrix.shape[0]) * len(tensor.data) // matrix.shape[0])
@@ -124,8 +124,8 @@ def expected_output(inputs: Inputs) -> dict[str, T]:
     return _with_ordinary(merged, inputs, embedding, prefix)
 
 
-def _guessed(inputs: Inputs) -> tuple[str, str]:
-    """Prefix and E without a fingerprint: by the name of the rows, and by E's usual name."""
+def _guess_names(inputs: Inputs) -> tuple[str, str]:
+    """Return prefix and E without a fingerprint: by the name of the rows, and by E's usual name."""
     rows = _stem(inputs)
     if inputs.is_adapter:
         width = inputs.delta[rows + "weight"].shape[1]
@@ -137,14 +137,14 @@ def _guessed(inputs: Inputs) -> tuple[str, str]:
 
 
 def _stem(inputs: Inputs) -> str:
-    """What the names of the rows begin with; nothing an output could have where there are none."""
+    """Return the prefix of the rows' names; without rows, one that no output has."""
     part = ".pema.adapters." if inputs.is_adapter else ""
     names = (name.removesuffix("token_ids") for name in inputs.delta if name.endswith(".token_ids"))
     return next((name for name in names if part in f".{name}" and name + "weight" in inputs.delta), "no rows.")
 
 
 def _parts(inputs: Inputs) -> tuple[list[int], T, dict[str, Any]]:
-    """Token ids, rows, fingerprint."""
+    """Return token ids, rows and fingerprint."""
     import torch
 
     stem = _stem(inputs)
@@ -163,8 +163,8 @@ def _canonical(name: str, prefix: str) -> str:
     return name
 
 
-def _located(base: dict[str, T], wanted: str, prefix: str) -> str:
-    """The name of E in the base: with the prefix, without, or with another."""
+def _locate(base: dict[str, T], wanted: str, prefix: str) -> str:
+    """Return the name of E in the base: with the prefix, without, or with another."""
     for name in (f"{prefix}.{wanted}", wanted):
         if name in base:
             return name
@@ -178,7 +178,7 @@ def _copies(inputs: Inputs, embedding: str) -> list[str]:
             if name != embedding and tensor == matrix and (tied or name.endswith(EMBEDDINGS))]  # fmt: skip
 
 
-def _spliced(matrix: T, ids: list[int], rows: T, size: int) -> T:
+def _splice(matrix: T, ids: list[int], rows: T, size: int) -> T:
     width = len(matrix.data) // matrix.shape[0] if matrix.shape[0] else D * WIDTHS[matrix.dtype]
     data = bytearray(matrix.data) + bytes((size - matrix.shape[0]) * width)
     made = cast(rows, matrix.dtype)
@@ -208,7 +208,7 @@ def cast(tensor: T, dtype: str) -> T:
 
 
 def _with_ordinary(merged: dict[str, T], inputs: Inputs, embedding: str, prefix: str) -> dict[str, T]:
-    """The backbone weights and the static head laid over; all names with the prefix where a new head needs it."""
+    """Add the backbone weights and the static head; prefix all names where a new head needs it."""
     inside = prefix + "."
     parts = tuple(_stem(inputs) + part for part in ("token_ids", "weight", "fingerprint"))
     if inputs.is_adapter:
@@ -238,7 +238,7 @@ def _with_ordinary(merged: dict[str, T], inputs: Inputs, embedding: str, prefix:
 
 
 def folded_weight(inputs: Inputs, name: str) -> Any:
-    """The weight `name` of the base with the adapter's LoRA in it, float64; None where the sum is another one."""
+    """Return the weight `name` of the base with LoRA folded in, float64; None for other kinds of LoRA."""
     module = name.removeprefix("bert.").removesuffix(".weight")
     parts = {
         key.rpartition(".")[2]: tensor

@@ -10,7 +10,7 @@ from fuzz.mutations import add, is_json, label
 DEEP = 100_000
 
 
-def nested(depth: int) -> list[Any]:
+def nest(depth: int) -> list[Any]:
     made: list[Any] = []
     for _ in range(depth):
         made = [made]
@@ -43,7 +43,7 @@ VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**12, 10**30, 1e12, 1.5, 1e308, float("nan"), float("inf"), "", "x",
     "..", "../x", "/etc/passwd", "a/b", "a\\b", "a\nb", "\0", "\ud800", "é", "x" * 300, "x" * 100_000, [], [1], [None],
     ["x"],
-    {}, {"a": 1}, {"": None}, {"x": {"x": {}}}, nested(50), nested(400), nested(900), "config.json", ".",
+    {}, {"a": 1}, {"": None}, {"x": {"x": {}}}, nest(50), nest(400), nest(900), "config.json", ".",
 )  # fmt: skip
 FIELDS: dict[str, tuple[str, ...]] = {
     "base/config.json": ("model_type", "architectures", "tie_word_embeddings", "vocab_size", "id2label", "label2id",
@@ -57,7 +57,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def change_json(family: str, name: str, change: Callable[[Any, Random], Any], ending: str = ".json") -> None:
-    """`change` alters the content of files whose path ends so."""
+    """Add a mutation: `change` alters the content of files whose path ends so."""
 
     def make(text: bytes, random: Random) -> bytes:
         content = json.loads(text)
@@ -72,7 +72,7 @@ def _set(field: str, value: Any) -> Callable[[Any, Random], Any]:
 
 
 def places(content: Any) -> Iterator[tuple[Any, Any]]:
-    """`(container, key)` of every value inside."""
+    """Yield `(container, key)` of every value inside."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in list(items):
         yield content, key
@@ -92,7 +92,7 @@ def _without(content: Any, random: Random) -> None:
     del container[key]
 
 
-def _renamed(content: Any, random: Random, name: str) -> None:
+def _rename(content: Any, random: Random, name: str) -> None:
     container, key = random.choice([(c, k) for c, k in places(content) if isinstance(c, dict)])
     container[name] = container.pop(key)
 
@@ -110,13 +110,13 @@ def _fields() -> None:
         change_json("JSON anywhere", f"one removed {turn}", _without)
     for name in ("", "x", "a\nb", "\0", "\ud800", "x" * 100_000):
         change_json("JSON anywhere", f"renamed {label(name)}", lambda content, random, name=name:
-                    _renamed(content, random, name))  # fmt: skip
+                    _rename(content, random, name))  # fmt: skip
 
 
 MEMBERS: tuple[Any, ...] = (
     "pema", ["pema"], {"architecture": "pema"}, {"configs": ["pema", "lora"]}, {"configs": {"0": "pema"}},
     {"configs": 1},
-    {"configs": [None, 1, []]}, {"configs": nested(900)}, {"configs": [{"architecture": "union", "configs": ["pema"]}]},
+    {"configs": [None, 1, []]}, {"configs": nest(900)}, {"configs": [{"architecture": "union", "configs": ["pema"]}]},
     {"architecture": {"pema": 1}}, {"architecture": ["pema"]}, {"configs": ["pema"] * 1000}, {"configs": ["pema", {}]},
     {"architecture": "lora", "r": "8", "alpha": "x"}, {"architecture": "lora", "r": 0},
     {"architecture": "lora", "r": 10**30},
@@ -136,7 +136,7 @@ LABELS: tuple[dict[str, Any], ...] = (
     {"label2id": {"a": 0.5}}, {"label2id": {"\ud800": 0}}, {"label2id": {str(i): i for i in range(50_000)}},
     {"label2id": {"a\nb": 0}}, {"num_labels": 0, "label2id": None}, {"label2id": ["a", "b"]}, {"model_class": ["x"]},
     {"model_class": "\ud800"}, {"model_class": "../x"}, {"config": {"head_type": "classification"}}, {"config": 1},
-    {"config": {"head_type": "classification", "num_labels": 10**12, "layers": 10**12}}, {"config": nested(900)},
+    {"config": {"head_type": "classification", "num_labels": 10**12, "layers": 10**12}}, {"config": nest(900)},
     {"config": {"head_type": ["x"], "layers": "2", "activation_function": {}}}, {"name": "../x"}, {"name": 1},
 )  # fmt: skip
 SHARDS: tuple[Any, ...] = (

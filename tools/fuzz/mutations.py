@@ -1,4 +1,4 @@
-"""The list of mutations, and those that suit any file.
+"""The registry of mutations, and mutations that suit any file.
 
 A mutation takes the bytes of one input file and gives what lies there instead: other bytes, a link, a pipe, a folder,
 nothing. Mutation number `i` of a seed is always the same, so a number is all it takes to see an escape again.
@@ -17,7 +17,7 @@ Make = Callable[[bytes, Random], "Node | None"]
 
 @dataclass(frozen=True)
 class Mutation:
-    """`make` gives what is put in place of a file; `suits`: which files it is for, by path and content."""
+    """A mutation: `make` returns the replacement of a file; `suits` tells its files, by path and content."""
 
     family: str
     name: str
@@ -51,14 +51,14 @@ def is_any(path: str, data: bytes) -> bool:
 
 
 def label(value: Any) -> str:
-    """A short name of a value."""
+    """Return a short name of a value."""
     text = ascii(value)
     return text if len(text) <= 40 else f"{text[:30]}... ({len(text)})"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is merged; `path`: the mutated file."""
+    """Options of a merge; `path`: the mutated file."""
 
     path: str = "base/"
     allow_base_mismatch: bool = False
@@ -80,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """One mutated pair of inputs, and how they are merged."""
+    """One mutated pair of inputs, and the options of its merge."""
 
     number: int
     pair: str
@@ -90,12 +90,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What was done, in words."""
+        """Describe the case in words."""
         return f"#{self.number} [{self.pair}] {self.options.path}: {self.mutation.family}: {self.mutation.name}"
 
 
 def order(seed: int, family: str | None = None) -> list[Mutation]:
-    """All mutations (of a family), shuffled: the first `n` cases are a fair sample, whatever `n` is."""
+    """Return all mutations (of a family), shuffled: the first `n` cases are a fair sample for any `n`."""
     for module in MODULES:
         import_module(module)
     chosen = [mutation for mutation in MUTATIONS if family is None or mutation.family == family]
@@ -104,7 +104,7 @@ def order(seed: int, family: str | None = None) -> list[Mutation]:
 
 
 def make_case(pairs: dict[str, Files], mutations: list[Mutation], seed: int, number: int) -> Case:
-    """Case `number` of `seed`. At first each mutation has its turn; then each family does, however many it has."""
+    """Make case `number` of `seed`: first each mutation once, then each family in turn."""
     random = Random(f"{seed}:{number}")
     if number < len(mutations):
         mutation = mutations[number]
@@ -143,7 +143,7 @@ def _truncations() -> None:
         _cut(f"anywhere {turn}", lambda data, random: random.randrange(len(data)))
 
 
-def _flipped(data: bytes, random: Random, count: int, begin: int = 0, end: int | None = None) -> bytes:
+def _flip(data: bytes, random: Random, count: int, begin: int = 0, end: int | None = None) -> bytes:
     made = bytearray(data)
     end = min(len(made), end or len(made))
     for _ in range(count):
@@ -153,14 +153,12 @@ def _flipped(data: bytes, random: Random, count: int, begin: int = 0, end: int |
 
 def _blind() -> None:
     for count in (1, 1, 1, 2, 3, 8, 64):
-        add(
-            "flipped bits", f"{count} anywhere", lambda data, random, count=count: _flipped(data, random, count), is_any
-        )
+        add("flipped bits", f"{count} anywhere", lambda data, random, count=count: _flip(data, random, count), is_any)
     for count in (1, 1, 1, 1, 2, 4):
         add("flipped bits", f"{count} in the header", lambda data, random, count=count:
-            _flipped(data, random, count, 8, _header_end(data)), is_safetensors)  # fmt: skip
+            _flip(data, random, count, 8, _header_end(data)), is_safetensors)  # fmt: skip
         add("flipped bits", f"{count} in the data", lambda data, random, count=count:
-            _flipped(data, random, count, _header_end(data)), is_safetensors)  # fmt: skip
+            _flip(data, random, count, _header_end(data)), is_safetensors)  # fmt: skip
     for name, byte in (("zeros", b"\0"), ("0xff", b"\xff"), ("spaces", b" "), ("quotes", b'"'), ("brackets", b"[")):
         add(
             "blocks",
@@ -168,7 +166,7 @@ def _blind() -> None:
             lambda data, random, byte=byte: _overwritten(data, random, byte),
             is_any,
         )
-        add("blocks", f"inserted {name}", lambda data, random, byte=byte: _inserted(data, random, byte * 8), is_any)
+        add("blocks", f"inserted {name}", lambda data, random, byte=byte: _insert(data, random, byte * 8), is_any)
         add(
             "blocks",
             f"appended {name}",
@@ -182,8 +180,8 @@ def _blind() -> None:
     add("blocks", "reversed", lambda data, random: data[::-1], is_any)
     add("blocks", "random bytes", lambda data, random: random.randbytes(len(data)), is_any)
     for turn in range(3):
-        add("blocks", f"a piece removed {turn}", _removed, is_any)
-        add("blocks", f"a piece repeated {turn}", _repeated, is_any)
+        add("blocks", f"a piece removed {turn}", _remove, is_any)
+        add("blocks", f"a piece repeated {turn}", _repeat, is_any)
 
 
 def _overwritten(data: bytes, random: Random, byte: bytes) -> bytes:
@@ -192,17 +190,17 @@ def _overwritten(data: bytes, random: Random, byte: bytes) -> bytes:
     return data[:begin] + byte * length + data[begin + length :]
 
 
-def _inserted(data: bytes, random: Random, block: bytes) -> bytes:
+def _insert(data: bytes, random: Random, block: bytes) -> bytes:
     at = random.randrange(len(data))
     return data[:at] + block + data[at:]
 
 
-def _removed(data: bytes, random: Random) -> bytes:
+def _remove(data: bytes, random: Random) -> bytes:
     begin = random.randrange(len(data))
     return data[:begin] + data[begin + random.choice((1, 4, 8, 32)) :]
 
 
-def _repeated(data: bytes, random: Random) -> bytes:
+def _repeat(data: bytes, random: Random) -> bytes:
     begin = random.randrange(len(data))
     return data[:begin] + data[begin : begin + random.choice((1, 4, 8, 32))] + data[begin:]
 

@@ -1,4 +1,4 @@
-"""What must hold after any merge of mutated inputs: refused in one line without a trace, or done and provably right.
+"""Checks after a merge of mutated inputs: refused in one line without a trace, or done and provably right.
 
 The oracle reads inputs and output with the safetensors library and torch, never with the package under test.
 """
@@ -26,7 +26,7 @@ LONGEST_MESSAGE = 2000
 
 
 def check_inputs(root: Path, files: Files, extra: set[str]) -> None:
-    """Inputs are byte for byte what they were; beside base and delta there is `extra` at most, and no canary."""
+    """Check that inputs are unchanged, and that beside base and delta there is `extra` at most, and no canary."""
     found = {path.name for path in root.iterdir()}
     if found != {"base", "delta"} | extra:
         raise Escape(f"left behind: {sorted(found - {'base', 'delta'} - extra)}, missing: {sorted(extra - found)}")
@@ -48,7 +48,7 @@ def _is(root: Path, path: Path, node: Any) -> bool:
 
 
 def check_message(root: Path, path: str, message: str) -> None:
-    """One line, readable, that names the mutated side: its folder, or the other one's and that the two do not fit.
+    """Check that a message is one readable line that names the mutated side, or the other one and the mismatch.
 
     With `path` "", whatever is at fault, one of the two.
     """
@@ -83,7 +83,7 @@ def check_output(root: Path, dtype: str | None, report: dict[str, Any]) -> str:
 
 
 def _as(tensors: dict[str, T], dtype: str | None) -> dict[str, T]:
-    """The floats of another dtype."""
+    """Cast floats to another dtype."""
     return {n: cast(t, dtype) if dtype is not None and t.dtype in WIDTHS else t for n, t in tensors.items()}
 
 
@@ -138,7 +138,7 @@ def _same(one: T, other: T) -> bool:
 
 
 def _same_numbers(one: T, other: T) -> bool:
-    """Equal up to the bits of NaN, which a cast need not keep."""
+    """Whether two tensors are equal up to the bits of NaN, which a cast need not keep."""
     import torch
 
     if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in WIDTHS:

@@ -22,17 +22,17 @@ LAYER = "encoder.layer.0.attention.self.query"
 
 @dataclass(frozen=True)
 class Link:
-    """In place of a file: a symbolic link to `target`, `{case}` in it being the folder of the case."""
+    """A symbolic link to `target` in place of a file; `{case}` in it is the folder of the case."""
 
     target: str
 
 
 class Folder:
-    """In place of a file: an empty folder."""
+    """An empty folder in place of a file."""
 
 
 class Pipe:
-    """In place of a file: a named pipe that nobody writes to."""
+    """A named pipe in place of a file, that nobody writes to."""
 
 
 Node: TypeAlias = bytes | Link | Folder | Pipe
@@ -64,7 +64,7 @@ class T:
 
 
 def of(values: Any, dtype: str = "F32") -> T:
-    """`of([1, 2], "I32")`; BF16 is cut, not rounded."""
+    """Make a tensor, as in `of([1, 2], "I32")`; BF16 is truncated, not rounded."""
     array = np.asarray(values)
     if dtype == "BF16":
         return T(dtype, array.shape, (array.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes())
@@ -77,7 +77,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def safetensors(tensors: dict[str, T], metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file with the tensors in the order given."""
+    """Return a safetensors file with the tensors in the order given."""
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, tensor in tensors.items():
@@ -88,7 +88,7 @@ def safetensors(tensors: dict[str, T], metadata: dict[str, str] | None = None) -
 
 
 def pickle(tensors: dict[str, T]) -> bytes:
-    """The same by `torch.save`; equal E and decoder share a storage, as in a model."""
+    """Return a pickle of `torch.save`; equal E and decoder share a storage, as in a model."""
     import torch
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
@@ -118,7 +118,7 @@ def backbone(dtype: str = "F32", prefix: str = "bert.") -> dict[str, T]:
 
 
 def language_model() -> dict[str, T]:
-    """With a tied decoder, stored once more, and its bias."""
+    """Add a tied decoder, stored once more, and its bias."""
     bias = of(noise(V, seed=3))
     return backbone() | {"cls.predictions.bias": bias, "cls.predictions.decoder.weight": of(noise(V, D))}
 
@@ -151,7 +151,7 @@ def base(tensors: dict[str, T], *, shards: int = 1, pickled: bool = False) -> Fi
 
 
 def rows(tensors: dict[str, T], vocab_size: int = V) -> dict[str, T]:
-    """Fingerprint, token ids and rows of a delta of the base with these tensors."""
+    """Return fingerprint, token ids and rows of a delta of the base with these tensors."""
     ids = (*IDS, *range(V, vocab_size))
     return {
         "fingerprint": fingerprint(tensors, ids, vocab_size),
@@ -177,7 +177,7 @@ def fingerprint(tensors: dict[str, T], ids: tuple[int, ...], vocab_size: int) ->
 
 def adapter(own: dict[str, T], *, rest: dict[str, T] | None = None, lora: bool = False, head: str = "",
             pickled: bool = False) -> Files:  # fmt: skip
-    """What `save_adapter` writes: rows, other methods (`rest`), a head ("static" or "flexible")."""
+    """Return the files of `save_adapter`: rows, other methods (`rest`), a head ("static" or "flexible")."""
     write, suffix = (pickle, "bin") if pickled else (safetensors, "safetensors")
     stem = "pytorch_" if pickled else ""
     method: dict[str, Any] = {"architecture": "pema", "unseen": "base"}
@@ -218,7 +218,7 @@ COMPACTER = {
 
 
 def full(own: dict[str, T], *, shards: int = 1, pickled: bool = False) -> Files:
-    """What `save_delta` writes: every trained weight, the embedding as K rows, and a head."""
+    """Return the files of `save_delta`: every trained weight, the embedding as K rows, and a head."""
     trained = {n: of(noise(*t.shape, seed=7)) for n, t in backbone().items() if t.dtype == "F32" and not n.endswith(E)}
     trained |= {"classifier.weight": of(noise(2, D, seed=8))}
     trained |= {f"{PREFIX}.{E.removesuffix('.weight')}.{part}": tensor for part, tensor in own.items()}
@@ -232,7 +232,7 @@ def full(own: dict[str, T], *, shards: int = 1, pickled: bool = False) -> Files:
 
 
 def pairs() -> dict[str, Files]:
-    """`{name: files}` of every pair."""
+    """Return `{name: files}` of every pair."""
     plain, half, lm = backbone(), backbone("BF16", prefix=""), language_model()
     bare = {part: tensor for part, tensor in rows(plain).items() if part != "fingerprint"}
     single, shards = base(plain), base(plain, shards=3)

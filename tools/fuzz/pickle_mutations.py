@@ -1,4 +1,4 @@
-"""Mutations of pickled files: hostile pickles, lies about tensors, zip archives that are not what they say.
+"""Mutations of pickled files: hostile pickles, false tensor metadata, inconsistent zip archives.
 
 A file called `CANARY` in the current folder must not appear: it would mean that code from a pickle was run.
 """
@@ -20,7 +20,7 @@ STORAGE = b"X\x07\x00\x00\x00storage"
 
 
 class Payload:
-    """Pickles into a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -30,7 +30,7 @@ class Payload:
 
 
 def records(file: bytes) -> dict[str, bytes]:
-    """The records of an archive that torch.save wrote."""
+    """Return the records of an archive of torch.save."""
     with zipfile.ZipFile(io.BytesIO(file)) as archive:
         return {entry.filename: archive.read(entry) for entry in archive.infolist()}
 
@@ -44,7 +44,7 @@ def archive(found: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> b
 
 
 def record_mutation(family: str, name: str, change: Callable[[dict[str, bytes], Random], Any]) -> None:
-    """`change` alters the records; the archive is then written anew."""
+    """Add a mutation: `change` alters the records; the archive is then rewritten."""
 
     def make(file: bytes, random: Random) -> bytes:
         found = records(file)
@@ -54,7 +54,7 @@ def record_mutation(family: str, name: str, change: Callable[[dict[str, bytes], 
 
 
 def table_mutation(family: str, name: str, change: Callable[[bytes], bytes]) -> None:
-    """`change` gives another data.pkl."""
+    """Add a mutation: `change` returns another data.pkl."""
 
     def altered(found: dict[str, bytes], random: Random) -> None:
         table = next(name for name in found if name.endswith("data.pkl"))
@@ -63,14 +63,14 @@ def table_mutation(family: str, name: str, change: Callable[[bytes], bytes]) -> 
     record_mutation(family, name, altered)
 
 
-def called(module: str, name: str, *arguments: Any) -> bytes:
-    """A pickle that calls a global."""
+def call(module: str, name: str, *arguments: Any) -> bytes:
+    """Return a pickle that calls a global."""
     items = b"".join(pickle.dumps(argument, 2)[2:-1] for argument in arguments)
     return f"\x80\x02c{module}\n{name}\n(".encode() + items + b"tR."
 
 
 def _shell(command: str) -> dict[str, bytes]:
-    """Pickles that run a shell command, in the ways that there are."""
+    """Return pickles that run a shell command, in every known way."""
     import os
     import subprocess
 
@@ -79,21 +79,21 @@ def _shell(command: str) -> dict[str, bytes]:
         "os.system, protocol 0": pickle.dumps(Payload(os.system, command), 0),
         "os.system, protocol 4": pickle.dumps(Payload(os.system, command), 4),
         "subprocess": pickle.dumps([Payload(subprocess.call, ["sh", "-c", command])], 2),
-        "eval": called("builtins", "eval", f"__import__('os').system({command!r})"),
-        "exec": called("__builtin__", "exec", f"import os; os.system({command!r})"),
-        "getattr": called("builtins", "getattr", "os", "system"),
+        "eval": call("builtins", "eval", f"__import__('os').system({command!r})"),
+        "exec": call("__builtin__", "exec", f"import os; os.system({command!r})"),
+        "getattr": call("builtins", "getattr", "os", "system"),
         "INST": b"(S" + repr(command).encode() + b"\nios\nsystem\n.",
         "OBJ": b"(cos\nsystem\nS" + repr(command).encode() + b"\no.",
-        "torch's own": called("torch.serialization", "load", CANARY),
-        "torch.hub": called("torch.hub", "load", "/tmp", "x"),
-        "numpy": called("numpy.core.multiarray", "_reconstruct", "x", (0,), "b"),
-        "runpy": called("runpy", "_run_code", f"open({CANARY!r}, 'w')", {}),
-        "a dotted name": called("torch", "os.system", command),
+        "torch's own": call("torch.serialization", "load", CANARY),
+        "torch.hub": call("torch.hub", "load", "/tmp", "x"),
+        "numpy": call("numpy.core.multiarray", "_reconstruct", "x", (0,), "b"),
+        "runpy": call("runpy", "_run_code", f"open({CANARY!r}, 'w')", {}),
+        "a dotted name": call("torch", "os.system", command),
     }
 
 
 def _tower(depth: int, push: bytes = b"", double: bytes = b"q\x01h\x01\x86") -> bytes:
-    """A tuple of two of the same tuple of two ...: small as a pickle, 2^depth things to look at."""
+    """Return a tuple of twice the same tuple, nested `depth` times: a small pickle of 2^depth objects."""
     return b"\x80\x02" + (push or b")") + double * depth
 
 
@@ -115,27 +115,27 @@ HOSTILE: dict[str, bytes] = {
     "a tower in a set": b"\x80\x02c__builtin__\nset\n" + b"]" + _tower(40)[2:] + b"a\x85R.",
     "a tower that is called": _lists(40) + b")R.",
     "a tower as a value": b"\x80\x02}X\x01\x00\x00\x00a" + _lists(40)[2:] + b"s.",
-    "a tower as an argument": called("torch", "Size", 1)[:-4] + _lists(40)[2:] + b"tR.",
+    "a tower as an argument": call("torch", "Size", 1)[:-4] + _lists(40)[2:] + b"tR.",
     "a tower as a global's argument": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + _lists(40)[2:] + b"tR.",
     "a tower as a storage": b"\x80\x02(" + STORAGE + _lists(40)[2:] + b"tQ.",
     "a tower as an id": b"\x80\x02" + _lists(40)[2:] + b"Q.",
-    "bytearray": called("builtins", "bytearray", 10**9), "bytearray, old name": called("__builtin__", "bytearray",
+    "bytearray": call("builtins", "bytearray", 10**9), "bytearray, old name": call("__builtin__", "bytearray",
     10**9),
     "a tensor of 4 GB": b"\x80\x02ctorch\nFloatTensor\n(" + b"J\x00\x00\x00@" + b"t\x81.",
-    "a Counter": called("collections", "Counter", "abc"), "an OrderedDict": pickle.dumps(OrderedDict(a=1), 2),
-    "encode": called("_codecs", "encode", "x" * 10, "rot13"), "encode, zip": called("_codecs", "encode", b"x", "zip"),
+    "a Counter": call("collections", "Counter", "abc"), "an OrderedDict": pickle.dumps(OrderedDict(a=1), 2),
+    "encode": call("_codecs", "encode", "x" * 10, "rot13"), "encode, zip": call("_codecs", "encode", b"x", "zip"),
     "a number as a name": b"\x80\x02}K\x01K\x01s.", "a tensor as a name": b"\x80\x02}NNs.",
     "strings": pickle.dumps({"a": "b"}, 2),
     "tensors in a dictionary": pickle.dumps({"state_dict": {"a": 1}}, 2), "floats": pickle.dumps([1.0] * 1000, 2),
     "a long number": b"\x80\x02\x8b\xff\xff\xff\x7f.", "an int of 200 kB": b"\x80\x02I" + b"9" * 200_000 + b"\n.",
     "an unknown instruction": b"\x80\x02\xfe.", "protocol 255": b"\x80\xff}.", "text": b"hello world",
     "a module that is not there": b"\x80\x02cno_such\nthing\n.", "a name without end": b"\x80\x02c" + b"x" * 100_000,
-    "a name with lines": called("torch\x1b[31m", "x", 1),
+    "a name with lines": call("torch\x1b[31m", "x", 1),
 }  # fmt: skip
 
 
 def _size(*sizes: int) -> bytes:
-    """A tuple of integers."""
+    """Pickle a tuple of integers."""
     return b"(" + b"".join(pickle.dumps(size, 2)[2:-1] for size in sizes) + b"t"
 
 
@@ -144,7 +144,7 @@ HONEST = {"key": "0", "numel": 4, "offset": 0, "size": (4,), "stride": (1,), "ki
 
 
 def tensor(**lies: Any) -> bytes:
-    """The instructions that make a tensor, as torch.save writes them, but for the lies."""
+    """Return the instructions that make a tensor, as torch.save writes them, except for false fields."""
     said = HONEST | lies
     key, where, numel, offset = (pickle.dumps(said[name], 2)[2:-1] for name in ("key", "where", "numel", "offset"))
     storage = b"(" + STORAGE + f"ctorch\n{said['kind']}\n".encode() + key + where + numel + b"tQ"
@@ -153,7 +153,7 @@ def tensor(**lies: Any) -> bytes:
 
 
 def dictionary(*made: bytes) -> bytes:
-    """A pickle of a dictionary of tensors called x0, x1, ..."""
+    """Return a pickle of a dictionary of tensors named x0, x1, ..."""
     items = b"".join(b"X\x02\x00\x00\x00" + f"x{i}".encode() + item for i, item in enumerate(made))
     return b"\x80\x02}(" + items + b"u."
 
@@ -206,8 +206,8 @@ def _flip(found: dict[str, bytes], random: Random) -> None:
     found[table] = bytes(data)
 
 
-def _patched(file: bytes, random: Random, number: Number, value: int) -> bytes:
-    """A number of a local header, of a directory entry or of the end, replaced."""
+def _patch(file: bytes, random: Random, number: Number, value: int) -> bytes:
+    """Replace a number of a local header, of a directory entry or of the end record."""
     signature, at, form = number
     places = [i for i in range(len(file)) if file.startswith(signature, i)]
     made = bytearray(file)
@@ -217,7 +217,7 @@ def _patched(file: bytes, random: Random, number: Number, value: int) -> bytes:
 
 
 def _bomb(file: bytes, random: Random) -> bytes:
-    """30 MB of zeros, deflated a thousandfold, in the place of data."""
+    """Replace data by 30 MB of zeros, deflated a thousandfold."""
     found = records(file)
     largest = max(found, key=lambda name: len(found[name]))
     return archive({**found, largest: bytes(30_000_000)}, zipfile.ZIP_DEFLATED)
@@ -239,7 +239,7 @@ def _zips() -> None:
             for value in (0, 1, 8, most):
                 number = signature, at, form
                 add("zip", f"{where} +{at} = {value}", lambda file, random, number=number, value=value:
-                    _patched(file, random, number, value), is_pickle)  # fmt: skip
+                    _patch(file, random, number, value), is_pickle)  # fmt: skip
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         add("zip", f"compressed {compression}", lambda file, random, kind=compression:
             archive(records(file), kind), is_pickle)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Mutations of what makes a delta a delta: token ids, rows, fingerprint. The file around them stays sound."""
+"""Mutations of token ids, rows and fingerprint of a delta; the file around them stays valid."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ INT32 = 2**31
 
 
 def holds(part: str) -> Callable[[str, bytes], bool]:
-    """Files with token ids and, beside them, this part of the rows."""
+    """Return a test for files with token ids and this part of the rows."""
 
     def suits(path: str, data: bytes) -> bool:
         if not is_safetensors(path, data):
@@ -27,7 +27,7 @@ def holds(part: str) -> Callable[[str, bytes], bool]:
 
 
 def part_mutation(family: str, name: str, part: str, change: Callable[[T, Random], T]) -> None:
-    """`change` gives another tensor in place of the rows' `part`."""
+    """Add a mutation: `change` returns another tensor for the rows' `part`."""
 
     def make(file: bytes, random: Random) -> bytes:
         tensors = unpack(file)
@@ -70,7 +70,7 @@ IDS_AS = {
 }  # fmt: skip
 
 
-def _filled(tensor: T, value: float) -> T:
+def _fill(tensor: T, value: float) -> T:
     values = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).copy()
     values[1] = value
     return of(values)
@@ -79,7 +79,7 @@ def _filled(tensor: T, value: float) -> T:
 WEIGHT_TO: dict[str, Callable[[T], T]] = {
     **{f"width {n}": lambda t, n=n: of(noise(len(IDS), n)) for n in (0, 1, D - 1, D + 1, 2 * D)},
     **{f"{n} rows": lambda t, n=n: of(noise(n, D)) for n in (0, 1, len(IDS) - 1, len(IDS) + 1, V, 2 * V)},
-    **{f"filled with {x}": lambda t, x=x: _filled(t, x)
+    **{f"filled with {x}": lambda t, x=x: _fill(t, x)
        for x in (float("nan"), float("inf"), -float("inf"), 1e-45, 3e38, -3e38, 0.0, -0.0)},
     **{f"as {kind}": lambda t, kind=kind: of(np.frombuffer(t.data, "<f4").reshape(t.shape), kind)
        for kind in ("F64", "F16", "BF16", "I32", "I64", "U8")},
@@ -99,10 +99,10 @@ def _rows() -> None:
         part_mutation("token ids", f"as {name}", "token_ids", lambda t, random, change=change: change(_ids(t)))
     for name, change in WEIGHT_TO.items():
         part_mutation("rows", name, "weight", lambda t, random, change=change: change(t))
-    add("rows", "neither rows nor ids", _emptied, holds("weight"))
+    add("rows", "neither rows nor ids", _empty, holds("weight"))
 
 
-def _emptied(file: bytes, random: Random) -> bytes:
+def _empty(file: bytes, random: Random) -> bytes:
     tensors = unpack(file)
     stem = next(name for name in tensors if name.endswith(".token_ids")).removesuffix("token_ids")
     tensors |= {stem + "token_ids": of([], "I32"), stem + "weight": of(np.zeros((0, D)))}
@@ -126,7 +126,7 @@ FIELDS = ("embedding", "prefix", "vocab_size", "base_vocab_size", "rows", "tenso
 
 
 def print_mutation(name: str, change: Callable[[dict[str, Any], Random], Any]) -> None:
-    """`change` alters the fingerprint's JSON."""
+    """Add a mutation: `change` alters the fingerprint's JSON."""
 
     def changed(tensor: T, random: Random) -> T:
         found = json.loads(tensor.data)

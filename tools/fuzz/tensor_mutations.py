@@ -12,7 +12,7 @@ from fuzz.pairs import T, of, safetensors
 
 @dataclass
 class Parsed:
-    """A file taken apart: `entries` as pairs, so that names may repeat."""
+    """A parsed file: `entries` as pairs, so that names may repeat."""
 
     entries: list[list[Any]]
     data: bytes
@@ -24,7 +24,7 @@ class Parsed:
 
     def encode(self) -> bytes:
         text = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in self.entries) + "}"
-        return framed(text.encode(), self.data)
+        return frame(text.encode(), self.data)
 
     def names(self) -> set[str]:
         return {name for name, _ in self.tensors()}
@@ -33,19 +33,19 @@ class Parsed:
         return [item for item in self.entries if item[0] != "__metadata__"]
 
 
-def framed(header: bytes, data: bytes) -> bytes:
+def frame(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
 def unpack(file: bytes) -> dict[str, T]:
-    """The tensors of a valid file."""
+    """Return the tensors of a valid file."""
     parsed = Parsed.of(file)
     return {name: T(entry["dtype"], tuple(entry["shape"]), parsed.data[slice(*entry["data_offsets"])])
             for name, entry in parsed.tensors()}  # fmt: skip
 
 
 def entry_mutation(family: str, name: str, change: Callable[[list[Any], Parsed, Random], Any]) -> None:
-    """`change` alters one `[name, entry]`, the data stay as they are."""
+    """Add a mutation: `change` alters one `[name, entry]` of the header."""
 
     def make(file: bytes, random: Random) -> bytes:
         parsed = Parsed.of(file)
@@ -63,17 +63,17 @@ def set_field(family: str, field: str, value: Any) -> None:
 
 
 def text_mutation(name: str, change: Callable[[bytes], bytes]) -> None:
-    """`change` alters the text of the header."""
+    """Add a mutation: `change` alters the text of the header."""
 
     def make(file: bytes, random: Random) -> bytes:
         end = 8 + int.from_bytes(file[:8], "little")
-        return framed(change(file[8:end]), file[end:])
+        return frame(change(file[8:end]), file[end:])
 
     add("header text", name, make, is_safetensors)
 
 
 def tensor_mutation(family: str, name: str, change: Callable[[dict[str, T], str, Random], Any]) -> None:
-    """`change` alters the tensors, one of whose names it gets; the file is then written anew, consistent in itself."""
+    """Add a mutation: `change` alters the tensors, given the name of one; the file is rewritten consistently."""
 
     def make(file: bytes, random: Random) -> bytes:
         tensors = unpack(file)

@@ -1,4 +1,4 @@
-"""The process that merges mutated inputs, one case after another; whoever started it watches the clock.
+"""The process that merges mutated inputs, one case after another; its parent watches the time.
 
 It says what it is about to do before it does it, so that a crash, a hang or a kill has a name.
 """
@@ -31,7 +31,7 @@ DTYPES = {"auto": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """kind: "refused", "merged" or "escaped". text: the message, or what went wrong. remark: worth a word.
+    """The outcome of a case: "refused", "merged" or "escaped", the message or failure, and a remark.
 
     fatal: the process cannot go on.
     """
@@ -96,13 +96,13 @@ def _judge(root: Path, files: Files, options: Options) -> Outcome:
         check_message(root, "" if options.in_place else options.path, str(error))
         return Outcome("refused", str(error))
     if options.in_place:
-        return Outcome("merged", remark=_checked_in_place(root, files, report))
+        return Outcome("merged", remark=_check_in_place(root, files, report))
     check_inputs(root, files, {"out"})
     return Outcome("merged", remark=check_output(root, DTYPES[options.dtype], report))
 
 
-def _checked_in_place(root: Path, files: Files, report: Report) -> str:
-    """The base is the output now; what it was is laid beside it, for the oracle and to compare it with an undo."""
+def _check_in_place(root: Path, files: Files, report: Report) -> str:
+    """Check a merge in place: as an output of a copy of the base, and against it after an undo."""
     from pema_adapters.merging.api import undo_merge
 
     (root / "base").rename(root / "out")
@@ -129,10 +129,10 @@ def _by_call(root: Path, options: Options) -> Report:
     except PemaError as error:
         raise Refused(str(error)) from None
     except BaseException as error:
-        raise Escape(_traced(error)) from None
+        raise Escape(_format_traceback(error)) from None
 
 
-def _traced(error: BaseException) -> str:
+def _format_traceback(error: BaseException) -> str:
     lines = traceback.format_exception(error)
     return "".join(lines[-3:])[-1500:]
 
@@ -150,7 +150,7 @@ def _by_command(root: Path, options: Options) -> Report:
             code = main(command)
             out.flush()
     except BaseException as exception:
-        raise Escape("from the command: " + _traced(exception)) from None
+        raise Escape("from the command: " + _format_traceback(exception)) from None
     error.seek(0)
     said = error.read()
     if code == 0 and not said:
@@ -161,7 +161,7 @@ def _by_command(root: Path, options: Options) -> Report:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever had in memory."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -173,8 +173,5 @@ def merge(base: Path, *more: str | Path) -> Run:
 
 def sync_file(path: Path) -> None:
     """Flush a file to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.results import RESULTS
+from harness.results import RESULTS, describe_checkout
 
 
 def make_parser(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
@@ -14,6 +14,7 @@ def make_parser(description: str | None, *, rounds: int | None = None) -> argpar
         parser.add_argument("--rounds", type=int, default=rounds, help=f"counted rounds (default {rounds})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write a result file")
     parser.add_argument("--save", action="store_true", help=f"also write the result file of {RESULTS.name}/")
+    parser.set_defaults(checkout=describe_checkout())  # as it is when the run begins
     return parser
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import secrets
 import shlex
 import subprocess
 import sys
@@ -35,41 +34,48 @@ def write_results(options: argparse.Namespace, figures: Mapping[str, Any], name:
     """Write the result file where the options ask for it.
 
     Args:
-        options: `json`, a path or None; `save`, whether to write to tools/results.
+        options: of make_parser: `json`, a path or None; `save`, whether to write to tools/results; `checkout`, that of
+            the beginning of the run.
         figures: anything that JSON takes; paths become their names.
         name: of the file in tools/results; default: that of the command.
     """
     tool = Path(sys.argv[0]).stem
     targets = [options.json, RESULTS / f"{name or tool}.json" if options.save else None]
-    content = describe_run(tool) | {"figures": figures}
+    content = describe_run(tool) | options.checkout | {"figures": figures}
     for path in filter(None, targets):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(_without_paths(content), indent=1) + "\n").encode())
 
 
 def describe_run(tool: str) -> dict[str, Any]:
-    """Return everything about this run but its figures."""
+    """Return command, date, machine and versions of this run."""
     script = Path(sys.argv[0]).resolve()
     shown = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     return {
         "tool": tool,
         "command": shlex.join(["python", str(shown), *map(_shorten, sys.argv[1:])]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tools/results", ":!*.md")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
 
 
+def describe_checkout() -> dict[str, Any]:
+    """Return the commit, and whether files other than results and documents differ from it."""
+    others = ("--", ".", ":!tools/results", ":!*.md")
+    changes = _git("status", "--porcelain", "--untracked-files=no", *others)
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
 def describe_machine() -> dict[str, Any]:
-    """Return CPU model, cores, memory, load and system."""
+    """Return CPU model, cores, memory, the limit of threads, load and system."""
     cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")]
     return {
         "cpu": next(iter(cpu), platform.machine()),
         "cores": os.cpu_count(),
         "memory_bytes": next(iter(memory), None),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
     }
@@ -85,16 +91,12 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write beside `path`, sync, rename: a reader sees the old file or the new one, whatever happens."""
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _versions() -> dict[str, str]:

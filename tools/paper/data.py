@@ -31,7 +31,7 @@ Texts = tuple[str, ...]  # a sentence, or a pair
 
 @dataclass
 class Usage:
-    """What the tokenizers make of the data: each pair of tokenizer and task is scanned once, and kept while this is.
+    """The rows that data use: each pair of tokenizer and task is scanned once, and cached.
 
     Args:
         tokenizers: a folder of tokenizer folders; None: there are none.
@@ -45,7 +45,7 @@ class Usage:
     missing: dict[str, None] = field(default_factory=dict)  # what was asked for and is not there, in order
 
     def of(self, tokenizer: str, vocab_size: int, benchmark: str, tasks: Texts) -> PartialVocabulary | None:
-        """The rows that some tasks use together; None where the tokenizer or one of the tasks is not there."""
+        """Return the rows that some tasks use together; None where the tokenizer or a task is missing."""
         files = {task: self.files(benchmark, task) for task in tasks}
         missing = [f"{benchmark} {task}" for task in tasks if not files[task]]
         if not (self.tokenizers and (self.tokenizers / tokenizer).is_dir()):
@@ -62,21 +62,21 @@ class Usage:
 
     def scan(self, tokenizer: str, vocab_size: int, task: str, files: list[Path]) -> PartialVocabulary:
         start = time.perf_counter()
-        rows = encoded(files, load_tokenizer(str(self.tokenizers / tokenizer)))
+        rows = encode_batches(files, load_tokenizer(str(self.tokenizers / tokenizer)))
         found = PartialVocabulary.from_dataset(rows, vocab_size=vocab_size, progress=False)
         print(f"{tokenizer}, {task}: {found!r}, {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
         return found
 
     def files(self, benchmark: str, task: str) -> list[Path]:
-        """The files of all splits of a task; none where a split is missing."""
+        """Return the files of all splits of a task; none where a split is missing."""
         folder = self.folders.get(benchmark)
         there = [part for part in sorted(folder.iterdir()) if _plain(part.name) == _plain(task)] if folder else []
         files = [sorted(there[0].glob(f"{split}*.tsv*")) if there else [] for split in SPLITS]
         return [file for split in files for file in split] if all(files) else []
 
 
-def encoded(files: list[Path], tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Batches of ids as the paper counts them: special tokens, the pad token, pairs as pairs, 128 tokens at most."""
+def encode_batches(files: list[Path], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Yield batches of ids as the paper counts them: special tokens, the pad token, pairs, 128 tokens at most."""
     options = {"truncation": True, "max_length": LENGTH, "return_attention_mask": False, "return_token_type_ids": False}
     yield {"input_ids": [tokenizer.pad_token_id]}
     for file in files:
@@ -86,7 +86,7 @@ def encoded(files: list[Path], tokenizer: Any) -> Iterator[dict[str, Any]]:
 
 
 def texts(file: Path) -> Iterator[Texts]:
-    """The texts of each row: one or two.
+    """Yield the texts of each row: one or two.
 
     Raises:
         SystemExit: another number of text columns, or a row that does not fit the header.
@@ -105,5 +105,5 @@ def texts(file: Path) -> Iterator[Texts]:
 
 
 def _plain(name: str) -> str:
-    """SST-2, sst2 and SST_2 are one task."""
+    """Return a name without case and punctuation: SST-2, sst2 and SST_2 are one task."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
