@@ -1,4 +1,4 @@
-"""PartialVocabulary: a sorted set of ids with a V, on disk as one small file that is checked when read."""
+"""PartialVocabulary is a sorted set of ids with a V; its file is validated when read."""
 
 import copy
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -24,7 +24,7 @@ IDS = st.lists(st.integers(0, V - 1))
 
 
 @given(IDS)
-def test_ids_come_out_sorted_and_once(ids):
+def test_ids_are_sorted_and_unique(ids):
     vocabulary = PartialVocabulary(ids, V)
     assert vocabulary.token_ids.dtype == np.int32
     assert vocabulary.token_ids.tolist() == sorted(set(ids)) == list(vocabulary)
@@ -46,23 +46,23 @@ def test_ids_come_out_sorted_and_once(ids):
     ],
     ids=lambda ids: type(ids).__name__,
 )
-def test_ids_of_any_kind(ids):
+def test_ids_may_be_of_any_kind(ids):
     assert PartialVocabulary(ids, V).token_ids.tolist() == [3, 7]
 
 
 @given(IDS, IDS)
-def test_union(left, right):
+def test_union_holds_the_ids_of_both(left, right):
     assert PartialVocabulary(left, V) | PartialVocabulary(right, V) == PartialVocabulary(left + right, V)
 
 
-def test_union_of_different_models_is_refused():
+def test_union_of_different_sizes_is_refused():
     with pytest.raises(VocabularyError, match=r"V = 100 on the left, 50,265 on the right"):
         _ = PartialVocabulary([1], V) | PartialVocabulary([1], 50_265)
     with pytest.raises(TypeError):
         _ = PartialVocabulary([1], V) | {1}
 
 
-def test_equality_hash_and_what_is_not_in():
+def test_equality_hash_and_membership():
     one = PartialVocabulary([5, 1], V)
     assert one == PartialVocabulary([1, 5], V)
     assert hash(one) == hash(PartialVocabulary([1, 5], V))
@@ -79,7 +79,7 @@ def test_repr():
 
 
 @pytest.mark.parametrize("copied", [lambda v: v, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
-def test_cannot_be_changed(copied):
+def test_a_vocabulary_is_immutable(copied):
     given_ids = np.array([1, 2], np.int32)
     vocabulary = copied(PartialVocabulary(given_ids, V))
     given_ids[0] = 9
@@ -96,21 +96,22 @@ def test_cannot_be_changed(copied):
         ([3, 100], V, "token id 100 is outside the embedding, whose V = 100 rows are 0 to 99"),
         ([3, -1], V, "token id -1 is outside"),
         ([2**40], V, f"token id {2**40} is outside"),
-        ([0.5], V, r"token ids are integers, found float64 \(first: .*0.5"),
-        (["a"], V, "token ids are integers, found <U1"),
-        ([True], V, "token ids are integers, found bool"),
+        ([0.5], V, r"found token ids of type float64, expected integers \(first: .*0.5"),
+        (["a"], V, "found token ids of type <U1, expected integers"),
+        ([True], V, "found token ids of type bool, expected integers"),
         ([0], 0, "vocab_size is 0, expected an integer from 1"),
         ([0], 2**31 + 1, "vocab_size is 2147483649"),
         ([0], 10.0, "vocab_size is 10.0"),
     ],
 )
-def test_what_cannot_be_a_vocabulary(ids, vocab_size, message):
+def test_invalid_ids_and_sizes_are_refused(ids, vocab_size, message):
     with pytest.raises(VocabularyError, match=message):
         PartialVocabulary(ids, vocab_size)
 
 
+@settings(deadline=None)  # it writes files, which wait for the disk
 @given(ids=IDS)
-def test_round_trip_through_a_file(tmp_path_factory, ids):
+def test_save_and_load_round_trip(tmp_path_factory, ids):
     path = tmp_path_factory.mktemp("vocabulary") / "x.vocabulary"
     vocabulary = PartialVocabulary(ids, V)
     vocabulary.save(path)
@@ -118,7 +119,7 @@ def test_round_trip_through_a_file(tmp_path_factory, ids):
     assert load_file(path)["token_ids"].tolist() == sorted(set(ids))
 
 
-def test_saved_file_has_the_mode_of_any_file(tmp_path):
+def test_saved_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         PartialVocabulary([1], V).save(tmp_path / "x")
@@ -157,26 +158,26 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("defect", DAMAGED)
-def test_damaged_file(tmp_path, defect):
+def test_damaged_files_are_refused(tmp_path, defect):
     tensors, metadata, message = DAMAGED[defect]
     save_file(tensors, tmp_path / defect, metadata=metadata)
     with pytest.raises(FormatError, match=f"{defect}: .*{message}"):
         PartialVocabulary.load(tmp_path / defect)
 
 
-def test_cut_and_missing_files(tmp_path):
+def test_truncated_and_missing_files_are_refused(tmp_path):
     PartialVocabulary(range(50), V).save(tmp_path / "cut")
     content = (tmp_path / "cut").read_bytes()
     for size in (0, 7, 40, len(content) - 1):
         (tmp_path / "cut").write_bytes(content[:size])
-        with pytest.raises(FormatError, match="cut: damaged, or no safetensors file"):
+        with pytest.raises(FormatError, match="cut: damaged, or not a safetensors file"):
             PartialVocabulary.load(tmp_path / "cut")
     with pytest.raises(FormatError, match="nowhere: no such file"):
         PartialVocabulary.load(tmp_path / "nowhere")
 
 
-def test_no_heavy_import():
-    """A vocabulary is made, saved, loaded, and plain rows are scanned, without any of the large libraries."""
+def test_heavy_libraries_are_not_imported():
+    """Create, save and load a vocabulary, and scan plain rows."""
     code = (
         "import sys; from pema_adapters.vocabulary import PartialVocabulary as P; import tempfile, os.path\n"
         "path = os.path.join(tempfile.mkdtemp(), 'x'); v = P([1], 9); v.save(path); assert P.load(path) == v\n"

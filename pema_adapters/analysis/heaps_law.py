@@ -1,10 +1,10 @@
-"""How a vocabulary grows with the text: Heaps' law, and a figure of it (the paper's figure 2).
+"""Fit and plot the growth of a vocabulary with the text: Heaps' law, and the paper's figure 2.
 
     found = scan_text(data, encoder, vocab_size=V)
-    heaps_law(found.growth)                       # HeapsLaw(factor=12.3, exponent=0.61): K = 12.3 n^0.61
-    drawn("png", [Curve("bert", found.growth, V)])
+    fit_heaps_law(found.growth)     # HeapsLaw(factor=12.3, exponent=0.61): K = 12.3 n^0.61
+    render_figure("png", [Curve("bert", found.growth, V)])    # the content of a PNG file
 
-Figures need matplotlib, the extra `plot`.
+Figures need matplotlib (the extra `plot`).
 """
 
 import io
@@ -20,35 +20,48 @@ from pema_adapters.io.atomic_write import check_replaceable
 
 Points = Sequence[tuple[int, int]]
 
-FITTED_SPAN = 3  # the law is fitted to the last third of the curve's tokens and more: before, it is steeper
-"""Extrapolated from half of a text to all of it, K is 10% too high in the median (GLUE, three tokenizers); about
-65% with 1,000 tokens."""
+FITTED_SPAN = 3
+"""The fit uses the points from a third of the tokens on: curves are steeper before. Extrapolated from half of a text to
+all of it, K is 10% too high in the median (GLUE, three tokenizers), and about 65% with 1,000 tokens."""
 
 
 @dataclass(frozen=True)
 class HeapsLaw:
-    """K = factor * n ** exponent for n tokens. It knows no V, so it is for what lies well below V."""
+    """K = factor * n ** exponent for n tokens. It ignores V, so it holds only for K well below V."""
 
     factor: float
     exponent: float
 
     def __call__(self, tokens: float) -> float:
-        """K after so many tokens."""
+        """Return K after `tokens` tokens."""
         return float(self.factor * tokens**self.exponent)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one tokenizer makes of a text: its name, points (tokens, distinct ids), and V."""
+    """The growth of one vocabulary.
+
+    Attributes:
+        name: the tokenizer, for the legend.
+        points: pairs (tokens, distinct ids among them), increasing.
+        vocab_size: V.
+    """
 
     name: str
     points: Points
     vocab_size: int
 
 
-def heaps_law(points: Points) -> HeapsLaw | None:
-    """Fit the end of a curve of points (tokens, distinct ids): least squares of logarithms; None for one point."""
-    fitted = _fitted(points)
+def fit_heaps_law(points: Points) -> HeapsLaw | None:
+    """Fit Heaps' law to the end of a growth curve, by least squares of logarithms.
+
+    Args:
+        points: pairs (tokens, distinct ids among them), increasing.
+
+    Returns:
+        The law; None for fewer than two points.
+    """
+    fitted = _select_tail(points)
     if len(fitted) < 2:
         return None
     tokens, distinct = np.log(np.array(fitted, dtype=np.float64)).T
@@ -56,66 +69,79 @@ def heaps_law(points: Points) -> HeapsLaw | None:
     return HeapsLaw(float(np.exp(log_factor)), float(exponent))
 
 
-def _fitted(points: Points) -> Points:
+def _select_tail(points: Points) -> Points:
     fitted = [point for point in points if point[0] * FITTED_SPAN >= points[-1][0]]
     return fitted if len(fitted) > 1 else points[-2:]
 
 
-def format_of(path: str) -> str:
-    """The format of a figure at `path`, e.g. "png". Refuses what cannot be written, before any work is done.
+def check_figure_path(path: str) -> str:
+    """Check that a figure can be written to `path`, before any work is done, and return its format, e.g. "png".
 
     Raises:
         PemaError: matplotlib is not installed.
-        FormatError: a suffix that matplotlib has no format for, or nothing can be written there.
+        FormatError: matplotlib does not know the suffix, or the path cannot be written.
     """
-    found = known_format(path)
+    figure_format = parse_figure_format(path)
     check_replaceable(Path(path))
-    return found
+    return figure_format
 
 
-def known_format(path: str) -> str:
-    """The same by the name alone, of a figure whose folder is still to come."""
-    formats = _figure().canvas.get_supported_filetypes()
-    kind = Path(path).suffix[1:].lower()
-    if kind not in formats:
+def parse_figure_format(path: str) -> str:
+    """Return the format of a figure by its suffix; the folder need not exist.
+
+    Raises:
+        PemaError: matplotlib is not installed.
+        FormatError: matplotlib does not know the suffix.
+    """
+    formats = _create_figure().canvas.get_supported_filetypes()
+    figure_format = Path(path).suffix[1:].lower()
+    if figure_format not in formats:
         found = Path(path).suffix or "no suffix"
         raise FormatError(f"{path}: found {found}, expected one of {', '.join('.' + name for name in sorted(formats))}")
-    return kind
+    return figure_format
 
 
-def drawn(kind: str, curves: Iterable[Curve]) -> bytes:
-    """A figure as a file of a format: distinct against all tokens, Heaps' law dashed and V dotted, for each curve."""
-    figure, content = _figure(), io.BytesIO()
+def render_figure(figure_format: str, curves: Iterable[Curve]) -> bytes:
+    """Plot distinct ids against tokens for each curve, with Heaps' law (dashed) and V (dotted).
+
+    Args:
+        figure_format: a format of matplotlib, e.g. "png".
+        curves: the curves.
+
+    Returns:
+        The content of the file.
+    """
+    figure, content = _create_figure(), io.BytesIO()
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="tokens", ylabel="distinct tokens")
     for number, curve in enumerate(curves):
-        _draw(axes, curve, f"C{number}")
+        _plot_curve(axes, curve, f"C{number}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)  # beside the curves
-    figure.savefig(content, format=kind, dpi=150)
+    figure.savefig(content, format=figure_format, dpi=150)
     return content.getvalue()
 
 
-def _draw(axes: Any, curve: Curve, color: str) -> None:
+def _plot_curve(axes: Any, curve: Curve, color: str) -> None:
     tokens, distinct = zip(*curve.points, strict=True) if curve.points else ((), ())
-    axes.plot(tokens, distinct, color=color, marker=".", label=_plain(Path(curve.name).name or curve.name))
-    law = heaps_law(curve.points)
+    axes.plot(tokens, distinct, color=color, marker=".", label=_escape_label(Path(curve.name).name or curve.name))
+    law = fit_heaps_law(curve.points)
     if law is not None:
         label = f"Heaps' law, K = {law.factor:.3g} n^{law.exponent:.3f}"
-        ends = [point[0] for point in _fitted(curve.points)]
+        ends = [point[0] for point in _select_tail(curve.points)]
         axes.plot(ends, [law(n) for n in ends], color=color, linestyle="--", label=label)
     axes.axhline(curve.vocab_size, color=color, linestyle=":", label=f"V = {curve.vocab_size:,}")
 
 
-def _plain(name: str) -> str:
-    """Without a meaning to matplotlib, which leaves out names that begin with _ and reads $ as mathematics."""
+def _escape_label(name: str) -> str:
+    """Escape a name for matplotlib, which hides labels that begin with _ and reads $ as mathematics."""
     return " " * name.startswith("_") + name.replace("$", r"\$")
 
 
-def _figure() -> Any:
+def _create_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PemaError(
-            f"a figure needs matplotlib ({error}): pip install 'pema-adapters[plot]', or go without --plot"
+            f"a figure needs matplotlib ({error}): pip install 'pema-adapters[plot]', or omit --plot"
         ) from error
     return Figure(figsize=(7, 4.5), layout="constrained")

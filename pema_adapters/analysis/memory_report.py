@@ -1,19 +1,20 @@
-"""What PEMA saves in memory, before anything is loaded or trained: exact sums over a model's parameters.
+"""Predict the memory that PEMA saves, before any weights are loaded: exact sums over a model's parameters.
 
     report = memory_report("FacebookAI/xlm-roberta-base", vocabulary)
     report.parameters, report.parameters_saved, report.saved.total
 
-Counted is full fine-tuning as `load_model` sets it up, per parameter that is held, and of those that train:
+The report counts full fine-tuning as `load_model` sets it up. Bytes per parameter (gradient and moments only of those
+that train):
 
-    optimizer    weight  gradient  two moments  as in
+    optimizer    weight  gradient  two moments  example
     adamw_fp32   4       4         8            torch.optim.AdamW, a model in float32
     adamw_bf16   2       2         4            torch.optim.AdamW, a model in bfloat16
     adamw_8bit   4       4         2            bitsandbytes.optim.AdamW8bit, a model in float32
 
-torch's AdamW counts its steps in 4 bytes a tensor more. Left out for 8 bits: the scales of the blocks (1.6 % of the
-moments), and that bitsandbytes keeps tensors of less than 4,096 elements in 32 bits; Transformers' Trainer
-(`optim="adamw_8bit"`) keeps the moments of all embeddings in 32 bits, where PEMA saves 8 bytes a parameter and not 2.
-Activations, buffers, and what a framework reserves are the same with and without PEMA, and not counted.
+torch's AdamW adds a step counter of 4 bytes per tensor. For 8 bits the report ignores the block scales (1.6 % of
+the moments), and that bitsandbytes keeps tensors of fewer than 4,096 elements in 32 bits. Transformers' Trainer
+(`optim="adamw_8bit"`) keeps the moments of all embeddings in 32 bits; there PEMA saves 8 bytes per parameter, not 2.
+Activations, buffers and memory that a framework reserves are not counted: they are the same with and without PEMA.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Bytes: of a weight, its gradient, its two moments; and of the step counter of a tensor."""
+class BytesPerParam:
+    """Bytes per parameter of the weight, the gradient and the two moments; `step` is per tensor."""
 
     weight: int
     gradient: int
@@ -39,18 +40,19 @@ class Rates:
     step: int
 
 
-OPTIMIZERS: Mapping[str, Rates] = {
-    "adamw_fp32": Rates(4, 4, 8, 4),
-    "adamw_bf16": Rates(2, 2, 4, 4),
-    "adamw_8bit": Rates(4, 4, 2, 0),
+OPTIMIZERS: Mapping[str, BytesPerParam] = {
+    "adamw_fp32": BytesPerParam(4, 4, 8, 4),
+    "adamw_bf16": BytesPerParam(2, 2, 4, 4),
+    "adamw_8bit": BytesPerParam(4, 4, 2, 0),
 }
 
-GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # ends of classes that train with their head
+# names of classes that train with their head end in one of these
+GENERATIVE_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training holds."""
+    """Bytes that training needs."""
 
     weights: int
     gradients: int
@@ -58,7 +60,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer_states
 
     def __sub__(self, other: Memory) -> Memory:
@@ -69,19 +71,29 @@ class Memory:
         )
 
     def to_dict(self) -> dict[str, int]:
-        """As a dictionary that `json.dumps` takes, with the total."""
+        """Return a JSON-ready dictionary, with the total."""
         return {**asdict(self), "total": self.total}
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Full fine-tuning without (`before`) and with (`after`) a partial embedding.
+    """The memory of full fine-tuning without (`before`) and with (`after`) a partial embedding.
 
-    model: name, or class; built: the class whose parameters are counted. optimizer: one of OPTIMIZERS.
-    vocab_size: V. partial_vocab_size: K, with the ids that the model inserts itself. embedding_dim: d.
-    embedding_rows_saved: V - K. parameters: of the whole model; trained_parameters_saved: (V - K) d;
-    parameters_saved: of those held, the same but where has_tied_head: the language-model head is tied to the embedding
-    and keeps the matrix, frozen, beside the K rows; then it is -K d, and what is saved is gradients and states alone.
+    Attributes:
+        model: the name of the model, or its class.
+        built: the class whose parameters are counted.
+        optimizer: a key of OPTIMIZERS.
+        vocab_size: V.
+        partial_vocab_size: K, including the ids that the model inserts itself.
+        embedding_dim: d.
+        embedding_rows_saved: V - K.
+        parameters: the parameters of the model without PEMA.
+        parameters_saved: the parameters that need not be in memory: (V - K) d; -K d with a tied head.
+        trained_parameters_saved: the parameters that need not be trained: (V - K) d.
+        has_tied_head: whether the language-model head is tied to the embedding. It keeps the matrix, frozen, beside the
+            K rows: PEMA saves gradients and optimizer states, but no weights.
+        before: bytes without PEMA.
+        after: bytes with PEMA.
     """
 
     model: str
@@ -100,7 +112,7 @@ class MemoryReport:
 
     @property
     def saved(self) -> Memory:
-        """before - after."""
+        """The difference `before - after`."""
         return self.before - self.after
 
     def __str__(self) -> str:
@@ -116,7 +128,7 @@ class MemoryReport:
         return "\n".join([head, *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary that `json.dumps` takes, with what is saved, and totals."""
+        """Return a JSON-ready dictionary, with the bytes saved and the totals."""
         sums = {name: getattr(self, name).to_dict() for name in ("before", "after", "saved")}
         return {**asdict(self), **sums}
 
@@ -124,21 +136,21 @@ class MemoryReport:
 def memory_report(
     model_or_config: Any, vocabulary: Any, optimizer: str = "adamw_fp32", *, model_class: Any = None
 ) -> MemoryReport:
-    """What full fine-tuning with the rows of `vocabulary` saves in memory; the module's docstring says what counts.
+    """Predict the memory that full fine-tuning with the rows of `vocabulary` saves.
 
     Args:
-        model_or_config: a Transformers model, a config, a folder or a Hub id. No weights are read: but for a model,
-            one is built on the meta device.
-        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one. As in `load_model` the ids that the model
-            inserts itself (pad, bos, eos, decoder start) come along.
-        optimizer: a key of OPTIMIZERS. The dtype of weights and gradients goes with it, whatever the model is in.
-        model_class: what to build of a config, a Transformers class or Auto class. Default: the config's architecture
-            if that generates text, which is trained with its head, and else the model without a head.
+        model_or_config: a Transformers model, a config, a folder or a Hub id. No weights are read: for anything but a
+            model, one is built on the meta device.
+        vocabulary: a `PartialVocabulary`, or tokenized data to scan for one. The ids that the model inserts itself
+            (pad, bos, eos, decoder start) are added, as in `load_model`.
+        optimizer: a key of OPTIMIZERS, which also sets the dtype of weights and gradients.
+        model_class: the Transformers class or Auto class to build. Default: the config's architecture if it generates
+            text (and so trains with its head), else the model without a head.
 
     Raises:
-        VocabularyError: an unknown optimizer, or a vocabulary of another size than the model's V.
-        SurgeryError: a model without a token embedding.
-        FormatError: no config of that name, one that no model can be built of, or neither a config nor a name.
+        VocabularyError: the optimizer is unknown, or the vocabulary's V differs from the model's.
+        SurgeryError: the model has no token embedding.
+        FormatError: the config does not exist, or no model can be built from it.
     """
     from pema_adapters.training.base.model_vocabulary import complete_vocabulary, get_input_embedding
     from pema_adapters.training.output.tied_head import has_tied_head
@@ -150,8 +162,8 @@ def memory_report(
     embedding = get_input_embedding(model)
     used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     is_tied = has_tied_head(model, embedding)
-    counted = _Counted.of(model, embedding)
-    after = counted.with_rows(len(used), keeps_matrix=is_tied)
+    counts = ParamCounts.count(model, embedding)
+    after = counts.shrink(len(used), keeps_matrix=is_tied)
     return MemoryReport(
         model=given if isinstance(given, str) else model.name_or_path or type(model).__name__,
         built=type(model).__name__,
@@ -160,52 +172,61 @@ def memory_report(
         partial_vocab_size=len(used),
         embedding_dim=embedding.embedding_dim,
         embedding_rows_saved=used.vocab_size - len(used),
-        parameters=counted.held,
-        parameters_saved=counted.held - after.held,
-        trained_parameters_saved=counted.trained - after.trained,
+        parameters=counts.held,
+        parameters_saved=counts.held - after.held,
+        trained_parameters_saved=counts.trained - after.trained,
         has_tied_head=is_tied,
-        before=counted.memory(OPTIMIZERS[optimizer]),
-        after=after.memory(OPTIMIZERS[optimizer]),
+        before=counts.compute_memory(OPTIMIZERS[optimizer]),
+        after=after.compute_memory(OPTIMIZERS[optimizer]),
     )
 
 
 def build_on_meta(config: Any, model_class: Any = None, *, trust_remote_code: bool = False) -> Any:
-    """Build a model of a config, or of the config of a folder or Hub id; its weights have shapes and no memory.
+    """Build a model on the meta device, where weights have shapes but no memory.
 
-    Code of a repository runs with `trust_remote_code` alone.
+    Args:
+        config: a config, a folder or a Hub id.
+        model_class: as for `memory_report`.
+        trust_remote_code: run the code of the repository.
 
     Raises:
-        FormatError: no config of that name, or one that no model can be built of.
+        FormatError: the config does not exist, or no model can be built from it.
     """
     import torch
-    from transformers import PretrainedConfig
 
-    from pema_adapters.hub.pretrained import load_config
     from pema_adapters.training.guards import refuse_hub_kernel
 
-    if not isinstance(config, (str, PretrainedConfig)):
-        raise FormatError(
-            f"found a {type(config).__name__}, expected a Transformers model, a config, a folder or a Hub id"
-        )
-    name = config if isinstance(config, str) else config.name_or_path or type(config).__name__
-    config = load_config(config, trust_remote_code) if isinstance(config, str) else config
-    kind = model_class or _class_of(config)
+    name, config = _resolve_config(config, trust_remote_code)
+    model_class = model_class or _select_class(config)
     if not trust_remote_code:
         refuse_hub_kernel(config, name)
     try:
         with torch.device("meta"):
-            if hasattr(kind, "from_config"):
-                return kind.from_config(config, trust_remote_code=trust_remote_code)
-            return kind(config)
-    except Exception as error:  # whatever the code of a model says of a config that it was not made for
-        raise FormatError(f"{name}: no {kind.__name__} can be built of this config: {error}") from error
+            if hasattr(model_class, "from_config"):
+                return model_class.from_config(config, trust_remote_code=trust_remote_code)
+            return model_class(config)
+    except Exception as error:  # of any class: model code does not validate its config
+        raise FormatError(f"{name}: cannot build {model_class.__name__} from this config: {error}") from error
 
 
-def _class_of(config: Any) -> Any:
+def _resolve_config(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
+    """Return the name of a model in errors, and its config."""
+    from transformers import PretrainedConfig
+
+    from pema_adapters.hub.pretrained import load_config
+
+    if isinstance(config, str):
+        return config, load_config(config, trust_remote_code)
+    if isinstance(config, PretrainedConfig):
+        return config.name_or_path or type(config).__name__, config
+    raise FormatError(f"found a {type(config).__name__}, expected a Transformers model, a config, a folder or a Hub id")
+
+
+def _select_class(config: Any) -> Any:
     import transformers
 
     trained = (getattr(config, "architectures", None) or [""])[0]
-    own = getattr(transformers, trained, None) if trained.endswith(GENERATES) else None
+    own = getattr(transformers, trained, None) if trained.endswith(GENERATIVE_SUFFIXES) else None
     return own or transformers.AutoModel
 
 
@@ -214,8 +235,17 @@ def _is_model(thing: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """Parameters held, parameters and tensors that train, and what of them is the matrix E [V, d]."""
+class ParamCounts:
+    """The parameters of a model.
+
+    Attributes:
+        held: parameters in memory.
+        trained: those that train.
+        trained_tensors: the tensors that train.
+        matrix: parameters of the embedding matrix, V d, or K d once shrunk.
+        dim: d.
+        trains_matrix: whether the embedding matrix trains.
+    """
 
     held: int
     trained: int
@@ -225,8 +255,8 @@ class _Counted:
     trains_matrix: bool
 
     @classmethod
-    def of(cls, model: Any, embedding: nn.Embedding) -> _Counted:
-        """Each parameter once. E counts with V rows, shrunk or not, and is trained unless its weight is frozen."""
+    def count(cls, model: Any, embedding: nn.Embedding) -> ParamCounts:
+        """Count each parameter once. E counts with V rows even if the model is shrunk; a frozen E does not train."""
         others = [parameter for parameter in model.parameters() if parameter is not embedding.weight]
         trained = [parameter for parameter in others if parameter.requires_grad]
         matrix = embedding.num_embeddings * embedding.embedding_dim
@@ -240,10 +270,10 @@ class _Counted:
             trains_matrix=trains,
         )
 
-    def with_rows(self, rows: int, keeps_matrix: bool) -> _Counted:
-        """With K rows in the place of E, or beside it, frozen, where a head needs it."""
+    def shrink(self, rows: int, keeps_matrix: bool) -> ParamCounts:
+        """Replace E by K rows; with `keeps_matrix`, a tied head keeps E as well, frozen."""
         partial = rows * self.dim
-        return _Counted(
+        return ParamCounts(
             held=self.held + partial - (0 if keeps_matrix else self.matrix),
             trained=self.trained + (partial - self.matrix) * self.trains_matrix,
             trained_tensors=self.trained_tensors,
@@ -252,7 +282,7 @@ class _Counted:
             trains_matrix=self.trains_matrix,
         )
 
-    def memory(self, rates: Rates) -> Memory:
-        """In bytes."""
+    def compute_memory(self, rates: BytesPerParam) -> Memory:
+        """Return the bytes of weights, gradients and optimizer states."""
         states = rates.moments * self.trained + rates.step * self.trained_tensors
         return Memory(rates.weight * self.held, rates.gradient * self.trained, states)

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pema_adapters.scanning.cache.cached_scan import FORMAT, READERS, note_of, store
-from pema_adapters.scanning.cache.content_key import identity_of_path, state_of_folder, sum_of
+from pema_adapters.scanning.cache.cached_scan import FORMAT, LIBRARIES, format_cache_note, open_cache
+from pema_adapters.scanning.cache.content_key import compute_path_key, hash_json, read_folder_state
 
 Metrics = list[dict[str, Any]]
 
@@ -27,7 +27,7 @@ class ResultCache:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._store = store()
+        self._store = open_cache()
         self._key = self._compute_key()
 
     def lookup(self) -> Metrics | None:
@@ -39,7 +39,7 @@ class ResultCache:
         metrics: Metrics = json.loads(content)
         for one in metrics:
             one["from_cache"] = True
-            one["notes"] = [note_of(str(self._store.folder))]
+            one["notes"] = [format_cache_note(str(self._store.folder))]
         return metrics
 
     def save(self, metrics: Metrics) -> None:
@@ -55,9 +55,9 @@ class ResultCache:
         if not self._options.cache or not all(path.exists() for path in (*folders, *data)):
             return None
         try:
-            states = [state_of_folder(folder) for folder in folders]
-            content = [identity_of_path(path, self._store) for path in data]
+            states = [read_folder_state(folder) for folder in folders]
+            content = [compute_path_key(path, self._store) for path in data]
         except OSError:  # loading it will report why
             return None
-        versions = [version(name) for name in ("pema-adapters", *READERS)]
-        return None if None in states else sum_of([FORMAT, versions, asked, states, content])
+        versions = [version(name) for name in ("pema-adapters", *LIBRARIES)]
+        return None if None in states else hash_json([FORMAT, versions, asked, states, content])

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from pema_adapters.analysis.heaps_law import Curve, heaps_law
+from pema_adapters.analysis.heaps_law import Curve, fit_heaps_law
 from pema_adapters.analysis.memory_report import OPTIMIZERS, build_on_meta, memory_report
 from pema_adapters.errors import PemaError
 from pema_adapters.hub.pretrained import count_tokenizer_rows, load_tokenizer, read_embedding_shape
-from pema_adapters.scanning.cache.cached_scan import Data, cached_scan, note_of
+from pema_adapters.scanning.cache.cached_scan import DataSource, format_cache_note, scan_with_cache
 from pema_adapters.scanning.scanner import Scan
 from pema_adapters.scanning.text_columns import Encoder
 from pema_adapters.vocabulary import PartialVocabulary
@@ -83,16 +83,16 @@ def scan_target(target: ScanTarget, options: argparse.Namespace) -> ScanResult:
     """Scan all the data with one tokenizer, or read the result from the cache."""
     encoder = Encoder(target.tokenizer, tuple(options.text_column), options.max_length)
     data, how = (
-        Data(tuple(options.data), options.trust_remote_code),
+        DataSource(tuple(options.data), options.trust_remote_code),
         {"num_proc": options.num_proc, "use_cache": options.cache},
     )
-    scan, cache = cached_scan(data, encoder, target.vocab_size, **how)
+    scan, cache = scan_with_cache(data, encoder, target.vocab_size, **how)
     return ScanResult(target, scan, PartialVocabulary(scan.token_ids, target.vocab_size), cache)
 
 
 def compute_metrics(result: ScanResult, options: argparse.Namespace) -> dict[str, Any]:
     """Return the metrics that the table and `--json` show, ready for JSON."""
-    vocabulary, law = result.vocabulary, heaps_law(result.scan.growth)
+    vocabulary, law = result.vocabulary, fit_heaps_law(result.scan.growth)
     metrics: dict[str, Any] = {
         "tokenizer": result.target.name,
         "data": options.data,
@@ -104,7 +104,7 @@ def compute_metrics(result: ScanResult, options: argparse.Namespace) -> dict[str
         "growth": [list(point) for point in result.scan.growth],
         "heaps_law": None if law is None else asdict(law),
         "from_cache": bool(result.cache),
-        "notes": [*result.scan.notes, *([note_of(result.cache)] if result.cache else [])],
+        "notes": [*result.scan.notes, *([format_cache_note(result.cache)] if result.cache else [])],
     }
     if options.unused is not None:
         pad = result.target.tokenizer.pad_token_id

@@ -164,19 +164,19 @@ def _compute(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _check_outputs(options: argparse.Namespace) -> str:
     """Check that the requested files can be written, and return the format of the plot, "" without one."""
-    from pema_adapters.analysis.heaps_law import format_of
+    from pema_adapters.analysis.heaps_law import check_figure_path
     from pema_adapters.io.atomic_write import check_replaceable
 
     if options.save:
         check_replaceable(Path(options.save))
-    return format_of(options.plot) if options.plot else ""
+    return check_figure_path(options.plot) if options.plot else ""
 
 
 def _write(results: Sequence["ScanResult"], plot_format: str, options: argparse.Namespace) -> None:
-    from pema_adapters.analysis.heaps_law import drawn
+    from pema_adapters.analysis.heaps_law import render_figure
     from pema_adapters.io.atomic_write import replace_file
 
-    figure = drawn(plot_format, [result.curve for result in results]) if options.plot else b""
+    figure = render_figure(plot_format, [result.curve for result in results]) if options.plot else b""
     if options.save:
         results[0].vocabulary.save(options.save)
     if options.plot:

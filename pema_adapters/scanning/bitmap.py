@@ -1,4 +1,4 @@
-"""One bit for each of the V rows: which ids were seen, and how their number grew."""
+"""Record which of V ids occur in the data, one bit each, and how their number grows with the tokens read."""
 
 from dataclasses import dataclass
 
@@ -7,81 +7,98 @@ import numpy.typing as npt
 
 from pema_adapters.scanning.values import Integers
 
-BLOCK = 1 << 17  # ids marked at a time: 1 MB as int64, so that the check finds them in the cache
-POINT_RATIO = 10**0.1  # from one point of a growth curve to the next: ten for each power of ten
+BLOCK_SIZE = 1 << 17  # ids per block: 1 MB as int64, so that the range check finds the block in the CPU cache
+POINT_RATIO = 10**0.1  # ratio of tokens between two points of a growth curve: ten points per decade
 
-Packed = npt.NDArray[np.uint8]  # a bit for each id, np.packbits
+PackedBits = npt.NDArray[np.uint8]  # one bit per id, as np.packbits writes them
 
 
 class Bitmap:
-    """Which of V ids were seen, and how many tokens went in."""
+    """The ids seen so far, and the number of tokens marked.
+
+    Args:
+        vocab_size: V.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, dtype=np.bool_)
         self.tokens = 0
-        self.before = 0  # of the tokens, those that other bitmaps count
-        self._index = np.empty(BLOCK, dtype=np.intp)
+        self.tokens_before = 0  # of `tokens`, those that earlier bitmaps count
+        self._index = np.empty(BLOCK_SIZE, dtype=np.intp)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.seen)
 
     def mark(self, ids: Integers, skip_negative: bool) -> int | None:
-        """Mark 1-D ids of any integer type; at the first block with an id outside [0, V), return that id.
+        """Mark ids, block by block, up to the first block with an id outside [0, V).
 
-        Marking comes before checking: it waits less for memory, and the check then finds the block in the cache.
+        Args:
+            ids: integers of any type, [n].
+            skip_negative: skip negative ids; otherwise they are out of range.
+
+        Returns:
+            The first id out of range, or None.
         """
-        for start in range(0, len(ids), BLOCK):
-            block = ids[start : start + BLOCK]
-            if skip_negative and not self._fits(block):
+        for start in range(0, len(ids), BLOCK_SIZE):
+            block = ids[start : start + BLOCK_SIZE]
+            if skip_negative and not self._is_in_range(block):
                 block = block[block >= 0]
-            try:
-                self.seen[self._as_index(block)] = True
+            try:  # mark, then check: faster, because the check finds the block in the CPU cache
+                self.seen[self._to_index(block)] = True
             except IndexError:
-                return self._first_wrong(block)
-            if not self._fits(block):  # NumPy counts negative ids from the end
-                return self._first_wrong(block)
+                return self._find_out_of_range(block)
+            if not self._is_in_range(block):  # NumPy counts negative ids from the end
+                return self._find_out_of_range(block)
             self.tokens += len(block)
         return None
 
-    def distinct(self) -> int:
-        """K so far."""
+    def count_distinct(self) -> int:
+        """Return K, the number of ids seen."""
         return int(np.count_nonzero(self.seen))
 
-    def begun(self, tokens: int) -> "Bitmap":
-        """An empty bitmap for later data, so many tokens behind the end of this one; `join` them in order."""
-        bitmap = Bitmap(len(self.seen))
-        bitmap.tokens = bitmap.before = self.tokens + tokens
+    def fork(self, tokens: int) -> "Bitmap":
+        """Return an empty bitmap for later data, which start `tokens` tokens after the last one marked here.
+
+        Forks can be filled in parallel; `merge` them in the order of their data.
+        """
+        bitmap = Bitmap(self.vocab_size)
+        bitmap.tokens = bitmap.tokens_before = self.tokens + tokens
         return bitmap
 
-    def join(self, part: "Bitmap") -> None:
-        """Take over what a `begun` bitmap has seen, as if its ids had been marked here."""
-        self.seen |= part.seen
-        self.tokens += part.tokens - part.before
+    def merge(self, fork: "Bitmap") -> None:
+        """Add the ids of a fork, as if they had been marked here."""
+        self.seen |= fork.seen
+        self.tokens += fork.tokens - fork.tokens_before
 
-    def _first_wrong(self, block: Integers) -> int:
-        return int(block[(block < 0) | (block >= len(self.seen))][0])
+    def _find_out_of_range(self, block: Integers) -> int:
+        return int(block[(block < 0) | (block >= self.vocab_size)][0])
 
-    def _as_index(self, block: Integers) -> npt.NDArray[np.intp]:
-        """The block in NumPy's own index type: cast within the cache, faster than leaving the cast to NumPy."""
+    def _to_index(self, block: Integers) -> npt.NDArray[np.intp]:
+        """Cast a block to NumPy's index type in a reused buffer, which is faster than NumPy's own cast."""
         index = self._index[: len(block)]
         if block.dtype == index.dtype:
             return block.view(index.dtype)
         index[...] = block
         return index
 
-    def _fits(self, block: Integers) -> bool:
-        """One pass for both bounds: read as unsigned, a negative number is larger than any V."""
-        return not block.size or int(block.view(f"u{block.itemsize}").max()) < len(self.seen)
+    def _is_in_range(self, block: Integers) -> bool:
+        """Check both bounds in one pass: viewed as unsigned, a negative id is larger than any V."""
+        return not block.size or int(block.view(f"u{block.itemsize}").max()) < self.vocab_size
 
 
 @dataclass(frozen=True)
-class Grown:
-    """A `GrowingBitmap` at rest: what it takes to go on."""
+class BitmapState:
+    """A snapshot of a `GrowingBitmap`."""
 
-    seen: Packed
+    seen: PackedBits
     tokens: int
     points: tuple[tuple[int, int], ...]
 
 
 class GrowingBitmap(Bitmap):
-    """A bitmap that also counts the distinct ids, whenever the tokens have grown by POINT_RATIO."""
+    """A bitmap that also counts the distinct ids each time the tokens have grown by POINT_RATIO."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
@@ -89,70 +106,72 @@ class GrowingBitmap(Bitmap):
         self._next = 1  # tokens at the next point
 
     def mark(self, ids: Integers, skip_negative: bool) -> int | None:
-        """As `Bitmap.mark`; ids are cut where a point is due, so that a point is the same however they come."""
+        """Mark ids as `Bitmap.mark` does; the points do not depend on how the ids are split between calls."""
         start = 0
         while start < len(ids):
             part = ids[start : start + self._next - self.tokens]
-            if (wrong := super().mark(part, skip_negative)) is not None:
-                return wrong
+            if (token_id := super().mark(part, skip_negative)) is not None:
+                return token_id
             start += len(part)
             if self.tokens == self._next:
                 self._add_point()
         return None
 
+    @property
     def growth(self) -> tuple[tuple[int, int], ...]:
-        """Pairs (tokens, distinct ids among them), increasing; the last is what there is now."""
-        at_the_end = (self.tokens, self.distinct())
-        return (*self._points, *([at_the_end] if self.tokens and self._points[-1] != at_the_end else []))
+        """Pairs (tokens, distinct ids among them), increasing; the last one is the current state."""
+        last = (self.tokens, self.count_distinct())
+        return (*self._points, *([last] if self.tokens and self._points[-1] != last else []))
 
-    def begun(self, tokens: int) -> "GrowingBitmap":
-        """As `Bitmap.begun`; it keeps what was seen at its points, for `join` to count."""
-        bitmap = _Part(len(self.seen))
-        bitmap.tokens = bitmap.before = self.tokens + tokens
+    def fork(self, tokens: int) -> "GrowingBitmap":
+        """Fork as `Bitmap.fork` does; the fork keeps its bits at each point for `merge` to count."""
+        bitmap = _ForkedBitmap(self.vocab_size)
+        bitmap.tokens = bitmap.tokens_before = self.tokens + tokens
         bitmap._next = self._next
         while bitmap._next <= bitmap.tokens:
-            bitmap._next = _after(bitmap._next)
+            bitmap._next = _next_point(bitmap._next)
         return bitmap
 
-    def join(self, part: Bitmap) -> None:
-        """As `Bitmap.join`, with the points on the way."""
-        if isinstance(part, _Part):
-            for tokens, seen in part.snapshots:
-                self._points.append((tokens, int(np.count_nonzero(self.seen | _unpacked(seen, len(self.seen))))))
-            self._next = part._next
-        super().join(part)
+    def merge(self, fork: Bitmap) -> None:
+        """Add the ids and the points of a fork."""
+        if isinstance(fork, _ForkedBitmap):
+            for tokens, bits in fork.bits_at_points:
+                seen = self.seen | _unpack_bits(bits, self.vocab_size)
+                self._points.append((tokens, int(np.count_nonzero(seen))))
+            self._next = fork._next
+        super().merge(fork)
 
-    def at_rest(self) -> Grown:
-        """A copy to go on from."""
-        return Grown(np.packbits(self.seen), self.tokens, tuple(self._points))
+    def snapshot(self) -> BitmapState:
+        """Return a copy of the state for `restore`."""
+        return BitmapState(np.packbits(self.seen), self.tokens, tuple(self._points))
 
-    def wake(self, state: Grown) -> None:
-        """Go on from a copy; a bitmap of the same V."""
-        self.seen[:] = _unpacked(state.seen, len(self.seen))
+    def restore(self, state: BitmapState) -> None:
+        """Replace the state by a snapshot of a bitmap of the same V."""
+        self.seen[:] = _unpack_bits(state.seen, self.vocab_size)
         self.tokens, self._points = state.tokens, list(state.points)
-        self._next = _after(self._points[-1][0]) if self._points else 1
+        self._next = _next_point(self._points[-1][0]) if self._points else 1
 
     def _add_point(self) -> None:
-        self._points.append((self.tokens, self.distinct()))
-        self._next = _after(self.tokens)
+        self._points.append((self.tokens, self.count_distinct()))
+        self._next = _next_point(self.tokens)
 
 
-class _Part(GrowingBitmap):
-    """Keeps all that was seen at its points, where its parent counts."""
+class _ForkedBitmap(GrowingBitmap):
+    """Keeps its bits at each point, because only the parent knows the ids before them."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
-        self.snapshots: list[tuple[int, Packed]] = []
+        self.bits_at_points: list[tuple[int, PackedBits]] = []
 
     def _add_point(self) -> None:
-        self.snapshots.append((self.tokens, np.packbits(self.seen)))
-        self._next = _after(self.tokens)
+        self.bits_at_points.append((self.tokens, np.packbits(self.seen)))
+        self._next = _next_point(self.tokens)
 
 
-def _after(tokens: int) -> int:
-    """Where the point after one at `tokens` is."""
+def _next_point(tokens: int) -> int:
+    """Return the tokens at the point after one at `tokens`."""
     return max(tokens + 1, round(tokens * POINT_RATIO))
 
 
-def _unpacked(bits: Packed, count: int) -> npt.NDArray[np.bool_]:
+def _unpack_bits(bits: PackedBits, count: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(bits, count=count).view(np.bool_)

@@ -1,4 +1,4 @@
-"""Telling kinds of data apart without importing the libraries that make them, and walking them politely."""
+"""Tell kinds of data apart without importing their libraries, and iterate over them without side effects."""
 
 import contextlib
 import operator
@@ -9,22 +9,29 @@ from typing import Any
 from pema_adapters.errors import VocabularyError
 
 
-def is_a(data: Any, library: str, name: str) -> bool:
-    """Whether data are an instance of library.name; a library that is not loaded cannot have made them."""
+def is_instance_of(data: Any, library: str, name: str) -> bool:
+    """Tell whether data are an instance of `library.name`, without importing the library.
+
+    A library that is not loaded cannot have made them.
+    """
     kind = getattr(sys.modules.get(library), name, None)
     return isinstance(kind, type) and isinstance(data, kind)
 
 
 def is_iterable(data: Any) -> bool:
-    """Whether data can be walked: iterators, and torch's map-style data sets, which only count and index."""
+    """Tell whether `iterate` takes data: iterables, and torch's map-style data sets (a length and an index)."""
     return hasattr(data, "__iter__") or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
 
 
-def walk(data: Any, name: str) -> Iterator[Any]:
-    """The items of data; `name` is what an error calls them.
+def iterate(data: Any, name: str) -> Iterator[Any]:
+    """Iterate over the items of data.
+
+    Args:
+        data: an iterable, or a map-style data set of torch.
+        name: the name of the data in errors.
 
     Raises:
-        VocabularyError: text, arrays and whatever else cannot be an iterable of dicts.
+        VocabularyError: the data cannot be an iterable of dicts; text and arrays, for example.
     """
     if isinstance(data, (str, bytes)) or hasattr(data, "__array__") or not is_iterable(data):
         raise VocabularyError(
@@ -34,15 +41,15 @@ def walk(data: Any, name: str) -> Iterator[Any]:
         )
     if hasattr(data, "__iter__"):
         return iter(data)
-    return (data[number] for number in range(len(data)))  # these need not end with an IndexError
+    return (data[number] for number in range(len(data)))  # they may not raise IndexError at the end
 
 
-def length(data: Any) -> int | None:
-    """What a progress bar counts up to: rows of data sets, items of other iterables; None if not known."""
-    if is_a(data, "datasets", "Dataset"):
+def estimate_length(data: Any) -> int | None:
+    """Return the total of a progress bar: rows of data sets, items of other iterables; None if unknown."""
+    if is_instance_of(data, "datasets", "Dataset"):
         return len(data)
     if isinstance(data, Mapping):
-        parts = [length(part) for part in data.values()]
+        parts = [estimate_length(part) for part in data.values()]
         return None if None in parts else sum(part for part in parts if part)
     try:
         return operator.length_hint(data) or None
@@ -51,8 +58,8 @@ def length(data: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def same_random_state(data: Any) -> Iterator[None]:
-    """Undo what walking data draws from torch: a DataLoader takes a seed, which would change the training."""
+def preserve_random_state(data: Any) -> Iterator[None]:
+    """Restore torch's random state: iterating over a DataLoader draws a seed, which would change the training."""
     torch: Any = sys.modules.get("torch")
     if torch is None:
         yield

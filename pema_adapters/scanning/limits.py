@@ -1,6 +1,6 @@
-"""Refuse data files that would take memory or time without end, before `datasets` reads them.
+"""Refuse data files that would exhaust memory or time, before `datasets` reads them.
 
-A file is read once for that, decompressed, a megabyte at a time: a small part of the time of tokenizing it.
+Each file is read once more for that, decompressed, in chunks of 1 MiB; tokenizing it takes far longer.
 """
 
 import gzip
@@ -12,46 +12,46 @@ import numpy as np
 
 from pema_adapters.errors import FormatError
 
-CHUNK = 1 << 20  # bytes read at a time
-MAX_LINE = 1 << 26  # bytes of a line of text: it is tokenized in one piece
-MAX_JSON_LINE = 1 << 28  # bytes of a line of JSON, which may be a whole file
-MAX_JSON_DEPTH = 200  # brackets within brackets: the parser calls itself for each
-MAX_COLUMNS = 10_000  # the time grows with their square
-MAX_VALUES = 1 << 30  # of a column in a row group of Parquet: a few bytes may stand for all of them
-MAX_EXPANSION = 1_000  # times the size on disk, of a column in a row group of more than MAX_PAGES bytes
+CHUNK = 1 << 20  # bytes per read
+MAX_LINE = 1 << 26  # bytes per line of text, which is tokenized as a whole
+MAX_JSON_LINE = 1 << 28  # bytes per line of JSON, which may be the whole file
+MAX_JSON_DEPTH = 200  # nested brackets; the parser is recursive
+MAX_COLUMNS = 10_000  # parsing time is quadratic in them
+MAX_VALUES = 1 << 30  # per column and row group of Parquet, where a few bytes can encode them all
+MAX_EXPANSION = 1_000  # compression ratio of a column of a row group; checked beyond MAX_PAGES bytes
 MAX_PAGES = 1 << 30
 
 _GZIP = b"\x1f\x8b"
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}'))
-_STEPS = np.zeros(256, dtype=np.int64)
-_STEPS[[*b"[{"]], _STEPS[[*b"]}"]] = 1, -1
+_DEPTH_STEPS = np.zeros(256, dtype=np.int64)
+_DEPTH_STEPS[[*b"[{"]], _DEPTH_STEPS[[*b"]}"]] = 1, -1
 
 
 def check_limits(path: Path, suffix: str) -> None:
-    """Refuse a data file beyond one of the limits above.
+    """Refuse a data file that exceeds one of the limits above.
 
     Args:
         path: the file.
-        suffix: its format, a key of `files.BUILDERS`.
+        suffix: its format, a key of `data_files.BUILDERS`.
 
     Raises:
-        FormatError: the message names the file, what was found, the limit, and what to do.
+        FormatError: a limit is exceeded.
     """
     if suffix == ".parquet":
         _check_parquet(path)
         return
     is_json = suffix in (".json", ".jsonl")
-    checks = [_line_check(path, MAX_JSON_LINE if is_json else MAX_LINE)]
+    checks = [_make_line_check(path, MAX_JSON_LINE if is_json else MAX_LINE)]
     if is_json:
-        checks.append(_depth_check(path))
+        checks.append(_make_depth_check(path))
     elif suffix in (".csv", ".tsv"):
-        checks.append(_column_check(path, b"\t" if suffix == ".tsv" else b","))
-    for chunk in _chunks(path):
+        checks.append(_make_column_check(path, b"\t" if suffix == ".tsv" else b","))
+    for chunk in _read_chunks(path):
         for check in checks:
             check(chunk)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _read_chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         is_compressed = file.read(len(_GZIP)) == _GZIP
         file.seek(0)
@@ -60,8 +60,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _line_check(path: Path, limit: int) -> Callable[[bytes], None]:
-    """Count the bytes since the last line break."""
+def _make_line_check(path: Path, limit: int) -> Callable[[bytes], None]:
+    """Return a check that counts the bytes since the last line break."""
     length = 0
 
     def check(chunk: bytes) -> None:
@@ -79,19 +79,19 @@ def _line_check(path: Path, limit: int) -> Callable[[bytes], None]:
     return check
 
 
-def _depth_check(path: Path) -> Callable[[bytes], None]:
-    """Count open brackets outside of strings."""
+def _make_depth_check(path: Path) -> Callable[[bytes], None]:
+    """Return a check that counts open brackets outside of strings."""
     depth, quotes, rest = 0, 0, b""
 
     def check(chunk: bytes) -> None:
         nonlocal depth, quotes, rest
         text = rest + chunk
-        cut = (len(text) - len(text.rstrip(b"\\"))) % 2  # the first half of an escape
+        cut = (len(text) - len(text.rstrip(b"\\"))) % 2  # the chunk may end within an escape
         rest = text[len(text) - cut :]
         text = text[: len(text) - cut].replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NOT_STRUCTURE)
         marks = np.frombuffer(text, dtype=np.uint8)
         before = quotes + np.cumsum(marks == ord('"'))
-        depths = depth + np.cumsum(np.where(before % 2, 0, _STEPS[marks]))
+        depths = depth + np.cumsum(np.where(before % 2, 0, _DEPTH_STEPS[marks]))
         if not len(marks):
             return
         if int(depths.max()) > MAX_JSON_DEPTH:
@@ -101,8 +101,8 @@ def _depth_check(path: Path) -> Callable[[bytes], None]:
     return check
 
 
-def _column_check(path: Path, separator: bytes) -> Callable[[bytes], None]:
-    """Count the separators of the first line."""
+def _make_column_check(path: Path, separator: bytes) -> Callable[[bytes], None]:
+    """Return a check that counts the separators of the first line."""
     found, is_over = 1, False
 
     def check(chunk: bytes) -> None:
@@ -125,7 +125,7 @@ def _refuse_columns(path: Path, found: int) -> None:
 
 
 def _check_parquet(path: Path) -> None:
-    """Refuse a file by the sizes in its footer, or because the footer contradicts itself."""
+    """Check the sizes in the footer of a Parquet file, and that its row counts agree."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -1,43 +1,51 @@
-"""Reading token ids out of any kind of data: one bit for each of the V rows, one pass, flat memory.
+"""Collect the token ids of tokenized data of any kind: one bit per embedding row, one pass, constant memory.
 
     scan(tokenized, vocab_size=250_002).token_ids
 
-`datasets.Dataset`s are read in their Arrow buffers, without a copy; all else is read row by row. Text: text_scan.py.
+The Arrow buffers of a `datasets.Dataset` are read without a copy; other data are read row by row. `text_scanner` does
+the same for text.
 """
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from operator import add
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pema_adapters.errors import VocabularyError
 from pema_adapters.scanning.bitmap import Bitmap
-from pema_adapters.scanning.iteration import is_a, is_iterable, length, same_random_state, walk
-from pema_adapters.scanning.progress import Steps, open_scan_bar
-from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_num_proc, checked_vocab_size
-from pema_adapters.scanning.values import NotIdsError, integers
+from pema_adapters.scanning.iteration import (
+    estimate_length,
+    is_instance_of,
+    is_iterable,
+    iterate,
+    preserve_random_state,
+)
+from pema_adapters.scanning.progress import ScanProgress, open_scan_bar
+from pema_adapters.scanning.scan_errors import Location, format_location, refuse_columns, refuse_id, refuse_type
+from pema_adapters.scanning.validation import DEFAULT_COLUMNS, validate_num_proc, validate_vocab_size
+from pema_adapters.scanning.values import NotIdsError, iterate_integers
 
-BATCH = 1_000  # rows asked for at a time, where a transform or a stream makes them
+BATCH_ROWS = 1_000  # rows per batch from a transform or a stream
 
-Wrong = tuple[Any, int] | None  # the first piece that does not fit, and its id
-Where = tuple[str, ...]  # the way from the caller's data to a part of it, e.g. ("data[1]", "split 'train'")
+FormatRow = Callable[[int | None], str]  # names a row; given a position, that row of a batch
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found: the ids of K rows, increasing; the number of tokens read; the columns they came from.
+    """The result of a scan.
 
-    growth: of text, the vocabulary's growth, as in the paper's figure 2: pairs (tokens read, distinct ids among them),
-    about ten for each power of ten, the last one (tokens, K).
-    notes: what whoever asked for it should know of how it was done.
+    Attributes:
+        token_ids: the K distinct ids, intp [K], increasing.
+        tokens: the number of tokens read.
+        columns: the columns that were read.
+        growth: for text, the vocabulary growth of the paper's figure 2: pairs (tokens read, distinct ids among them),
+            ten per decade of tokens. The last one is (tokens, K).
+        notes: remarks for the user on how the scan was done.
     """
 
     token_ids: npt.NDArray[np.intp]
@@ -58,257 +66,190 @@ def scan(  # noqa: PLR0913 - the settings of one call, by name
 ) -> Scan:
     """Scan tokenized data; arguments and errors are those of `PartialVocabulary.from_dataset`.
 
-    Rows that a data set picks more than once (through its indices mapping) are read and counted once.
+    Rows that the indices mapping of a data set picks repeatedly are read and counted once.
     """
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
-    bitmap = Bitmap(checked_vocab_size(vocab_size))
-    with open_scan_bar(length(data), progress) as bar, same_random_state(data):
-        scanner = Scanner(bitmap, columns, Steps(bitmap, bar), checked_num_proc(num_proc))
-        scanner.any(data, ())
-        scanner.steps.end()
+    bitmap = Bitmap(validate_vocab_size(vocab_size))
+    with open_scan_bar(estimate_length(data), progress) as bar, preserve_random_state(data):
+        scanner = Scanner(bitmap, columns, ScanProgress(bitmap, bar), validate_num_proc(num_proc))
+        scanner.scan_any(data, ())
+        scanner.progress.finish()
     for note in scanner.notes:
-        warnings.warn(note, stacklevel=3)  # at the caller of PartialVocabulary.from_dataset
-    return scanner.result(optional)
+        warnings.warn(note, stacklevel=3)  # points at the caller of PartialVocabulary.from_dataset
+    return scanner.build_result(optional)
 
 
 @dataclass
 class Scanner:
-    """Walks any data down to integers and marks them; remembers which columns there were."""
+    """Finds the columns of ids in nested data of any kind, and marks the ids in a bitmap."""
 
     bitmap: Bitmap
     columns: tuple[str, ...]
-    steps: Steps
+    progress: ScanProgress
     num_proc: int = 1
     notes: dict[str, None] = field(default_factory=dict)
-    found: set[str] = field(default_factory=set)
-    present: dict[str, None] = field(default_factory=dict)  # every column there was, in order
+    found: set[str] = field(default_factory=set)  # those of `columns` that exist
+    present: dict[str, None] = field(default_factory=dict)  # all columns of the data, in order
 
-    def any(self, data: Any, where: Where) -> None:
-        """Data of any kind."""
-        if is_a(data, "datasets", "Dataset"):
-            self.dataset(data, where or ((f"split {str(data.split)!r}",) if data.split else ()))
-        elif isinstance(data, Mapping) and self.is_splits(data):
-            for name, part in data.items():
-                self.any(part, (*where, f"split {str(name)!r}"))
+    def scan_any(self, data: Any, location: Location) -> None:
+        """Scan data of any kind."""
+        if is_instance_of(data, "datasets", "Dataset"):
+            self.scan_dataset(data, location or ((f"split {str(data.split)!r}",) if data.split else ()))
+        elif isinstance(data, Mapping) and self.is_split_dict(data):
+            for name, split in data.items():
+                self.scan_any(split, (*location, f"split {str(name)!r}"))
         elif isinstance(data, Mapping):
-            self.row(data, where, partial(_row_of_batch, 0))
-        elif is_a(data, "datasets", "IterableDataset") and data.features is not None:
-            self.alone("a stream")
-            self.stream(data, where)
+            self.scan_row(data, location, partial(_format_row, 0))
+        elif is_instance_of(data, "datasets", "IterableDataset") and data.features is not None:
+            self.warn_not_splittable("a stream")
+            self.scan_stream(data, location)
         else:
-            self.items(data, where)
+            self.scan_items(data, location)
 
-    def dataset(self, data: Any, where: Where) -> None:
-        """A `datasets.Dataset`: below every format but a transform lies the same table."""
+    def scan_dataset(self, data: Any, location: Location) -> None:
+        """Scan the Arrow table of a `datasets.Dataset`; only a transform makes rows that differ from it."""
         from pema_adapters.scanning import arrow, integrity
 
         is_transformed = data.format["type"] == "custom"
         columns = [name for name in data.data.column_names if is_transformed or name in self.columns]
-        integrity.check_columns(data, columns, _name_of(where))
+        integrity.check_columns(data, columns, format_location(location))
         if is_transformed:
-            self.alone("a data set with a transform")
-            for start in range(0, len(data), BATCH):
-                self.row(data[start : start + BATCH], where, partial(_row_of_batch, start))
-                self.steps.done(min(BATCH, len(data) - start))
+            self._scan_transformed(data, location)
             return
         indices = None if data._indices is None else data._indices.column(0)
-        picked = arrow.picked_rows(indices, data.data.num_rows)
-        self.table(data.data, where, partial(arrow.picked_as, indices), picked)
+        mask = arrow.build_row_mask(indices, data.data.num_rows)
+        self.scan_table(data.data, location, partial(arrow.find_dataset_row, indices), mask)
 
-    def stream(self, data: Any, where: Where) -> None:
-        """A `datasets.IterableDataset` with features, as Arrow tables."""
+    def _scan_transformed(self, data: Any, location: Location) -> None:
+        self.warn_not_splittable("a data set with a transform")
+        for start in range(0, len(data), BATCH_ROWS):
+            self.scan_row(data[start : start + BATCH_ROWS], location, partial(_format_row, start))
+            self.progress.advance(min(BATCH_ROWS, len(data) - start))
+
+    def scan_stream(self, data: Any, location: Location) -> None:
+        """Scan a `datasets.IterableDataset` with features as Arrow tables."""
         from pema_adapters.scanning import integrity
-        from pema_adapters.scanning.data_files import read_stream
+        from pema_adapters.scanning.data_files import iterate_stream
 
-        tables = read_stream(data.with_format("arrow").iter(BATCH), _name_of(where))
-        for first, table in zip(count(0, BATCH), tables):
-            for name in self.columns_in(table.column_names):
+        tables = iterate_stream(data.with_format("arrow").iter(BATCH_ROWS), format_location(location))
+        for first, table in zip(count(0, BATCH_ROWS), tables):
+            for name in self.select_columns(table.column_names):
                 for chunk in table.column(table.column_names.index(name)).chunks:
-                    integrity.check_array(chunk, f"{_name_of(where)}, column {name!r}")
-            self.table(table, where, partial(add, first))
+                    integrity.check_array(chunk, f"{format_location(location)}, column {name!r}")
+            self.scan_table(table, location, partial(add, first))
 
-    def table(self, table: Any, where: Where, number_of: Callable[[int], int], picked: Any = None) -> None:
-        """An Arrow table; `number_of` turns its rows' positions into the numbers that the caller knows."""
+    def scan_table(self, table: Any, location: Location, to_user_row: Callable[[int], int], mask: Any = None) -> None:
+        """Scan the columns of an Arrow table.
+
+        Args:
+            table: a `pyarrow.Table` or a table of `datasets`.
+            location: where the table is in the caller's data.
+            to_user_row: maps a row of the table to the number under which the caller knows it.
+            mask: bool [rows of the table], the rows to read; None: all.
+        """
         from pema_adapters.scanning import arrow
 
-        for order, name in enumerate(self.columns_in(table.column_names)):
+        for order, name in enumerate(self.select_columns(table.column_names)):
             column = table.column(table.column_names.index(name))
-            if not arrow.is_integers(column.type):
-                self.refuse_type((*where, f"column {name!r}"), f"type {column.type}")
-            pieces = (piece for piece in arrow.pieces(column, picked) if not self.steps.skips())
-            for part, found in self.marked(pieces, name):
-                if found is not None:
-                    piece, wrong = found
-                    row = arrow.first_row(piece.array, lambda part: self.wrong_id(part, name) is not None)  # noqa: B023
-                    self.refuse_id((*where, f"column {name!r}", f"row {number_of(piece.row_of(row))}"), wrong)
-                self.steps.done(0 if order else sum(len(piece.array) for piece in part), len(part))
+            if not arrow.is_integer_type(column.type):
+                refuse_type((*location, f"column {name!r}"), f"type {column.type}")
+            self._scan_column(arrow.iterate_slices(column, mask), name, location, to_user_row, counts_rows=order == 0)
 
-    def marked(self, pieces: Iterable[Any], column: str) -> Iterator[tuple[list[Any], Wrong]]:
-        """Mark pieces of an Arrow column, and give them back in order, some at a time, with what does not fit."""
-        from pema_adapters.scanning import arrow
+    def _scan_column(
+        self, slices: Any, name: str, location: Location, to_user_row: Callable[[int], int], *, counts_rows: bool
+    ) -> None:
+        from pema_adapters.scanning.arrow_marking import mark_slices
 
-        if self.num_proc == 1:
-            for piece in pieces:
-                yield [piece], _mark_pieces(self.bitmap, [piece], column)
-            return
-        with ThreadPoolExecutor(self.num_proc) as pool:  # NumPy works without Python's lock
-            waiting: deque[_Begun] = deque()
-            for part in arrow.parts(pieces):
-                if len(waiting) == 2 * self.num_proc:
-                    yield self.joined(waiting.popleft())
-                tokens = sum(arrow.count(piece.array) for piece in part)
-                bitmap = self.bitmap.begun(sum(begun.tokens for begun in waiting))
-                waiting.append(_Begun(part, bitmap, tokens, pool.submit(_mark_pieces, bitmap, part, column)))
-            while waiting:
-                yield self.joined(waiting.popleft())
+        new = (one for one in slices if not self.progress.skip_step())
+        options: dict[str, Any] = {"skip_negative": _is_labels(name), "num_proc": self.num_proc}
+        for marked in mark_slices(self.bitmap, new, **options):
+            if (invalid := marked.invalid) is not None:
+                row = f"row {to_user_row(invalid.table_row)}"
+                refuse_id((*location, f"column {name!r}", row), invalid.token_id, self.bitmap.vocab_size)
+            self.progress.advance(marked.row_count if counts_rows else 0, len(marked.slices))
 
-    def joined(self, begun: "_Begun") -> tuple[list[Any], Wrong]:
-        """Take over what a thread has marked."""
-        wrong = begun.wrong.result()
-        self.bitmap.join(begun.bitmap)
-        return begun.part, wrong
+    def scan_items(self, data: Any, location: Location) -> None:
+        """Scan an iterable of rows, batches or further data sets."""
+        items = iterate(data, format_location(location))
+        if is_instance_of(data, "datasets", "IterableDataset"):
+            from pema_adapters.scanning.data_files import iterate_stream
 
-    def wrong_id(self, array: Any, column: str) -> int | None:
-        """Mark the integers of an Arrow array; return the first id that does not fit, if any."""
-        return _mark_array(self.bitmap, array, column)
-
-    def items(self, data: Any, where: Where) -> None:
-        """Any iterable of rows, batches, or further data sets."""
-        found = walk(data, _name_of(where))
-        if is_a(data, "datasets", "IterableDataset"):
-            from pema_adapters.scanning.data_files import read_stream
-
-            found = read_stream(found, _name_of(where))
-        for number, item in enumerate(found):
-            if self.steps.skips():
+            items = iterate_stream(items, format_location(location))
+        for number, item in enumerate(items):
+            if self.progress.skip_step():
                 continue
-            if isinstance(item, Mapping) and not self.is_splits(item):
-                self.alone(type(data).__name__)
-                self.row(item, where, partial(_item, number))
+            if isinstance(item, Mapping) and not self.is_split_dict(item):
+                self.warn_not_splittable(type(data).__name__)
+                self.scan_row(item, location, partial(_format_item, number))
             else:
-                self.any(item, (*where[:-1], f"{where[-1] if where else 'data'}[{number}]"))
-            self.steps.done(1)
+                self.scan_any(item, (*location[:-1], f"{location[-1] if location else 'data'}[{number}]"))
+            self.progress.advance(1)
 
-    def row(self, row: Mapping[str, Any], where: Where, place: Callable[[int | None], str]) -> None:
-        """One row or batch; `place` names it, or given a position, the row in the batch."""
-        for name in self.columns_in(row.keys()):
+    def scan_row(self, row: Mapping[str, Any], location: Location, format_row: FormatRow) -> None:
+        """Scan one row or batch."""
+        for name in self.select_columns(row.keys()):
             try:
-                for position, ids in integers(row[name]):
-                    if (wrong := self.bitmap.mark(ids.reshape(-1), _is_labels(name))) is not None:
-                        row_of_array = int(np.nonzero(ids == wrong)[0][0]) if ids.ndim > 1 else None
-                        at = place(row_of_array if position is None else position)
-                        self.refuse_id((*where, f"column {name!r}", at), wrong)
+                self._scan_value(row[name], name, location, format_row)
             except NotIdsError as error:
-                self.refuse_type((*where, f"column {name!r}", place(None)), str(error))
+                refuse_type((*location, f"column {name!r}", format_row(None)), str(error))
 
-    def is_splits(self, data: Mapping[Any, Any]) -> bool:
-        """Whether a mapping is a dict of splits rather than a row or a batch."""
+    def _scan_value(self, value: Any, name: str, location: Location, format_row: FormatRow) -> None:
+        for position, ids in iterate_integers(value):
+            if (token_id := self.bitmap.mark(ids.reshape(-1), _is_labels(name))) is not None:
+                array_row = int(np.nonzero(ids == token_id)[0][0]) if ids.ndim > 1 else None
+                row = format_row(array_row if position is None else position)
+                refuse_id((*location, f"column {name!r}", row), token_id, self.bitmap.vocab_size)
+
+    def is_split_dict(self, data: Mapping[Any, Any]) -> bool:
+        """Tell whether a mapping is a dict of splits rather than a row or a batch."""
         if any(column in data for column in self.columns):
             return False
-        return bool(data) and all(self.holds_rows(part) for part in data.values())
+        return bool(data) and all(self._holds_rows(part) for part in data.values())
 
-    def holds_rows(self, part: Any) -> bool:
-        """Whether a part of a mapping is a split, or itself a dict of splits."""
+    def _holds_rows(self, part: Any) -> bool:
+        """Tell whether a value of a mapping is a split or a dict of splits."""
         if isinstance(part, Mapping):
-            return any(column in part for column in self.columns) or self.is_splits(part)
+            return any(column in part for column in self.columns) or self.is_split_dict(part)
         if isinstance(part, (list, tuple)):
-            return bool(part) and self.holds_rows(part[0])
+            return bool(part) and self._holds_rows(part[0])
         return not isinstance(part, (str, bytes)) and not hasattr(part, "__array__") and is_iterable(part)
 
-    def alone(self, what: str) -> None:
-        """Data that nobody can be sent to the middle of."""
+    def warn_not_splittable(self, kind: str) -> None:
+        """Note that data without random access are read on one thread, if more were asked for."""
         if self.num_proc > 1:
-            self.notes[f"{what} is read by one process, not {self.num_proc}: it has no parts to share"] = None
+            self.notes[f"{kind} is read by one process, not {self.num_proc}: it has no parts to share"] = None
 
-    def columns_in(self, names: Collection[str]) -> list[str]:
-        """The columns to read, of those that are there."""
+    def select_columns(self, names: Collection[str]) -> list[str]:
+        """Return the columns to read among `names`, and record which columns exist."""
         if not self.present.keys() >= set(names):
             self.present.update(dict.fromkeys(names))
             self.found.update(column for column in self.columns if column in self.present)
         return [column for column in self.columns if column in names]
 
-    def result(self, optional: Collection[str]) -> Scan:
-        """What was found; refused where a column that must exist was nowhere."""
+    def build_result(self, optional: Collection[str]) -> Scan:
+        """Return the result.
+
+        Args:
+            optional: columns that need not exist, besides the default ones.
+
+        Raises:
+            VocabularyError: a required column was nowhere in the data.
+        """
         defaults = DEFAULT_COLUMNS if set(DEFAULT_COLUMNS) <= set(self.columns) else ()
         missing = [name for name in self.columns if name not in {*self.found, *optional, *defaults}]
         if missing or not self.found:
-            self.refuse_columns(missing or self.columns)
-        used = tuple(name for name in self.columns if name in self.found)
-        return Scan(np.flatnonzero(self.bitmap.seen), self.bitmap.tokens, used, notes=tuple(self.notes))
-
-    def refuse_columns(self, missing: Collection[str]) -> NoReturn:
-        """No such columns."""
-        there = ", ".join(map(repr, self.present)) or "no rows at all (a generator that was used up already?)"
-        raise VocabularyError(
-            f"no column {', '.join(map(repr, missing))} anywhere in the data; found: {there}; tokenize first, "
-            "data = data.map(lambda row: tokenizer(row['text'])), or name the columns that hold token ids, "
-            "columns=('input_ids', ...)"
-        )
-
-    def refuse_id(self, where: Where, wrong: int) -> NoReturn:
-        """An id outside of [0, V)."""
-        size = len(self.bitmap.seen)
-        raise VocabularyError(
-            f"{', '.join(where)}: token id {wrong} is outside the embedding, whose V = {size:,} rows are 0 "
-            f"to {size - 1:,}; {_NEGATIVE if wrong < 0 else _TOO_LARGE}"
-        )
-
-    def refuse_type(self, where: Where, found: str) -> NoReturn:
-        """Values that are no ids."""
-        raise VocabularyError(
-            f"{', '.join(where)}: found {found}, expected token ids, which are integers or lists of "
-            "them; tokenize text first, cast numbers with dataset.cast_column, or name other columns, columns=(...)"
-        )
-
-
-_NEGATIVE = (
-    "negative ids are skipped only in columns that end in 'labels': take this column out of columns=(...), "
-    "or put the pad token's id in place of the negative ones"
-)
-_TOO_LARGE = (
-    "was the text tokenized with another model's tokenizer, or were tokens added without "
-    "model.resize_token_embeddings(len(tokenizer))?"
-)
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """Pieces that a thread marks: in a bitmap of their own, so many tokens, and what does not fit."""
-
-    part: list[Any]
-    bitmap: Bitmap
-    tokens: int
-    wrong: "Future[Wrong]"
-
-
-def _mark_pieces(bitmap: Bitmap, pieces: list[Any], column: str) -> Wrong:
-    """Mark pieces of an Arrow column; return the first that does not fit, and its first id that does not."""
-    for piece in pieces:
-        if (wrong := _mark_array(bitmap, piece.array, column)) is not None:
-            return piece, wrong
-    return None
-
-
-def _mark_array(bitmap: Bitmap, array: Any, column: str) -> int | None:
-    from pema_adapters.scanning import arrow
-
-    for ids in arrow.integers(array):
-        if (wrong := bitmap.mark(ids, _is_labels(column))) is not None:
-            return wrong
-    return None
-
-
-def _name_of(where: Where) -> str:
-    return ", ".join(where) or "data"
+            refuse_columns(missing or self.columns, self.present)
+        columns = tuple(name for name in self.columns if name in self.found)
+        return Scan(np.flatnonzero(self.bitmap.seen), self.bitmap.tokens, columns, notes=tuple(self.notes))
 
 
 def _is_labels(column: str) -> bool:
     return column.endswith("labels")
 
 
-def _item(number: int, row: int | None) -> str:
+def _format_item(number: int, row: int | None) -> str:
     return f"row {number}" if row is None else f"item {number}, row {row} of it"
 
 
-def _row_of_batch(start: int, row: int | None) -> str:
+def _format_row(start: int, row: int | None) -> str:
     return f"row {start + (row or 0)}"

@@ -1,8 +1,9 @@
-"""Reading the token ids of text: tokenized a batch at a time, marked in order, nothing stored.
+"""Collect the token ids of text: tokenize it batch by batch, mark the ids in order, store nothing.
 
     scan_text(load_dataset("nyu-mll/glue", "rte"), Encoder(tokenizer), vocab_size=250_002).tokens
 
-However many threads or processes tokenize, one marks, so that the growth curve and the errors are the same.
+Any number of threads or processes may tokenize. One thread marks, so the growth curve and the errors do not depend on
+that number.
 """
 
 from collections.abc import Mapping
@@ -11,23 +12,24 @@ from typing import Any, Protocol
 import numpy as np
 
 from pema_adapters.scanning.bitmap import GrowingBitmap
-from pema_adapters.scanning.iteration import length
-from pema_adapters.scanning.progress import Keeper, State, Steps, open_scan_bar
+from pema_adapters.scanning.iteration import estimate_length
+from pema_adapters.scanning.progress import Checkpointer, ScanProgress, ScanState, open_scan_bar
+from pema_adapters.scanning.scan_errors import refuse_id
 from pema_adapters.scanning.scanner import Scan, Scanner
-from pema_adapters.scanning.text_columns import Encoder, Plan
-from pema_adapters.scanning.tokenize import Encoded, as_it_was
-from pema_adapters.scanning.validation import DEFAULT_COLUMNS, checked_num_proc, checked_vocab_size
-from pema_adapters.scanning.worker_pool import Workers
+from pema_adapters.scanning.text_columns import Encoder, SplitPlan
+from pema_adapters.scanning.tokenization import EncodedBatch, preserve_settings
+from pema_adapters.scanning.validation import DEFAULT_COLUMNS, validate_num_proc, validate_vocab_size
+from pema_adapters.scanning.worker_pool import WorkerPool
 
 
-class Resuming(Keeper, Protocol):
-    """What makes a scan go on where it was interrupted."""
+class ResumeStore(Checkpointer, Protocol):
+    """Keeps the state of an interrupted scan until the same scan resumes."""
 
-    def last(self) -> State | None:
-        """The state to go on from; None: from the start."""
+    def load_state(self) -> ScanState | None:
+        """Return the state to resume from; None to start from the beginning."""
 
-    def interrupted(self) -> None:
-        """Ctrl-C: store the state that was kept last."""
+    def handle_interrupt(self) -> None:
+        """Store the last state, after Ctrl-C."""
 
 
 def scan_text(  # noqa: PLR0913 - the settings of one call, by name
@@ -37,81 +39,93 @@ def scan_text(  # noqa: PLR0913 - the settings of one call, by name
     vocab_size: int,
     progress: bool | None = None,
     num_proc: int = 1,
-    resuming: Resuming | None = None,
+    resume_store: ResumeStore | None = None,
 ) -> Scan:
-    """Tokenize text, a batch at a time, and scan the ids; nothing is stored, but by `resuming`.
+    """Tokenize text batch by batch, and collect the ids.
 
     Args:
-        data: a `datasets.Dataset` or `IterableDataset` with columns of text, or a dict of them. Where the columns
-            are not named, splits that hold `input_ids` already are scanned as they are.
-        encoder: the tokenizer, the columns of text, and where to truncate.
-        vocab_size: V, the rows of the embedding.
+        data: a `datasets.Dataset` or `IterableDataset` with columns of text, or a dict of them. If the encoder names
+            no columns, splits that already hold `input_ids` are scanned as they are.
+        encoder: the tokenizer, the columns of text, and the maximum length.
+        vocab_size: V, the number of rows of the embedding.
         progress: as for `scan`.
-        num_proc: the processes that tokenize. A fast tokenizer uses all cores within one already; it is those in
-            Python that gain.
-        resuming: keeps the state, of the same data and encoder only.
+        num_proc: the number of processes that tokenize. Fast tokenizers use all cores within one process; only
+            tokenizers written in Python gain.
+        resume_store: keeps the state of a scan of the same data with the same encoder.
 
     Raises:
-        VocabularyError: no such text columns (the message lists what is there), or an id outside [0, V).
+        VocabularyError: the text columns do not exist, or an id is outside [0, V).
     """
     splits = data if isinstance(data, Mapping) else {"text": data}
-    bitmap = GrowingBitmap(checked_vocab_size(vocab_size))
-    num_proc = checked_num_proc(num_proc)
-    plans = [encoder.planned(split, str(name)) for name, split in splits.items()]
-    encoder.check(list(map(str, splits)))
-    with open_scan_bar(length(data), progress) as bar, as_it_was(encoder.tokenizer), Workers(num_proc) as workers:
-        scan = _TextScan(
-            encoder, workers, Scanner(bitmap, DEFAULT_COLUMNS, Steps(bitmap, bar, resuming, encoder.used), num_proc)
-        )
-        try:
-            scan.all(plans, resuming.last() if resuming else None)
-        except KeyboardInterrupt:
-            if resuming is not None:
-                resuming.interrupted()
-            raise
-    used, notes = tuple(encoder.used), tuple(scan.scanner.notes)
-    return Scan(np.flatnonzero(bitmap.seen), bitmap.tokens, used, bitmap.growth(), notes)
+    bitmap = GrowingBitmap(validate_vocab_size(vocab_size))
+    num_proc = validate_num_proc(num_proc)
+    plans = [encoder.plan(split, str(name)) for name, split in splits.items()]
+    encoder.check_columns(list(map(str, splits)))
+    with (
+        open_scan_bar(estimate_length(data), progress) as bar,
+        preserve_settings(encoder.tokenizer),
+        WorkerPool(num_proc) as workers,
+    ):
+        scan_progress = ScanProgress(bitmap, bar, resume_store, encoder.used)
+        scanner = Scanner(bitmap, DEFAULT_COLUMNS, scan_progress, num_proc)
+        _scan_resumably(_TextScanner(encoder, workers, scanner, bitmap), plans, resume_store)
+    columns, notes = tuple(encoder.used), tuple(scanner.notes)
+    return Scan(np.flatnonzero(bitmap.seen), bitmap.tokens, columns, bitmap.growth, notes)
 
 
-class _TextScan:
-    """Marks the ids of splits, one after the other."""
+def _scan_resumably(scanner: "_TextScanner", plans: list[SplitPlan], store: ResumeStore | None) -> None:
+    try:
+        scanner.scan_splits(plans, store.load_state() if store else None)
+    except KeyboardInterrupt:
+        if store is not None:
+            store.handle_interrupt()
+        raise
 
-    def __init__(self, encoder: Encoder, workers: Workers, scanner: Scanner) -> None:
+
+class _TextScanner:
+    """Marks the ids of splits of text, one split after the other."""
+
+    def __init__(self, encoder: Encoder, workers: WorkerPool, scanner: Scanner, bitmap: GrowingBitmap) -> None:
         self.encoder = encoder
         self.workers = workers
         self.scanner = scanner
+        self.bitmap = bitmap
 
-    def all(self, plans: list[Plan], state: State | None) -> None:
-        """Mark all splits, or those that a state leaves."""
-        steps, bitmap = self.scanner.steps, self.scanner.bitmap
-        if state is not None and isinstance(bitmap, GrowingBitmap):
-            steps.wake(state, bitmap)
-            self.encoder.used.update(dict.fromkeys(state.columns))
-            self.scanner.notes[f"an interrupted scan was gone on with, from row {state.rows:,}"] = None
+    def scan_splits(self, plans: list[SplitPlan], state: ScanState | None) -> None:
+        """Scan all splits, or the rest of them after a state."""
+        progress = self.scanner.progress
+        if state is not None:
+            self._restore(state)
         for number, plan in enumerate(plans):
-            if number >= steps.split:
-                skipped = steps.begin(number)
-                if plan.columns:
-                    self.text(plan, skipped)
-                else:
-                    self.scanner.any(plan.split, (plan.name,))
-        steps.end()
+            if number < progress.split:
+                continue
+            skipped = progress.start_split(number)
+            if plan.columns:
+                self._scan_text_split(plan, skipped)
+            else:
+                self.scanner.scan_any(plan.split, (plan.name,))
+        progress.finish()
 
-    def text(self, plan: Plan, skipped: int) -> None:
-        """Mark the ids of a split of text, behind its first batches."""
-        work = self.encoder.tokenizing(plan.sample)
-        steps, row = self.scanner.steps, skipped * self.encoder.batch
-        steps.number = skipped
-        for batch in self.workers.encoded(work, plan.batches(skipped)):
-            if self.scanner.bitmap.mark(batch.ids, skip_negative=False) is not None:
-                self.refuse(plan, batch, row)
+    def _restore(self, state: ScanState) -> None:
+        self.scanner.progress.restore(state, self.bitmap)
+        self.encoder.used.update(dict.fromkeys(state.columns))
+        self.scanner.notes[f"resumed an interrupted scan at row {state.rows:,}"] = None
+
+    def _scan_text_split(self, plan: SplitPlan, skipped: int) -> None:
+        """Scan a split of text after its first `skipped` batches."""
+        tokenizer = self.encoder.choose_tokenizer(plan.sample)
+        progress, row = self.scanner.progress, skipped * self.encoder.batch_rows
+        progress.step = skipped
+        for batch in self.workers.encode_batches(tokenizer, plan.iterate_batches(skipped)):
+            if self.bitmap.mark(batch.ids, skip_negative=False) is not None:
+                self._refuse_batch(plan, batch, row)
             row += batch.rows
-            steps.done(batch.rows)
+            progress.advance(batch.rows)
 
-    def refuse(self, plan: Plan, batch: Encoded, first: int) -> None:
-        """Name the place of the first id of a batch that is outside of V; the batch begins at row `first`."""
-        outside = (batch.ids < 0) | (batch.ids >= len(self.scanner.bitmap.seen))
-        position = int(np.flatnonzero(outside)[0])
-        row, column = batch.place(position)
+    def _refuse_batch(self, plan: SplitPlan, batch: EncodedBatch, first_row: int) -> None:
+        """Raise the error for the first id of a batch outside [0, V)."""
+        vocab_size = self.bitmap.vocab_size
+        position = int(np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))[0])
+        row, column = batch.locate(position)
         names = ",".join(plan.columns[column])
-        self.scanner.refuse_id((plan.name, f"column {names!r}", f"row {first + row}"), int(batch.ids[position]))
+        refuse_id((plan.name, f"column {names!r}", f"row {first_row + row}"), int(batch.ids[position]), vocab_size)

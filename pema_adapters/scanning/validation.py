@@ -1,4 +1,4 @@
-"""What everything that reads or holds token ids agrees on."""
+"""Default columns, limits and argument checks shared by scans and vocabularies."""
 
 import operator
 
@@ -8,8 +8,8 @@ DEFAULT_COLUMNS = ("input_ids", "decoder_input_ids")
 MAX_VOCAB_SIZE = 2**31  # ids are stored as int32
 
 
-def checked_vocab_size(vocab_size: int) -> int:
-    """V as an int in [1, 2**31], or a VocabularyError."""
+def validate_vocab_size(vocab_size: int) -> int:
+    """Return V as an int in [1, 2**31]; raise a VocabularyError for anything else."""
     try:
         size = operator.index(vocab_size)
     except TypeError:
@@ -22,8 +22,8 @@ def checked_vocab_size(vocab_size: int) -> int:
     return size
 
 
-def checked_num_proc(num_proc: int) -> int:
-    """A number of workers as an int of at least 1, or a VocabularyError."""
+def validate_num_proc(num_proc: int) -> int:
+    """Return the number of workers as an int of at least 1; raise a VocabularyError for anything else."""
     try:
         count = operator.index(num_proc)
     except TypeError:

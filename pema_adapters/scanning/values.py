@@ -1,4 +1,4 @@
-"""Integers out of the values that rows hold: lists, ragged or not, arrays, tensors on any device, numbers."""
+"""Extract integers from the values of a row: lists, ragged or not, arrays, tensors on any device, numbers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,36 +13,41 @@ NO_IDS: Integers = np.empty(0, dtype=np.int64)
 
 
 class NotIdsError(Exception):
-    """A value that is no integer; the message says what it is."""
+    """A value is not an integer; the message says what it is."""
 
 
-def integers(value: Any) -> Iterator[tuple[int | None, Integers]]:
-    """All integers of a value, `None`s left out: pairs of the position in the outermost list and an array.
+def iterate_integers(value: Any) -> Iterator[tuple[int | None, Integers]]:
+    """Iterate over the integers of a value; `None`s are skipped.
 
-    The position is None where there is but one list or array:
+        [3, 5]          ->  (None, [3, 5])
+        [[3, 5], [7]]   ->  (0, [3, 5]), (1, [7])
 
-        [3, 5]          None, [3, 5]
-        [[3, 5], [7]]   0, [3, 5]   1, [7]
+    Yields:
+        Pairs (position in the outermost list, integer array of any shape); the position is None for a flat list and
+        for an array.
+
+    Raises:
+        NotIdsError: the value holds something else than integers.
     """
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         present = [part for part in value if part is not None]
-        flat = _flat(present)
+        flat = _convert_flat_list(present)
         if flat is not None:
             yield None, flat
             return
         for position, part in enumerate(value):
             at = None if isinstance(part, (int, np.integer)) else position
-            yield from ((at, ids) for _, ids in integers(part))
+            yield from ((at, ids) for _, ids in iterate_integers(part))
     elif value is not None:
-        array = _array(value)
+        array = _convert_array(value)
         if array.dtype.kind == "O":
-            yield from integers(array.tolist())
+            yield from iterate_integers(array.tolist())
         else:
             yield None, array
 
 
-def _flat(values: Sequence[Any]) -> Integers | None:
-    """The numbers of a flat list; None for a list of anything but integers that NumPy can hold."""
+def _convert_flat_list(values: Sequence[Any]) -> Integers | None:
+    """Convert a flat list of integers; return None for nested lists and for integers that NumPy cannot hold."""
     if not values:
         return NO_IDS
     if not isinstance(values[0], (int, np.integer)):
@@ -51,11 +56,11 @@ def _flat(values: Sequence[Any]) -> Integers | None:
         array = np.asarray(values)
     except (ValueError, OverflowError):
         return None
-    return _plain(array) if array.ndim == 1 and array.dtype.kind in "iu" else None
+    return _normalize(array) if array.ndim == 1 and array.dtype.kind in "iu" else None
 
 
-def _array(value: Any) -> npt.NDArray[Any]:
-    if hasattr(value, "detach"):  # a torch tensor, wherever it lies
+def _convert_array(value: Any) -> npt.NDArray[Any]:
+    if hasattr(value, "detach"):  # a torch tensor on any device
         value = value.detach().cpu()
         if value.is_floating_point():  # bfloat16 has no NumPy counterpart
             raise NotIdsError(f"{value.dtype} values")
@@ -69,11 +74,11 @@ def _array(value: Any) -> npt.NDArray[Any]:
         return NO_IDS
     if array.dtype.kind not in "iuO":
         raise NotIdsError(f"{array.dtype} values (first: {array.flat[0]!r})")
-    return array if array.dtype.kind == "O" else _plain(array)
+    return array if array.dtype.kind == "O" else _normalize(array)
 
 
-def _plain(array: npt.NDArray[Any]) -> Integers:
-    """In this machine's byte order, and no larger than int64, where a view as signed would turn negative."""
+def _normalize(array: npt.NDArray[Any]) -> Integers:
+    """Convert to native byte order, and clip uint64 to the range of int64, so that no view turns negative."""
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(INT64.max)).astype(np.int64)
     plain: Integers = array.astype(array.dtype.newbyteorder("="), copy=False)

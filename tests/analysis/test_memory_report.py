@@ -1,4 +1,4 @@
-"""memory_report against the oracle: the tensors of a real model after a real step of AdamW."""
+"""memory_report equals the tensors of a real model after a step of AdamW."""
 
 import json
 import subprocess
@@ -48,8 +48,8 @@ MODELS = {  # class, config, is the head tied
 }
 
 
-def measured(model):
-    """What is held after one step of AdamW: parameters, their gradients, its states; a head's frozen matrix counts."""
+def measure(model):
+    """Measure parameters, gradients and states after a step of AdamW; the frozen matrix of a tied head counts."""
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -75,11 +75,11 @@ def saved(tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw_fp32", torch.float32), ("adamw_bf16", torch.bfloat16)])
 @pytest.mark.parametrize("kind", MODELS)
-def test_against_real_models(kind, optimizer, dtype, saved):
+def test_reports_equal_the_tensors_of_real_models(kind, optimizer, dtype, saved):
     model_class, folder, is_tied = saved(kind)
     full = model_class.from_pretrained(folder, dtype=dtype)
     partial = load_model(model_class, folder, VOCABULARY, dtype=dtype)
-    before, after = measured(full), measured(partial)
+    before, after = measure(full), measure(partial)
     for given in (folder, Path(folder), full, full.config, partial):
         report = memory_report(given, VOCABULARY, optimizer, model_class=model_class)
         assert (report.before, report.after) == (before, after)
@@ -89,8 +89,8 @@ def test_against_real_models(kind, optimizer, dtype, saved):
         assert report.partial_vocab_size == len(partial.get_input_embeddings().weight)
 
 
-def test_figures_by_hand():
-    """A matrix of 120 x 32, five ids and the pad id."""
+def test_bytes_by_hand():
+    """A matrix of 120 x 32, of which five ids and the pad id are used."""
     report = memory_report(bert_like(BertConfig), VOCABULARY, "adamw_8bit")
     assert (report.vocab_size, report.partial_vocab_size, report.embedding_dim) == (120, 6, 32)
     assert report.embedding_rows_saved == 114
@@ -115,24 +115,24 @@ def test_a_tied_head_keeps_the_matrix():
         (LlamaConfig(**LLAMA, architectures=["OfAnotherLibraryForCausalLM"]), "LlamaModel"),
     ],
 )
-def test_what_is_built(config, built):
+def test_the_class_follows_the_architecture(config, built):
     assert memory_report(config, VOCABULARY).built == built
 
 
-def test_frozen_rows_have_no_gradients_to_save():
+def test_a_frozen_embedding_saves_only_weights():
     model = AutoModel.from_config(bert_like(BertConfig))
     model.get_input_embeddings().weight.requires_grad_(False)
     assert memory_report(model, VOCABULARY).saved == Memory(weights=4 * 114 * 32, gradients=0, optimizer_states=0)
 
 
-def test_data_in_place_of_a_vocabulary():
+def test_data_are_scanned_for_a_vocabulary():
     rows = [{"input_ids": IDS, "labels": [90]}]
     assert memory_report(bert_like(BertConfig), rows).partial_vocab_size == 6
     generates = GPT2Config(**GPT, architectures=["GPT2LMHeadModel"])
     assert memory_report(generates, rows).partial_vocab_size == 7  # its labels are scanned, too
 
 
-def test_as_text():
+def test_str_is_a_table():
     report = memory_report(BertConfig(vocab_size=1_000, hidden_size=12), PartialVocabulary([1, 2], 1_000))
     lines = str(report).splitlines()
     assert "(BertModel), adamw_fp32: 3 of 1,000 rows of 12, 11,964 of " in lines[0]
@@ -141,7 +141,7 @@ def test_as_text():
     assert repr(report).startswith("MemoryReport(model=")
 
 
-def test_ready_for_json():
+def test_to_dict_is_json_ready():
     report = memory_report(bert_like(BertConfig), VOCABULARY)
     read = json.loads(json.dumps(report.to_dict()))
     assert read["saved"] == {"weights": 14592, "gradients": 14592, "optimizer_states": 29184, "total": 58368}
@@ -149,7 +149,7 @@ def test_ready_for_json():
     assert (read["model"], read["built"], read["optimizer"]) == ("BertModel", "BertModel", "adamw_fp32")
 
 
-def test_refusals(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(VocabularyError, match="optimizer is 'sgd', expected one of adamw_fp32, adamw_bf16, adamw_8bit"):
         memory_report(bert_like(BertConfig), VOCABULARY, "sgd")
     with pytest.raises(VocabularyError, match="the vocabulary is of 9 tokens, but BertModel has 120"):
@@ -162,12 +162,12 @@ def test_refusals(tmp_path):
         memory_report(None, VOCABULARY)
     with pytest.raises(FormatError, match="no model config found"):
         memory_report(str(tmp_path), VOCABULARY)
-    with pytest.raises(FormatError, match=r"BertConfig: no AutoModel can be built of this config: .*attention heads"):
+    with pytest.raises(FormatError, match=r"BertConfig: cannot build AutoModel from this config: .*attention heads"):
         memory_report(bert_like(BertConfig, num_attention_heads=5), VOCABULARY)
 
 
-def test_nothing_large_is_allocated():
-    """The report of a model of 100 GB is there in a process that may hold 4 GB of data."""
+def test_a_report_of_a_huge_model_takes_little_memory():
+    """Report on a model of 100 GB in a process limited to 4 GiB of data."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))\n"
         "from transformers import LlamaConfig; from pema_adapters import PartialVocabulary, memory_report\n"
@@ -179,8 +179,8 @@ def test_nothing_large_is_allocated():
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_adapters_is_not_waited_for(kind, saved):
-    """Importing it takes longer than all the rest."""
+def test_adapters_is_not_imported(kind, saved):
+    """Its import would take longer than everything else."""
     _, folder, _ = saved(kind)
     code = (
         "import sys; from pema_adapters import PartialVocabulary, memory_report\n"

@@ -17,7 +17,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from pema_adapters.cli.scan import main
 from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning.cache import content_key
-from pema_adapters.scanning.cache.cached_scan import Data, cached_scan
+from pema_adapters.scanning.cache.cached_scan import DataSource, scan_with_cache
 from pema_adapters.scanning.text_columns import Encoder
 from pema_adapters.scanning.text_scanner import scan_text
 from tests.paths import REPOSITORY
@@ -175,12 +175,12 @@ def test_a_data_set_of_the_hub_is_cached(folder, hub, capsys, no_more_scans, mon
 
 def test_data_sets_of_the_hub_are_identified_by_fingerprint(folder):
     """What `load_dataset` gives lies in the cache of datasets, under a name that is no file here."""
-    data, split = Data(("someone/texts",)), Dataset.from_dict({"text": ["a b"]})
+    data, split = DataSource(("someone/texts",)), Dataset.from_dict({"text": ["a b"]})
     data.__dict__["loaded"] = {"someone/texts train": split}
     store = CacheFolder(folder / "store")
-    assert data.identity(store) == [[["someone/texts train", split._fingerprint]]]
+    assert data.compute_key(store) == [[["someone/texts train", split._fingerprint]]]
     data.__dict__["loaded"] = {"someone/texts train": split.to_iterable_dataset()}
-    assert data.identity(store) is None
+    assert data.compute_key(store) is None
 
 
 def test_tokenizers_in_python_are_identified_by_their_files(folder):
@@ -189,11 +189,13 @@ def test_tokenizers_in_python_are_identified_by_their_files(folder):
     (folder / "same.txt").write_bytes((folder / "vocab.txt").read_bytes())
     (folder / "other.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "b"]))
     first, same, other = (BertTokenizer(f"{name}.txt") for name in ("vocab", "same", "other"))
-    assert content_key.identity_of_tokenizer(first) == content_key.identity_of_tokenizer(same)
-    assert content_key.identity_of_tokenizer(first) != content_key.identity_of_tokenizer(other)
+    assert content_key.compute_tokenizer_key(first) == content_key.compute_tokenizer_key(same)
+    assert content_key.compute_tokenizer_key(first) != content_key.compute_tokenizer_key(other)
     elsewhere = type("Other", (BertTokenizer,), {})("vocab.txt")
-    assert content_key.identity_of_tokenizer(elsewhere) is None
-    scans = [cached_scan(Data(("x.txt",)), Encoder(elsewhere), 9, num_proc=1, use_cache=True) for _ in range(2)]
+    assert content_key.compute_tokenizer_key(elsewhere) is None
+    scans = [
+        scan_with_cache(DataSource(("x.txt",)), Encoder(elsewhere), 9, num_proc=1, use_cache=True) for _ in range(2)
+    ]
     assert [source for _, source in scans] == ["", ""]
 
 
@@ -224,7 +226,7 @@ def make_long(folder):
 
 
 def test_a_killed_scan_is_resumed(folder, capsys):
-    """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scan.py."""
+    """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scanner.py."""
     make_long(folder)
     whole = scanned(capsys, "x.txt", "--no-cache")
     process = start(folder, SLOWLY)
@@ -236,7 +238,7 @@ def test_a_killed_scan_is_resumed(folder, capsys):
     assert len(entries(folder, "partial")) == 1
     rest = scanned(capsys)
     (note,) = rest["notes"]
-    row = int(note.removeprefix("an interrupted scan was gone on with, from row ").replace(",", ""))
+    row = int(note.removeprefix("resumed an interrupted scan at row ").replace(",", ""))
     assert 0 < row < 40_000
     assert row % 1_000 == 0
     assert without_source(rest) == without_source(whole)

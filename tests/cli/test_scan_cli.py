@@ -104,7 +104,7 @@ def test_the_report_as_text(folder, capsys):
         "embedding parameters       76,800\n"
         "  with PEMA                320\n"
         "\n"
-        "note: only the embedding is counted, not the model: base: no AutoModel can be built of this config: "
+        "note: only the embedding is counted, not the model: base: cannot build AutoModel from this config: "
         "The hidden size (64) is not a multiple of the number of attention heads (12)\n"
     )
 

@@ -14,7 +14,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
 from pema_adapters import PartialVocabulary, memory_report
-from pema_adapters.analysis.heaps_law import heaps_law
+from pema_adapters.analysis.heaps_law import fit_heaps_law
 from pema_adapters.analysis.memory_report import OPTIMIZERS
 from pema_adapters.cli.scan import main
 from tests.paths import REPOSITORY
@@ -190,7 +190,7 @@ def test_json_has_the_growth(folder, capsys):
     ids = ids_by_hand("large") * 40
     assert figures["growth"] == [[n, len(set(ids[:n]))] for n, _ in figures["growth"]]
     assert figures["growth"][-1] == [len(ids), figures["partial_vocab_size"]]
-    assert figures["heaps_law"] == vars(heaps_law(figures["growth"]))
+    assert figures["heaps_law"] == vars(fit_heaps_law(figures["growth"]))
 
 
 @needs_matplotlib
@@ -211,7 +211,7 @@ REFUSED = {
 @needs_matplotlib
 @pytest.mark.parametrize("case", REFUSED)
 def test_outputs_are_refused_before_the_scan(case, folder, capsys, monkeypatch):
-    monkeypatch.setattr("pema_adapters.scanning.scanner.Scanner.any", lambda *_: pytest.fail("it was scanned"))
+    monkeypatch.setattr("pema_adapters.scanning.scanner.Scanner.scan_any", lambda *_: pytest.fail("it was scanned"))
     (folder / "folder.png").mkdir()
     arguments, message = REFUSED[case]
     assert main(["--data", "x.txt", "--tokenizer", "large", *arguments]) == 1
@@ -250,7 +250,8 @@ def test_nothing_but_the_result_without_a_terminal(folder, capsys):
 
 @needs_matplotlib
 @pytest.mark.parametrize(
-    "where", ["scanning.cache.cached_scan.scan_text", "cli._scan_metrics.memory_report", "analysis.heaps_law.drawn"]
+    "where",
+    ["scanning.cache.cached_scan.scan_text", "cli._scan_metrics.memory_report", "analysis.heaps_law.render_figure"],
 )
 def test_an_interrupted_scan_is_one_line(where, folder, capsys, monkeypatch):
     """Ctrl-C amid the scan, the report, or the output: one line, and no files."""

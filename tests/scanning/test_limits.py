@@ -1,4 +1,4 @@
-"""Data files that would take memory or time without end: refused in one line, within little memory."""
+"""Data files that would exhaust memory or time are refused in one line, in little memory."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ def rows_of(path):
 
 
 def write_values(path, count):
-    """Parquet that says of a few bytes that they are many zeros."""
+    """Write Parquet that encodes `count` values in a few bytes."""
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int8)), pa.array(["a" * 1_000]))
     pq.write_table(pa.table({"text": column}), path)
 
@@ -60,7 +60,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_limits(kind, tmp_path, monkeypatch):
+def test_files_beyond_a_limit_are_refused(kind, tmp_path, monkeypatch):
     name, write, limit, message = REFUSED[kind]
     write(tmp_path / name)
     monkeypatch.setattr(limits, "CHUNK", 1_000)
@@ -76,7 +76,7 @@ BRACKETS = ["[" * 500, "\\" * 3 + '"' + "{" * 500, '\\"[{', "plain", "]" * 500]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
-def test_brackets_in_strings_are_no_depth(chunk, tmp_path, monkeypatch):
+def test_brackets_in_strings_do_not_count(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "CHUNK", chunk)
     rows = [{"text": text, "more": [[text]]} for text in BRACKETS]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -84,14 +84,14 @@ def test_brackets_in_strings_are_no_depth(chunk, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n"])
-def test_lines_up_to_the_limit(line_break, tmp_path, monkeypatch):
+def test_lines_up_to_the_limit_are_read(line_break, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_LINE", 10)
     monkeypatch.setattr(limits, "CHUNK", 3)
     (tmp_path / "x.txt").write_bytes(line_break.join(["a" * 10, "", "b" * 10, "c"]).encode())
     assert len(rows_of(tmp_path / "x.txt")) == 4
 
 
-def test_a_footer_that_contradicts_itself(tmp_path):
+def test_a_footer_with_contradicting_row_counts_is_refused(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": ["a"] * 100}), path)
     content = path.read_bytes()
@@ -101,8 +101,8 @@ def test_a_footer_that_contradicts_itself(tmp_path):
         load_data([str(path)])
 
 
-def test_a_line_without_end_takes_little_memory(tmp_path):
-    """200 MB in one line, compressed to 200 kB, under a limit of address space that does not hold it thrice."""
+def test_a_huge_line_is_refused_in_little_memory(tmp_path):
+    """200 MB in one line, compressed to 200 kB, with 100 MiB of address space to read it."""
     with gzip.open(tmp_path / "x.txt.gz", "wb", compresslevel=1) as file:
         for _ in range(200):
             file.write(b"x" * 1_000_000)

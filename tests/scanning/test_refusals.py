@@ -1,4 +1,4 @@
-"""Scans that are refused say where and why; all others leave the caller's data alone. Kinds of data: test_scan.py."""
+"""Errors of a scan say where and why; a scan does not change the caller's data. Kinds of data: test_scanner.py."""
 
 import re
 
@@ -70,9 +70,9 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore:.* is read by one process")
 @pytest.mark.parametrize("num_proc", [1, 3])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refusals_say_where(kind, num_proc, monkeypatch):
-    monkeypatch.setattr(arrow, "PART", 1)
-    monkeypatch.setattr(arrow, "PIECE", 16)
+def test_errors_name_split_column_and_row(kind, num_proc, monkeypatch):
+    monkeypatch.setattr(arrow, "GROUP_BYTES", 1)
+    monkeypatch.setattr(arrow, "SLICE_BYTES", 16)
     data, message = REFUSED[kind]
     options = {"columns": ("input_ids", "decoder_input_ids", "labels"), "optional": ["labels"], "num_proc": num_proc}
     with pytest.raises(VocabularyError, match=re.escape(message)) as caught:
@@ -81,9 +81,9 @@ def test_refusals_say_where(kind, num_proc, monkeypatch):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 5])
-def test_the_first_wrong_row_is_named_however_many_look_for_it(num_proc, monkeypatch):
-    monkeypatch.setattr(arrow, "PART", 64)
-    monkeypatch.setattr(arrow, "PIECE", 32)
+def test_the_first_invalid_row_is_named_with_any_num_proc(num_proc, monkeypatch):
+    monkeypatch.setattr(arrow, "GROUP_BYTES", 64)
+    monkeypatch.setattr(arrow, "SLICE_BYTES", 32)
     rows = [[1, 2]] * 100
     rows[77], rows[41], rows[40] = [1003], [1002, -1], [3, 1001]
     for data, row in ((Dataset.from_dict({"input_ids": rows}), 40), (Dataset.from_dict({"input_ids": rows[::-1]}), 22)):
@@ -92,26 +92,26 @@ def test_the_first_wrong_row_is_named_however_many_look_for_it(num_proc, monkeyp
             ids_of(data, num_proc=num_proc)
 
 
-def test_num_proc_is_checked():
+def test_invalid_num_proc_is_refused():
     for wrong in (0, -1, "two", 1.5):
         with pytest.raises(VocabularyError, match=re.escape(f"num_proc is {wrong!r}, expected an integer from 1")):
             ids_of(dataset, num_proc=wrong)
 
 
-def test_negative_id_says_what_to_do():
+def test_the_error_for_negative_ids_says_what_to_do():
     with pytest.raises(VocabularyError, match="skipped only in columns that end in 'labels'"):
         ids_of(rows_of([[-100]]))
 
 
-def test_vocab_size_is_checked():
+def test_invalid_vocab_size_is_refused():
     with pytest.raises(VocabularyError, match="vocab_size is None"):
         PartialVocabulary.from_dataset(dataset, vocab_size=None)
 
 
-# ---- nothing of the caller's changes
+# ---- the caller's data do not change
 
 
-def test_formats_and_rows_stay():
+def test_formats_and_rows_are_not_changed():
     data = Dataset.from_list(rows_of(RAGGED)).with_format("torch", columns=["input_ids"])
     before, rows = data.format, rows_of(RAGGED)
     ids_of(data)
@@ -121,7 +121,7 @@ def test_formats_and_rows_stay():
 
 
 @pytest.mark.parametrize("own", [None, 3])
-def test_random_numbers_stay(own):
+def test_the_random_state_is_not_changed(own):
     """Scanning the loader of a training run does not change that run."""
     generator = None if own is None else torch.Generator().manual_seed(own)
 
@@ -149,8 +149,8 @@ def test_tokens_are_counted():
 @pytest.mark.parametrize(
     ("progress", "switch", "shown"), [(True, "0", True), (None, "0", False), (False, "0", False), (True, "1", False)]
 )
-def test_progress_bar(progress, switch, shown, monkeypatch, capfd):
-    """Here stderr is no terminal, so it shows only when asked to; never on short scans."""
+def test_progress_bar_appears_only_when_asked_and_on_long_scans(progress, switch, shown, monkeypatch, capfd):
+    """Here stderr is not a terminal: the bar appears only on request, and never on short scans."""
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", switch)
     ids_of(rows_of(RAGGED), progress=progress)
     assert capfd.readouterr().err == ""

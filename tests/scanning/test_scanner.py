@@ -1,4 +1,4 @@
-"""Every kind of data gives the same vocabulary: the unique ids of its flattened columns. Errors: test_scan_refusals.py."""
+"""Every kind of data gives the same vocabulary: the unique ids of its flattened columns. Errors: test_refusals.py."""
 
 import itertools
 
@@ -36,7 +36,7 @@ NESTED = [[[5, 3], [7]], [[999, 0]], [[41], [1, 2, 3]]]  # multiple choice
 
 
 def unique(values):
-    """The oracle: sorted ids of lists nested however deep, None left out."""
+    """Return the sorted ids of nested lists without None: the oracle."""
     flat, todo = set(), [values]
     while todo:
         value = todo.pop()
@@ -60,7 +60,7 @@ def typed(values, kind):
 
 
 class MapStyle(torch.utils.data.Dataset):
-    """Neither an `__iter__` nor an IndexError at the end."""
+    """A map-style data set without `__iter__`, and without IndexError at the end."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -172,15 +172,15 @@ def test_every_kind_of_data(kind):
 
 @pytest.mark.filterwarnings("ignore:.* is read by one process")
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_data_by_several(kind, monkeypatch):
-    """In parts as small as they come."""
-    monkeypatch.setattr(arrow, "PART", 1)
-    monkeypatch.setattr(arrow, "PIECE", 8)
+def test_every_kind_of_data_with_threads(kind, monkeypatch):
+    """Slices and groups are as small as possible."""
+    monkeypatch.setattr(arrow, "GROUP_BYTES", 1)
+    monkeypatch.setattr(arrow, "SLICE_BYTES", 8)
     data, values = KINDS[kind]
     assert ids_of(data(), num_proc=3) == unique(values)
 
 
-def test_data_without_parts_are_read_by_one():
+def test_data_without_random_access_warn_of_one_process():
     for data in (rows_of(RAGGED), dataset.to_iterable_dataset(), dataset.with_transform(lambda batch: batch)):
         with pytest.warns(UserWarning, match="is read by one process, not 2: it has no parts to share"):
             ids_of(data, num_proc=2)
@@ -188,7 +188,7 @@ def test_data_without_parts_are_read_by_one():
 
 
 @given(st.lists(st.lists(st.integers(0, V - 1))), st.lists(st.lists(st.integers(0, V - 1))))
-def test_rows_and_columns_against_the_oracle(inputs, targets):
+def test_rows_and_columns_equal_the_oracle(inputs, targets):
     rows = [{"input_ids": a, "decoder_input_ids": b} for a, b in itertools.zip_longest(inputs, targets, fillvalue=[])]
     features = Features(dict.fromkeys(("input_ids", "decoder_input_ids"), List(Value("int32"))))
     in_arrow = Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
@@ -197,19 +197,19 @@ def test_rows_and_columns_against_the_oracle(inputs, targets):
 
 
 @given(st.lists(st.lists(st.none() | st.integers(0, V - 1)) | st.none(), min_size=1), st.integers(1, 4))
-def test_parts_against_the_whole(rows, num_proc):
-    """The same ids and the same number of tokens, nulls or not."""
+def test_threads_equal_the_oracle(rows, num_proc):
+    """The ids and the number of tokens are equal, with and without nulls."""
     data = typed(rows, List(Value("int32")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrow, "PART", 40)
-        patch.setattr(arrow, "PIECE", 20)
+        patch.setattr(arrow, "GROUP_BYTES", 40)
+        patch.setattr(arrow, "SLICE_BYTES", 20)
         found = scan(data, vocab_size=V, num_proc=num_proc)
     assert found.token_ids.tolist() == unique(rows)
     assert found.tokens == sum(token_id is not None for row in rows if row for token_id in row)
 
 
 @given(st.data())
-def test_picked_rows_against_the_oracle(data):
+def test_selected_rows_equal_the_oracle(data):
     rows = data.draw(st.lists(st.lists(st.integers(0, V - 1), max_size=3), min_size=1, max_size=30))
     picked = data.draw(st.lists(st.integers(0, len(rows) - 1)))
     chunks = [Dataset.from_dict({"input_ids": part}, features=INTS) for part in (rows[:7], rows[7:])]
@@ -221,8 +221,8 @@ INTS = Features({"input_ids": List(Value("int32"))})
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
-def test_blocks_against_numpy(dtype, monkeypatch):
-    monkeypatch.setattr(bitmap, "BLOCK", 7)
+def test_blocks_equal_numpy(dtype, monkeypatch):
+    monkeypatch.setattr(bitmap, "BLOCK_SIZE", 7)
     ids = np.random.default_rng(0).integers(0, 100, 50).astype(dtype)
     for marked in (Bitmap(100), GrowingBitmap(100)):
         assert marked.mark(ids, skip_negative=False) is None
@@ -230,17 +230,17 @@ def test_blocks_against_numpy(dtype, monkeypatch):
         assert marked.tokens == 50
 
 
-def test_slices_of_columns_with_nulls(monkeypatch):
-    monkeypatch.setattr(arrow, "ROWS", 2)
+def test_nulls_are_skipped_in_slices(monkeypatch):
+    monkeypatch.setattr(arrow, "COPY_ROWS", 2)
     values = [[1, None], None, [2], [], [3], None, [None, 4]]
-    assert np.concatenate([*arrow.integers(pa.array(values))]).tolist() == [1, 2, 3, 4]
+    assert np.concatenate([*arrow.iterate_integers(pa.array(values))]).tolist() == [1, 2, 3, 4]
     assert ids_of(typed(values, List(Value("int64"))).select([6, 1, 0])) == [1, 4]
 
 
 # ---- which columns
 
 
-def test_labels_are_read_when_asked_and_their_negative_ids_skipped():
+def test_labels_are_read_on_request_without_negative_ids():
     rows = [{"input_ids": [1, 2], "labels": [-100, 7]}, {"input_ids": [3], "labels": [-100]}]
     for data in (rows, Dataset.from_list(rows)):
         assert ids_of(data) == [1, 2, 3]
@@ -256,7 +256,7 @@ def test_columns_may_be_absent_in_some_splits():
 
 
 @pytest.mark.parametrize("make", [list, iter, Dataset.from_list], ids=["list", "generator", "Dataset"])
-def test_no_such_column(make):
+def test_missing_columns_are_refused(make):
     rows = [{"text": "a b", "label": 0}]
     with pytest.raises(
         VocabularyError, match=r"no column 'input_ids', 'decoder_input_ids' anywhere.*'text', 'label'.*map"
@@ -269,7 +269,7 @@ def test_no_such_column(make):
     assert ids_of(make([{"input_ids": [1]}]), columns=("input_ids", "labels"), optional=["labels"]) == [1]
 
 
-def test_used_up_generator():
+def test_an_exhausted_generator_is_refused():
     rows = iter(rows_of(RAGGED))
     assert ids_of(rows) == unique(RAGGED)
     with pytest.raises(VocabularyError, match="no rows at all"):

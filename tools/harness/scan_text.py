@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pema_adapters.scanning.data_files import load_data
-from pema_adapters.scanning.text_columns import BATCH, Encoder
+from pema_adapters.scanning.text_columns import BATCH_ROWS, Encoder
 from pema_adapters.scanning.text_scanner import scan_text
 
 TRAINED_ROWS = 16_000
@@ -54,7 +54,7 @@ def text_contestants(tokenizer: Any, texts: list[str], dataset: Dataset) -> dict
     backend.no_padding()
     backend.no_truncation()
     vocab_size = len(tokenizer)  # a model's config says it: counting a tokenizer's tokens takes a tenth of a second
-    batches = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+    batches = [texts[start : start + BATCH_ROWS] for start in range(0, len(texts), BATCH_ROWS)]
     return {
         "tokenizers": lambda: [None for batch in batches if not backend.encode_batch_fast(batch)],
         "tokenizers, ids out": lambda: [[one.ids for one in backend.encode_batch_fast(batch)] for batch in batches][:0],
@@ -71,6 +71,6 @@ def scan_text_in_child(tokenizer_folder: str, folder: str) -> Generator[None, No
     """For run_in_child: load everything, scan a small part, then scan all."""
     tokenizer, dataset = AutoTokenizer.from_pretrained(tokenizer_folder), load_from_disk(folder)
     vocab_size = len(tokenizer)
-    scan(tokenizer, dataset.select(range(4 * BATCH)), vocab_size)
+    scan(tokenizer, dataset.select(range(4 * BATCH_ROWS)), vocab_size)
     yield
     return scan(tokenizer, dataset, vocab_size)

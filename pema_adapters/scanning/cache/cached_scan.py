@@ -1,4 +1,4 @@
-"""The scan behind `pema-scan`: not done again for data and a tokenizer that were scanned before, even in part."""
+"""The scan of `pema-scan`: reuses earlier results for the same data and tokenizer, and resumes interrupted scans."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,80 +8,100 @@ from typing import Any
 
 from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.scanning.cache.content_key import (
-    identity_of_dataset,
-    identity_of_path,
-    identity_of_tokenizer,
-    sum_of,
+    compute_path_key,
+    compute_tokenizer_key,
+    get_dataset_key,
+    hash_json,
 )
-from pema_adapters.scanning.cache.scan_store import Remembered
+from pema_adapters.scanning.cache.scan_store import ScanStore
 from pema_adapters.scanning.data_files import load_data
 from pema_adapters.scanning.scanner import Scan
 from pema_adapters.scanning.text_columns import Encoder
 from pema_adapters.scanning.text_scanner import scan_text
 
-FORMAT = 3  # of what is remembered: a scan that means something else gets another number
-READERS = ("datasets", "tokenizers", "transformers")  # another version may read or tokenize otherwise
-FROM_CACHE = "the figures are those of an earlier scan of the same data, from {}; --no-cache scans again"
+FORMAT = 3  # of the entries; raise it when the meaning of a scan changes
+LIBRARIES = ("datasets", "tokenizers", "transformers")  # another version may read or tokenize differently
+CACHE_NOTE = "the figures are those of an earlier scan of the same data, from {}; --no-cache scans again"
 
 
 @dataclass(frozen=True)
-class Data:
-    """Data sets by the names that were given, loaded when they are needed."""
+class DataSource:
+    """Data sets by name, loaded at first use.
+
+    Args:
+        names: as for `load_data`.
+        trust_remote_code: as for `load_data`.
+    """
 
     names: tuple[str, ...]
     trust_remote_code: bool = False
 
     @cached_property
     def loaded(self) -> dict[str, Any]:
-        """As `load_data` gives them."""
+        """The data sets, as `load_data` returns them."""
         return load_data(list(self.names), self.trust_remote_code)
 
-    def identity(self, store: CacheFolder) -> list[Any] | None:
-        """What tells whether it is the same data; None where nothing does."""
+    def compute_key(self, store: CacheFolder) -> list[Any] | None:
+        """Return a key of the content; None if the data have none, or cannot be read."""
         try:
-            found = [self._identity_of(name, store) for name in dict.fromkeys(self.names)]
-        except OSError:  # loading it says why
+            keys = [self._compute_name_key(name, store) for name in dict.fromkeys(self.names)]
+        except OSError:  # loading the data raises the error for the user
             return None
-        return None if None in found else found
+        return None if None in keys else keys
 
-    def _identity_of(self, name: str, store: CacheFolder) -> list[Any] | None:
+    def _compute_name_key(self, name: str, store: CacheFolder) -> list[Any] | None:
         if Path(name).exists():
-            return identity_of_path(Path(name), store)
+            return compute_path_key(Path(name), store)
         splits = {key: split for key, split in self.loaded.items() if key == name or key.startswith(f"{name} ")}
-        found = [[key, identity_of_dataset(split)] for key, split in splits.items()]
-        return None if any(fingerprint is None for _, fingerprint in found) else found
+        keys = [[key, get_dataset_key(split)] for key, split in splits.items()]
+        return None if any(fingerprint is None for _, fingerprint in keys) else keys
 
 
-def cached_scan(data: Data, encoder: Encoder, vocab_size: int, *, num_proc: int, use_cache: bool) -> tuple[Scan, str]:
-    """A scan, and where it comes from: empty if from the data themselves."""
-    found = store()
-    identity = data.identity(found) if use_cache else None
-    remembered = _remembered(found, identity, encoder, vocab_size)
-    if remembered is not None and (known := remembered.result()) is not None:
-        return known, str(found.folder)
-    scan = scan_text(data.loaded, encoder, vocab_size=vocab_size, num_proc=num_proc, resuming=remembered)
-    if remembered is not None and data.identity(found) == identity:  # nobody changed it meanwhile
-        remembered.done(scan)
+def scan_with_cache(
+    data: DataSource, encoder: Encoder, vocab_size: int, *, num_proc: int, use_cache: bool
+) -> tuple[Scan, str]:
+    """Scan text, or return the stored result of the same scan.
+
+    Args:
+        data: the data.
+        encoder: the tokenizer, the columns of text, and the maximum length.
+        vocab_size: V.
+        num_proc: as for `scan_text`.
+        use_cache: False to scan in any case, and store nothing.
+
+    Returns:
+        The scan, and the folder of the cache it comes from; "" if the data were scanned.
+    """
+    cache = open_cache()
+    data_key = data.compute_key(cache) if use_cache else None
+    scan_store = _open_scan_store(cache, data_key, encoder, vocab_size)
+    if scan_store is not None and (stored := scan_store.lookup()) is not None:
+        return stored, str(cache.folder)
+    scan = scan_text(data.loaded, encoder, vocab_size=vocab_size, num_proc=num_proc, resume_store=scan_store)
+    if scan_store is not None and data.compute_key(cache) == data_key:  # the data did not change during the scan
+        scan_store.save_result(scan)
     return scan, ""
 
 
-def note_of(source: str) -> str:
-    """What to say of figures that come from the cache."""
-    return FROM_CACHE.format(source)
+def format_cache_note(folder: str) -> str:
+    """Return the note on a result from the cache."""
+    return CACHE_NOTE.format(folder)
 
 
-def store() -> CacheFolder:
-    """Where all of it is kept."""
+def open_cache() -> CacheFolder:
+    """Return the cache of `pema-scan`, a folder in HF_HOME."""
     from huggingface_hub import constants
 
     return CacheFolder(Path(constants.HF_HOME) / "pema")
 
 
-def _remembered(store: CacheFolder, data: list[Any] | None, encoder: Encoder, vocab_size: int) -> Remembered | None:
-    """What is known of a scan; None where nothing tells whether it is the same."""
-    tokenizer = identity_of_tokenizer(encoder.tokenizer) if data is not None else None
-    if data is None or tokenizer is None:
+def _open_scan_store(
+    cache: CacheFolder, data_key: list[Any] | None, encoder: Encoder, vocab_size: int
+) -> ScanStore | None:
+    """Return the store of a scan; None if the data or the tokenizer have no key."""
+    tokenizer_key = compute_tokenizer_key(encoder.tokenizer) if data_key is not None else None
+    if data_key is None or tokenizer_key is None:
         return None
-    versions = [version(name) for name in READERS]
-    settings = [encoder.text_columns, encoder.max_length, vocab_size, encoder.batch]
-    return Remembered(store, sum_of([FORMAT, versions, data, tokenizer, settings]))
+    versions = [version(name) for name in LIBRARIES]
+    settings = [encoder.text_columns, encoder.max_length, vocab_size, encoder.batch_rows]
+    return ScanStore(cache, hash_json([FORMAT, versions, data_key, tokenizer_key, settings]))

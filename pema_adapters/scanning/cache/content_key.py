@@ -1,6 +1,6 @@
-"""Telling whether data and a tokenizer are the same as before: by their content, not by their names.
+"""Compute cache keys for data and tokenizers from their content, not from their names.
 
-The content of a file is read once; after that its size, inode and time of change stand for it, while they stay.
+The content of a file is hashed once. After that its size, inode and times identify it until one of them changes.
 """
 
 import hashlib
@@ -14,81 +14,96 @@ from typing import Any
 from pema_adapters.io.cache_folder import CacheFolder
 from pema_adapters.io.digest import sha256_file
 
-RECENT = 2e9  # nanoseconds: a file may change again within one tick of its clock, and keep its time
+CLOCK_TICK_NS = 2e9  # a file changed within a tick of the file system's clock may change again and keep its time
 
 
-def identity_of_path(path: Path, store: CacheFolder) -> list[Any]:
-    """Names and content of a file, or of all files below a folder but hidden ones.
+def compute_path_key(path: Path, store: CacheFolder) -> list[Any]:
+    """Return the names and hashes of a file, or of all files below a folder except hidden ones.
+
+    Args:
+        path: the file or folder. A file is known by its suffixes, not by its name.
+        store: keeps the hashes of files.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     if path.is_file():
-        return [["".join(path.suffixes[-2:]), _content(path, store)]]
-    return [[name, _content(path / name, store)] for name in _names(path)]
+        return [["".join(path.suffixes[-2:]), _hash_file(path, store)]]
+    return [[name, _hash_file(path / name, store)] for name in _list_files(path)]
 
 
-def state_of_folder(folder: Path) -> list[list[str]] | None:
-    """Names and states of the files of a folder (or of one file); None where one may change again unnoticed.
+def read_folder_state(folder: Path) -> list[list[str]] | None:
+    """Return the names and states of the files of a folder (or of one file), without reading them.
+
+    Returns:
+        None if a file is so new that it may change again and keep its time.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     files = sorted(path for path in (folder.iterdir() if folder.is_dir() else [folder]) if path.is_file())
-    if any(path.stat().st_mtime_ns >= time.time_ns() - RECENT for path in files):
+    if any(_is_recent(path) for path in files):
         return None
-    return [[str(path.resolve()), _state(path)] for path in files]
+    return [[str(path.resolve()), _read_file_state(path)] for path in files]
 
 
-def _names(folder: Path) -> list[str]:
+def get_dataset_key(split: Any) -> str | None:
+    """Return the fingerprint of a `datasets.Dataset`; None for a stream, which has none."""
+    fingerprint = getattr(split, "_fingerprint", None)  # a private name, but the key of the cache of `datasets`
+    return fingerprint if isinstance(fingerprint, str) else None
+
+
+def compute_tokenizer_key(tokenizer: Any) -> str | None:
+    """Return the hash of everything on which a tokenizer's ids depend.
+
+    Returns:
+        None for classes outside of transformers, whose code may do anything, and for parts that cannot be saved.
+    """
+    tokenizer_class = type(tokenizer)
+    if not tokenizer_class.__module__.startswith("transformers."):
+        return None
+    settings = [tokenizer_class.__qualname__, tokenizer.truncation_side, tokenizer.split_special_tokens]
+    try:
+        content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else _hash_saved_files(tokenizer)
+    except Exception:  # tokenizers raises no narrower class for parts written in Python, which cannot be saved
+        return None
+    return hash_json([*settings, content])
+
+
+def hash_json(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _list_files(folder: Path) -> list[str]:
     below = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return sorted(path.as_posix() for path in below if not any(part.startswith(".") for part in path.parts))
 
 
-def identity_of_dataset(split: Any) -> str | None:
-    """The fingerprint by which `datasets` itself knows a `Dataset`; None for a stream, which may give what it likes."""
-    fingerprint = getattr(split, "_fingerprint", None)  # the name is private, the thing is what its own cache goes by
-    return fingerprint if isinstance(fingerprint, str) else None
-
-
-def identity_of_tokenizer(tokenizer: Any) -> str | None:
-    """A sum of all that makes its ids; None for classes that are not of transformers, which may do anything."""
-    kind = type(tokenizer)
-    if not kind.__module__.startswith("transformers."):
-        return None
-    settings = [kind.__qualname__, tokenizer.truncation_side, tokenizer.split_special_tokens]
-    try:
-        made_of = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else _files_of(tokenizer)
-    except Exception:  # parts written in Python cannot be saved; tokenizers has no narrower class for it
-        return None
-    return sum_of([*settings, made_of])
-
-
-def _files_of(tokenizer: Any) -> list[list[str]]:
-    """A tokenizer in Python: the content of the files that it saves."""
+def _hash_saved_files(tokenizer: Any) -> list[list[str]]:
+    """Hash the files that a tokenizer written in Python saves."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return [[name, sha256_file(Path(folder, name))] for name in _names(Path(folder))]
+        return [[name, sha256_file(Path(folder, name))] for name in _list_files(Path(folder))]
 
 
-def sum_of(value: Any) -> str:
-    """The SHA-256 of a value of JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _content(path: Path, store: CacheFolder) -> str:
-    """The SHA-256 of a file, read only where the file is not known as it is."""
+def _hash_file(path: Path, store: CacheFolder) -> str:
+    """Return the SHA-256 of a file; read the file only if its state differs from that in the store."""
     entry = f"file-{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()}"
-    state = _state(path)
-    known = store.read(entry)
-    if known is not None and (found := known.decode().split("\n")) and found[0] == state:
-        return found[1]
-    content = sha256_file(path)
-    if _state(path) == state and path.stat().st_mtime_ns < time.time_ns() - RECENT:
-        store.write(entry, f"{state}\n{content}".encode())
-    return content
+    state = _read_file_state(path)
+    stored = store.read(entry)
+    if stored is not None and (lines := stored.decode().split("\n")) and lines[0] == state:
+        return lines[1]
+    digest = sha256_file(path)
+    if _read_file_state(path) == state and not _is_recent(path):
+        store.write(entry, f"{state}\n{digest}".encode())
+    return digest
 
 
-def _state(path: Path) -> str:
+def _is_recent(path: Path) -> bool:
+    return path.stat().st_mtime_ns >= time.time_ns() - CLOCK_TICK_NS
+
+
+def _read_file_state(path: Path) -> str:
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_dev} {status.st_ino}"

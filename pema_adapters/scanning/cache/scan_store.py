@@ -1,4 +1,4 @@
-"""What earlier scans found, and how far interrupted ones came, as entries of a `Store`."""
+"""Store the result of a scan, and the state of an interrupted one, in a `CacheFolder`."""
 
 import json
 import time
@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pema_adapters.io.cache_folder import CacheFolder
-from pema_adapters.scanning.bitmap import Grown
-from pema_adapters.scanning.progress import State
+from pema_adapters.scanning.bitmap import BitmapState
+from pema_adapters.scanning.progress import ScanState
 from pema_adapters.scanning.scanner import Scan
 
 SECONDS_BETWEEN_WRITES = 10.0
@@ -19,80 +19,87 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass
-class Remembered:
-    """One scan, by the sum of all that it depends on. Also what `scan_text` takes to resume."""
+class ScanStore:
+    """The entries of one scan in the cache; a `ResumeStore` for `scan_text`.
+
+    Args:
+        store: the cache.
+        key: the hash of everything on which the result depends.
+    """
 
     store: CacheFolder
     key: str
-    _state: State | None = field(default=None, init=False)
-    _written: float = field(default_factory=time.monotonic, init=False)
+    _state: ScanState | None = field(default=None, init=False)
+    _last_write: float = field(default_factory=time.monotonic, init=False)
 
-    def result(self) -> Scan | None:
-        """What the same scan found before."""
-        found = _read(self.store, f"scan-{self.key}")
-        if found is None:
+    def lookup(self) -> Scan | None:
+        """Return the stored result, or None."""
+        entry = _read_entry(self.store, f"scan-{self.key}")
+        if entry is None:
             return None
-        facts, arrays = found
-        return Scan(arrays["token_ids"].astype(np.intp), facts["tokens"], tuple(facts["columns"]), _points(arrays))
+        header, arrays = entry
+        token_ids = arrays["token_ids"].astype(np.intp)
+        return Scan(token_ids, header["tokens"], tuple(header["columns"]), _unpack_points(arrays))
 
-    def done(self, scan: Scan) -> None:
-        """Remember a result, and forget the way there."""
-        arrays: Arrays = {"token_ids": scan.token_ids.astype(np.int32), "growth": _array(scan.growth)}
-        _write(self.store, f"scan-{self.key}", {"tokens": scan.tokens, "columns": scan.columns}, arrays)
+    def save_result(self, scan: Scan) -> None:
+        """Store a result, and remove the state of the interrupted scan."""
+        arrays: Arrays = {"token_ids": scan.token_ids.astype(np.int32), "growth": _pack_points(scan.growth)}
+        _write_entry(self.store, f"scan-{self.key}", {"tokens": scan.tokens, "columns": scan.columns}, arrays)
         self.store.remove(f"partial-{self.key}")
 
-    def last(self) -> State | None:
-        """Where the same scan was interrupted."""
-        found = _read(self.store, f"partial-{self.key}")
-        if found is None:
+    def load_state(self) -> ScanState | None:
+        """Return the state of the interrupted scan, or None."""
+        entry = _read_entry(self.store, f"partial-{self.key}")
+        if entry is None:
             return None
-        facts, arrays = found
-        grown = Grown(arrays["seen"], facts.pop("tokens"), _points(arrays))
-        self._state = State(grown=grown, columns=tuple(facts.pop("columns")), **facts)
+        header, arrays = entry
+        bitmap = BitmapState(arrays["seen"], header.pop("tokens"), _unpack_points(arrays))
+        self._state = ScanState(bitmap=bitmap, columns=tuple(header.pop("columns")), **header)
         return self._state
 
-    def keep(self, state: State) -> None:
-        """Take over a state; write it when the last one on the disk is old."""
+    def save_state(self, state: ScanState) -> None:
+        """Keep a state in memory; write it to disk every SECONDS_BETWEEN_WRITES."""
         self._state = state
-        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+        if time.monotonic() - self._last_write >= SECONDS_BETWEEN_WRITES:
             self._write_state(state)
 
-    def interrupted(self) -> None:
+    def handle_interrupt(self) -> None:
         """Write the last state.
 
         Raises:
-            KeyboardInterrupt: that the scan can go on from there; its message says so.
+            KeyboardInterrupt: the state is written; the message names the row from which the scan resumes.
         """
         if self._state is not None and self._write_state(self._state):
             raise KeyboardInterrupt(f"the same command goes on from row {self._state.rows:,}") from None
 
-    def _write_state(self, state: State) -> bool:
-        facts: dict[str, Any] = {"split": state.split, "steps": state.steps, "rows": state.rows}
-        facts |= {"columns": state.columns, "tokens": state.grown.tokens}
-        arrays: Arrays = {"seen": state.grown.seen, "growth": _array(state.grown.points)}
-        self._written = time.monotonic()
-        return _write(self.store, f"partial-{self.key}", facts, arrays)
+    def _write_state(self, state: ScanState) -> bool:
+        header: dict[str, Any] = {"split": state.split, "steps": state.steps, "rows": state.rows}
+        header |= {"columns": state.columns, "tokens": state.bitmap.tokens}
+        arrays: Arrays = {"seen": state.bitmap.seen, "growth": _pack_points(state.bitmap.points)}
+        self._last_write = time.monotonic()
+        return _write_entry(self.store, f"partial-{self.key}", header, arrays)
 
 
-def _read(store: CacheFolder, name: str) -> tuple[dict[str, Any], Arrays] | None:
+def _read_entry(store: CacheFolder, name: str) -> tuple[dict[str, Any], Arrays] | None:
     from safetensors.numpy import load
 
     content = store.read(name)
     if content is None:
         return None
-    facts, _, arrays = content.partition(b"\n")
-    return json.loads(facts), load(arrays)
+    header, _, arrays = content.partition(b"\n")
+    return json.loads(header), load(arrays)
 
 
-def _write(store: CacheFolder, name: str, facts: dict[str, Any], arrays: Arrays) -> bool:
+def _write_entry(store: CacheFolder, name: str, header: dict[str, Any], arrays: Arrays) -> bool:
+    """Write an entry: one line of JSON, then safetensors."""
     from safetensors.numpy import save
 
-    return store.write(name, json.dumps(facts).encode() + b"\n" + save(arrays))
+    return store.write(name, json.dumps(header).encode() + b"\n" + save(arrays))
 
 
-def _array(points: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
+def _pack_points(points: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
     return np.array(points, dtype=np.int64).reshape(-1, 2)
 
 
-def _points(arrays: Arrays) -> tuple[tuple[int, int], ...]:
+def _unpack_points(arrays: Arrays) -> tuple[tuple[int, int], ...]:
     return tuple((tokens, distinct) for tokens, distinct in arrays["growth"].tolist())

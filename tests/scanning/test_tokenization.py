@@ -1,4 +1,4 @@
-"""Text to ids: the fast way gives what `tokenizer(...)["input_ids"]` gives, for every kind of tokenizer."""
+"""The fast way to tokenize equals `tokenizer(...)["input_ids"]` for every kind of tokenizer."""
 
 import pickle
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pema_adapters.errors import VocabularyError
-from pema_adapters.scanning.tokenize import as_it_was, tokenizing
+from pema_adapters.scanning.tokenization import choose_tokenizer, preserve_settings
 from tests.words import Words
 
 TRAINED_ON = ["the cat sat on the mat", "a naïve café, a 猫 and the cat", "Two  spaces\tand a tab"] * 3
@@ -69,7 +69,7 @@ def with_added_tokens():
 
 
 def left_and_busy():
-    """Settings of its own that must neither count nor change: padding and truncation in its Rust half."""
+    """Return a tokenizer with padding and truncation in its Rust backend, which a scan must ignore and keep."""
     tokenizer = byte_level(add_prefix_space=True)
     tokenizer.truncation_side = "left"
     tokenizer.backend_tokenizer.enable_padding(length=50)
@@ -104,7 +104,7 @@ BATCHES = {
 
 
 def by_hand(tokenizer, value, max_length):
-    """One value, as training would, in a batch of its own: alone, `tokenizer(a, "")` would be no pair."""
+    """Tokenize one value in a batch of its own, as training would."""
     if value is None:
         return []
     texts = value if isinstance(value, tuple) else (value,)
@@ -120,9 +120,9 @@ def rows_of(encoded):
 @pytest.mark.parametrize("max_length", [None, 7])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_ids_are_those_of_the_call(kind, batch, max_length):
+def test_ids_equal_those_of_the_tokenizer_call(kind, batch, max_length):
     tokenizer, columns = TOKENIZERS[kind], BATCHES[batch]
-    work = tokenizing(tokenizer, max_length, columns)
+    work = choose_tokenizer(tokenizer, max_length, columns)
     assert work.in_rust
     expected = [by_hand(tokenizer, value, max_length) for row in zip(*columns, strict=True) for value in row]
     assert rows_of(work(columns)) == expected
@@ -131,42 +131,42 @@ def test_ids_are_those_of_the_call(kind, batch, max_length):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_text_truncated_anywhere(data):
+def test_truncated_text_equals_the_tokenizer_call(data):
     tokenizer = TOKENIZERS[data.draw(st.sampled_from(sorted(TOKENIZERS)))]
     text = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(TEXTS)
     values = data.draw(st.lists(text | st.tuples(text, text) | st.none(), min_size=1, max_size=5))
     max_length = data.draw(st.none() | st.integers(5, 12))
-    work = tokenizing(tokenizer, max_length, [["the cat"]])
+    work = choose_tokenizer(tokenizer, max_length, [["the cat"]])
     assert work.in_rust
     assert rows_of(work([values])) == [by_hand(tokenizer, value, max_length) for value in values]
 
 
-def test_the_tokenizer_stays_as_it_is():
+def test_the_settings_of_the_tokenizer_are_restored():
     tokenizer = left_and_busy()
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     before = backend.to_str(), backend.padding, backend.truncation
-    with as_it_was(tokenizer):
-        tokenizing(tokenizer, 9, [["the cat"]])
+    with preserve_settings(tokenizer):
+        choose_tokenizer(tokenizer, 9, [["the cat"]])
         assert backend.to_str() != before[0]
     assert (backend.to_str(), backend.padding, backend.truncation) == before
     assert backend.encode_special_tokens
-    with as_it_was(Words()):  # a tokenizer in Python has no such half
+    with preserve_settings(Words()):  # a tokenizer in Python has no Rust backend
         pass
 
 
-def test_place():
-    encoded = tokenizing(word_piece(), None, [["the"]])([["the cat", None], [None, "mat"]])
+def test_locate_returns_row_and_column():
+    encoded = choose_tokenizer(word_piece(), None, [["the"]])([["the cat", None], [None, "mat"]])
     assert encoded.rows == 2
-    places = [encoded.place(position) for position in range(len(encoded.ids))]
+    places = [encoded.locate(position) for position in range(len(encoded.ids))]
     assert places == [(0, 0)] * int(encoded.lengths[0]) + [(1, 1)] * int(encoded.lengths[3])
 
 
-# ---- tokenizers that keep their own way
+# ---- tokenizers that are called
 
 
 class Doubling(PreTrainedTokenizerFast):
-    """A class from elsewhere, whose call does what Rust knows nothing of."""
+    """A class outside of transformers whose call differs from the Rust backend."""
 
     def __call__(self, *args, **options):
         encoded = super().__call__(*args, **options)
@@ -174,32 +174,32 @@ class Doubling(PreTrainedTokenizerFast):
         return encoded
 
 
-def test_a_call_of_its_own():
+def test_classes_outside_transformers_are_called():
     tokenizer = Doubling(tokenizer_object=word_piece()._tokenizer)
-    work = tokenizing(tokenizer, None, [["the cat"]])
+    work = choose_tokenizer(tokenizer, None, [["the cat"]])
     assert not work.in_rust
     assert rows_of(work([["a cat"]])) == [tokenizer(["a cat"])["input_ids"][0]]
 
 
-def test_a_call_that_disagrees_in_the_sample():
-    """Also of a class of transformers, should one ever do more than Rust."""
+def test_a_tokenizer_that_disagrees_on_the_sample_is_called():
+    """Even a class of transformers is called, if it differs from the Rust backend."""
     kind = type("Doubling", (Doubling,), {"__module__": "transformers.models.doubling"})
-    work = tokenizing(kind(tokenizer_object=word_piece()._tokenizer), None, [["the cat"]])
+    work = choose_tokenizer(kind(tokenizer_object=word_piece()._tokenizer), None, [["the cat"]])
     assert not work.in_rust
 
 
 class Letters:
-    """A part in Python, which Rust calls."""
+    """A pre-tokenizer in Python, which Rust calls."""
 
     def pre_tokenize(self, text):
         text.split(lambda _, part: [part[at : at + 1] for at in range(len(str(part)))])
 
 
-def test_parts_in_python():
+def test_rust_calls_parts_written_in_python():
     letters = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Letters())
-    work = tokenizing(tokenizer, None, [["ab"]])
+    work = choose_tokenizer(tokenizer, None, [["ab"]])
     assert rows_of(work([["abc"]])) == [[0, 1, 2]]
 
 
@@ -210,19 +210,19 @@ def slow(tmp_path):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_tokenizers_in_python(batch, slow):
+def test_python_tokenizers_are_called(batch, slow):
     columns = [[value for value in values if value not in ([], ([], ["the", "cat"]))] for values in BATCHES[batch]]
-    work = tokenizing(slow, 6, columns)
+    work = choose_tokenizer(slow, 6, columns)
     assert not work.in_rust
     expected = [by_hand(slow, value, 6) for row in zip(*columns, strict=True) for value in row]
     assert rows_of(work(columns)) == expected
 
 
-def test_tokenizers_in_python_refuse_no_words(slow):
+def test_errors_of_python_tokenizers_are_translated(slow):
     with pytest.raises(VocabularyError, match="BertTokenizer refuses the text: list index out of range"):
-        tokenizing(slow, None, [[[]]])
+        choose_tokenizer(slow, None, [[[]]])
 
 
-def test_what_the_tokenizer_refuses():
+def test_errors_of_rust_tokenizers_are_translated():
     with pytest.raises(VocabularyError, match=r"RobertaTokenizerFast refuses the text: .*add_prefix_space=True"):
-        tokenizing(byte_level(add_prefix_space=False), None, [[["two", "words"]]])
+        choose_tokenizer(byte_level(add_prefix_space=False), None, [[["two", "words"]]])
