@@ -1,7 +1,7 @@
-"""A merge in place: the files of the base are patched, with a journal that can put every byte back.
+"""Merging into the base's own files, with a journal that can restore every byte.
 
-Nothing is changed before the journal is complete and on disk. A crash leaves the base untouched, complete, or with an
-armed journal that `roll_back_interrupted` follows.
+Nothing is changed before the journal is complete and on disk. A crash leaves the base untouched, complete, or with a
+journal that `roll_back_interrupted` follows.
 """
 
 import os
@@ -55,27 +55,27 @@ def merge_in_place(work: InPlaceMerge, verify: bool, advance: Advance) -> int:
     """
     plan, base = work.plan, work.base
     check_in_place(base)
-    todo = plan_changes(plan, base)
-    check_free(base, todo.journal_size)
-    expected = {file.name: _sha256_of_changes(file) for file in plan.files if verify and todo.touches(file.name)}
+    changes = plan_changes(plan, base)
+    check_free(base, changes.journal_size)
+    expected = {file.name: _sha256_of_changes(file) for file in plan.files if verify and changes.touches(file.name)}
     undo_journal.discard(base)
-    is_done, armed = False, None
+    is_done, journal = False, None
     try:
-        armed = undo_journal.commit_journal(base, todo, work.report)
+        journal = undo_journal.commit_journal(base, changes, work.report)
         check_unchanged(work.files)
-        written, digests = _apply_changes(work, todo, advance)
+        written, digests = _apply_changes(work, changes, advance)
         if verify:
             _verify(plan, base, expected, advance)
-        check_unchanged(_not_written(work.files, todo, base))
-        _check_outside_ranges(todo, base, armed)
+        check_unchanged(_not_written(work.files, changes, base))
+        _check_outside_ranges(changes, base, journal)
         outcome = {"bytes_written": written, "max_rounding_error": plan.rounding.largest}
         with defer_interrupts():
-            undo_journal.mark_done(base, armed, {**work.report, **outcome}, digests)
+            undo_journal.mark_done(base, journal, {**work.report, **outcome}, digests)
             is_done = True
     except BaseException as error:
         if is_done:
             raise _error_after_commit(base, error) from None
-        _rollback_on_error(base, error, is_committed=armed is not None)
+        _rollback_on_error(base, error, is_committed=journal is not None)
         if isinstance(error, KeyboardInterrupt):
             raise type(error)(f"{base} is as it was") from None
         if isinstance(error, OSError):
@@ -84,17 +84,17 @@ def merge_in_place(work: InPlaceMerge, verify: bool, advance: Advance) -> int:
     return written
 
 
-def _not_written(files: Iterable[InputFile], todo: ChangeSet, base: Path) -> list[InputFile]:
+def _not_written(files: Iterable[InputFile], changes: ChangeSet, base: Path) -> list[InputFile]:
     """The input files that the merge itself does not write."""
-    own = {base / name for name in (*todo.patched, *todo.renamed, *(file.name for file in todo.new))}
+    own = {base / name for name in (*changes.patched, *changes.renamed, *(file.name for file in changes.new))}
     return [file for file in files if file.path not in own]
 
 
-def _check_outside_ranges(todo: ChangeSet, base: Path, armed: undo_journal.Journal) -> None:
+def _check_outside_ranges(changes: ChangeSet, base: Path, journal: undo_journal.Journal) -> None:
     """Raise `InputChangedError` if somebody else wrote to a file while it was patched."""
-    for name, ranges in todo.patched.items():
-        path = base / todo.renamed.get(name, name)
-        if sample_outside(path, ranges) != armed.samples[name]:
+    for name, ranges in changes.patched.items():
+        path = base / changes.renamed.get(name, name)
+        if sample_outside(path, ranges) != journal.samples[name]:
             raise InputChangedError(f"{path}: changed while it was in use: somebody else wrote to it during the merge")
 
 
@@ -178,7 +178,7 @@ def undo(base: Path) -> dict[str, Any]:
         return _restore(base)
 
 
-def _apply_changes(work: InPlaceMerge, todo: ChangeSet, advance: Advance) -> tuple[int, dict[str, str]]:
+def _apply_changes(work: InPlaceMerge, changes: ChangeSet, advance: Advance) -> tuple[int, dict[str, str]]:
     """Patch, rename, and put new files in place, all on disk.
 
     Returns the bytes written, and the sha256 of what every patched file holds in its ranges now.
@@ -186,21 +186,21 @@ def _apply_changes(work: InPlaceMerge, todo: ChangeSet, advance: Advance) -> tup
     plan, base = work.plan, work.base
     written, digests = 0, {}
     for file in plan.files:
-        name = todo.name_in_base(file.name)
-        if name in todo.patched:
-            count, digests[name] = _patch(file, base / name, todo.patched[name])
+        name = changes.name_in_base(file.name)
+        if name in changes.patched:
+            count, digests[name] = _patch(file, base / name, changes.patched[name])
             written += count
         advance(file.size)
-    for old, name in todo.renamed.items():
+    for old, name in changes.renamed.items():
         (base / old).replace(base / name)
-    for number, file in enumerate(todo.new):
+    for number, file in enumerate(changes.new):
         path = base / file.name
         for folder in reversed(Path(file.name).parents[:-1]):  # none of `base` itself, which somebody may have removed
             (base / folder).mkdir(exist_ok=True)
         check_unchanged(found for found in work.files if found.path == path)
         (base / JOURNAL_DIR / "new" / str(number)).replace(path)
         written += file.size
-    names = (*todo.renamed.values(), *(file.name for file in todo.new))
+    names = (*changes.renamed.values(), *(file.name for file in changes.new))
     for folder in sorted({base / parent for name in names for parent in Path(name).parents}):
         sync_folder(folder)
     return written, digests

@@ -86,9 +86,9 @@ def write_copy(parts: Iterable[bytes], path: Path, like: Path | None = None) -> 
         return [size, digest.hexdigest()]
 
 
-def read_originals(base: Path, todo: ChangeSet) -> Iterator[bytes]:
+def read_originals(base: Path, changes: ChangeSet) -> Iterator[bytes]:
     """Yield the original bytes of all ranges, a few MB at a time."""
-    for name, ranges in todo.patched.items():
+    for name, ranges in changes.patched.items():
         with (base / name).open("rb", buffering=0) as file:
             parts, size = [], 0
             for begin, end in split_ranges(ranges):
@@ -109,8 +109,8 @@ def split_ranges(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
             yield begin, min(begin + CHUNK, offset + length)
 
 
-def encode_ranges(todo: ChangeSet) -> bytes:
+def encode_ranges(changes: ChangeSet) -> bytes:
     """`ranges.npy`: (number of the patched file, offset, length) of every range, int64 [n, 3]."""
-    parts = [np.insert(ranges, 0, number, axis=1) for number, ranges in enumerate(todo.patched.values())]
+    parts = [np.insert(ranges, 0, number, axis=1) for number, ranges in enumerate(changes.patched.values())]
     np.save(file := BytesIO(), np.concatenate([np.empty((0, 3), np.int64), *parts]))
     return file.getvalue()

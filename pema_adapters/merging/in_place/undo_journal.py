@@ -1,6 +1,6 @@
 """The undo journal of a merge in place: what the base held before, so that it can hold it again.
 
-`BASE/.pema-undo` is built under another name and renamed when it is complete: from then on it is armed, and whoever
+`BASE/.pema-undo` is built under another name and renamed when it is complete: from then on it is committed, and whoever
 finds it unfinished puts the base back. It holds `journal.json`, `undo.bin` (the bytes of every range that is written
 over, in order), `ranges.npy` (int64 [n, 3]: number of the file, offset, length), `saved/N` (small files that are
 replaced) and `new/N` (what is to be put in place, already on disk).
@@ -59,25 +59,25 @@ class Journal:
     samples: dict[str, str] = field(default_factory=dict)
 
 
-def commit_journal(base: Path, todo: ChangeSet, report: dict[str, Any]) -> Journal:
+def commit_journal(base: Path, changes: ChangeSet, report: dict[str, Any]) -> Journal:
     """Save what will change and what will take its place, all of it on disk before this returns."""
     folder = base / PARTIAL_DIR
     folder.mkdir(mode=0o700)  # it holds copies of files that others may not be allowed to read
-    parts = [folder / part for part, files in (("saved", todo.replaced), ("new", todo.new)) if files]
+    parts = [folder / part for part, files in (("saved", changes.replaced), ("new", changes.new)) if files]
     for part in parts:
         part.mkdir()
-    sums = {"undo.bin": write_copy(read_originals(base, todo), folder / "undo.bin")}
-    sums["ranges.npy"] = save_copy(encode_ranges(todo), folder / "ranges.npy")
-    for number, file in enumerate(todo.replaced):
+    sums = {"undo.bin": write_copy(read_originals(base, changes), folder / "undo.bin")}
+    sums["ranges.npy"] = save_copy(encode_ranges(changes), folder / "ranges.npy")
+    for number, file in enumerate(changes.replaced):
         data = (base / file.name).read_bytes()
         sums[f"saved/{number}"] = save_copy(data, folder / "saved" / str(number), like=base / file.name)
     made = {}
-    for number, file in enumerate(todo.new):
+    for number, file in enumerate(changes.new):
         made[file.name] = save_copy(file, folder / "new" / str(number))
         copy_mode(folder / "new" / str(number), base, file.name)
     for part in parts:
         sync_folder(part)
-    journal = _journal(base, todo, sums, report, made)
+    journal = _journal(base, changes, sums, report, made)
     write_journal(folder, journal)
     folder.replace(base / JOURNAL_DIR)
     sync_folder(base)
@@ -85,13 +85,15 @@ def commit_journal(base: Path, todo: ChangeSet, report: dict[str, Any]) -> Journ
 
 
 def _journal(
-    base: Path, todo: ChangeSet, sums: dict[str, Digest], report: dict[str, Any], made: dict[str, Digest]
+    base: Path, changes: ChangeSet, sums: dict[str, Digest], report: dict[str, Any], made: dict[str, Digest]
 ) -> Journal:
-    sizes = {name: (base / name).stat().st_size for name in todo.patched}
-    replaced, created = ([file.name for file in files] for files in (todo.replaced, todo.created))
-    samples = {name: sample_outside(base / name, ranges) for name, ranges in todo.patched.items()}
+    sizes = {name: (base / name).stat().st_size for name in changes.patched}
+    replaced, created = ([file.name for file in files] for files in (changes.replaced, changes.created))
+    samples = {name: sample_outside(base / name, ranges) for name, ranges in changes.patched.items()}
     folders = _new_folders(base, created)
-    return Journal(PATCHING, sizes, replaced, created, folders, sums, report, todo.renamed, made=made, samples=samples)
+    return Journal(
+        PATCHING, sizes, replaced, created, folders, sums, report, changes.renamed, made=made, samples=samples
+    )
 
 
 def mark_done(base: Path, journal: Journal, report: dict[str, Any], written: dict[str, str]) -> None:
@@ -196,7 +198,7 @@ def _checked_bytes(ranges: np.ndarray, size: int) -> int:
 
 
 def discard(base: Path) -> None:
-    """Remove a journal that was never armed, or is not any more. Raises `MergeError` where the system refuses."""
+    """Remove a journal that was never committed, or is not any more. Raises `MergeError` where the system refuses."""
     try:
         if (base / PARTIAL_DIR).exists():
             shutil.rmtree(base / PARTIAL_DIR)

@@ -15,9 +15,9 @@ STEP = 16 << 20
 class Patcher:
     """A file being written over; `written` counts the bytes."""
 
-    def __init__(self, fd: int, behind: Executor) -> None:
+    def __init__(self, fd: int, executor: Executor) -> None:
         self.fd, self.written = fd, 0
-        self._behind, self._asked = behind, 0
+        self._executor, self._asked = executor, 0
         self._pending: Future[None] | None = None
 
     def write(self, data: Bytes, at: int) -> None:
@@ -26,7 +26,7 @@ class Patcher:
         self.written += len(data)
         if self.written - self._asked >= STEP and (self._pending is None or self._pending.done()):
             self.wait()
-            self._pending, self._asked = self._behind.submit(_sync, self.fd), self.written
+            self._pending, self._asked = self._executor.submit(_sync, self.fd), self.written
 
     def wait(self) -> None:
         """Have what the disk was asked for on it. Raises OSError where that failed: the system tells it only once."""
@@ -39,8 +39,8 @@ def open_patcher(path: Path) -> Iterator[Patcher]:
     """Write over the file `path`, which is no link; all is on disk when the block ends."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     try:
-        with ThreadPoolExecutor(1) as behind:
-            patcher = Patcher(fd, behind)
+        with ThreadPoolExecutor(1) as executor:
+            patcher = Patcher(fd, executor)
             yield patcher
             patcher.wait()
         os.fsync(fd)

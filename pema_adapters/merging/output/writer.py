@@ -64,8 +64,8 @@ def clone_range(target: int, source: int, at: int, to: int, length: int) -> bool
 class OutputFile:
     """A file being written; `advance` hears of every byte. `cloned` counts those that share the source's blocks."""
 
-    def __init__(self, fd: int, behind: Executor, advance: Advance) -> None:
-        self.fd, self.behind, self.advance = fd, behind, advance
+    def __init__(self, fd: int, executor: Executor, advance: Advance) -> None:
+        self.fd, self.executor, self.advance = fd, executor, advance
         self.cloned = 0
         self.can_clone = sys.platform == "linux"
 
@@ -88,14 +88,14 @@ class OutputFile:
         The advice starts the writing and drops pages that are clean already. It may block, hence the other thread.
         """
         if end - begin >= WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):
-            self.behind.submit(os.posix_fadvise, self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            self.executor.submit(os.posix_fadvise, self.fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _write_file(file: PlannedFile, path: Path, advance: Advance) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with ThreadPoolExecutor(1) as behind:
-            sink = OutputFile(fd, behind, advance)
+        with ThreadPoolExecutor(1) as executor:
+            sink = OutputFile(fd, executor, advance)
             for start, segment in zip(file.starts, file.segments, strict=False):
                 write_segment(segment, sink, start)
         os.fsync(fd)

@@ -1,4 +1,4 @@
-"""The files of the output that are not its weights: what is carried over, and what stays an adapter."""
+"""The files of the output that are not its weights: those that are copied through, and what stays an adapter."""
 
 from pathlib import Path
 
