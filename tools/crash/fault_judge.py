@@ -178,7 +178,7 @@ def _is_excused(case: Case, state: State) -> bool:
         return True
     if run.code == -15:
         return is_journaled
-    missing = case.expected.before[0].keys() - state.keys()
+    missing = set.intersection(*(before.keys() - state.keys() for before in case.expected.before))
     is_lost = any(
         name.startswith(("base", "delta", "work/out")) and not name.startswith("base/.pema-undo") for name in missing
     )
@@ -211,6 +211,11 @@ def _judge_next_runs(case: Case, state: State) -> list[str]:
         if mode.is_base_changed or case.fault.action.endswith(("-appears", "-appear", "-edited")):
             return []  # no telling what would be right
         place.restore_inputs(mode.base)
+    if mode.name.startswith("in-place") and case.run.errors.rstrip().endswith("run --undo"):  # do what it says
+        run = place.server.run(mode.last(place) or [])
+        if run.code:
+            return [f"--undo fails: {run.errors.strip()}"]
+        state = place.state()
     again = mode.again(place, state in plain.after or f"work/out/{MARKER}" in state or case.run.code == 0)
     if again is not None:
         run = place.server.run(again)
