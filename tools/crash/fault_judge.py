@@ -178,7 +178,9 @@ def _is_excused(case: Case, state: State) -> bool:
         return True
     if run.code == -15:
         return is_journaled
-    missing = set.intersection(*(before.keys() - state.keys() for before in case.expected.before))
+    missing = set.intersection(
+        *(known.keys() - state.keys() for known in (*case.expected.before, *case.expected.after))
+    )
     is_lost = any(
         name.startswith(("base", "delta", "work/out")) and not name.startswith("base/.pema-undo") for name in missing
     )
@@ -219,7 +221,8 @@ def _judge_next_runs(case: Case, state: State) -> list[str]:
     again = mode.again(place, state in plain.after or f"work/out/{MARKER}" in state or case.run.code == 0)
     if again is not None:
         run = place.server.run(again)
-        if "nothing to undo" in run.errors and RESTORED.search(case.run.errors):
+        is_known = RESTORED.search(case.run.errors) or "cannot be read any more" in case.run.errors
+        if "nothing to undo" in run.errors and is_known:
             return []
         if run.code:
             return [f"the next run fails: {run.errors.strip()}"]

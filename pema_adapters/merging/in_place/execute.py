@@ -143,7 +143,11 @@ def _restore(base: Path) -> dict[str, Any]:
             raise MergeError(f"{error}; {_describe_progress(base)}") from error
         return rollback.journal.report
     except OSError as error:
-        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {_describe_progress(base)}") from error
+        try:
+            progress = _describe_progress(base)
+        except OSError:
+            progress = f"{base} cannot be read any more: run --undo again when it can"
+        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {progress}") from error
     except KeyboardInterrupt as error:
         raise type(error)(_describe_progress(base)) from None
 
@@ -157,7 +161,7 @@ def _describe_progress(base: Path) -> str:
     try:
         if undo_journal.read_state(base) == DONE:
             return f"{base} is still merged, nothing was undone"
-    except (OSError, MergeError):
+    except (OSError, PemaError):
         pass
     return f"{base} is restored in part, its undo journal is intact: run --undo again"
 
