@@ -31,10 +31,17 @@ def raise_on_signals() -> Iterator[None]:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     """Raise the exception for a signal; in a finalizer, where Python drops exceptions, a moment later."""
-    if frame is not None and frame.f_code.co_name == "__del__":
+    if _is_in_finalizer(frame):
         threading.Timer(RETRY_SECONDS, signal.raise_signal, (number,)).start()
         return
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _is_in_finalizer(frame: FrameType | None) -> bool:
+    """Whether the frame, or one that called it, is a `__del__`."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
