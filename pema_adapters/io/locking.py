@@ -17,6 +17,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+BUSY = "another merge is changing or reading it; wait for that to end"
+"""What `hold_lock` says of a base or delta in use."""
 IS_AVAILABLE = fcntl is not None
 """Whether the system has `flock`."""
 

@@ -12,7 +12,7 @@ from pema_adapters.formats.delta import Delta, read_delta
 from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
 from pema_adapters.hub.card import README
 from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
-from pema_adapters.io.locking import check_platform, hold_lock
+from pema_adapters.io.locking import BUSY, check_platform, hold_lock
 from pema_adapters.io.progress import ProgressBar
 from pema_adapters.merging.in_place.undo_journal import PATCHING, read_state
 from pema_adapters.merging.output.free_space import check_space
@@ -26,8 +26,6 @@ from pema_adapters.merging.plan.segments import BytesSegment
 from pema_adapters.merging.planning.base_folder import BaseRequest, locate_base
 from pema_adapters.merging.planning.planner import PlanOptions, plan_merge
 from pema_adapters.merging.report import MergeReport
-
-BUSY = "another merge is changing or reading it; wait for that to end"
 
 
 @dataclass(frozen=True)

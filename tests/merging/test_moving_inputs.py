@@ -12,7 +12,7 @@ from pema_adapters.errors import InputChangedError
 from pema_adapters.merging import api
 from pema_adapters.merging.in_place import execute
 from tests.merging.conftest import T, noise, write
-from tests.merging.in_place.test_execute import content
+from tests.merging.in_place.plans import content
 
 
 def rewrite(path):

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pema_adapters import push_merged_to_hub
 from pema_adapters.errors import FormatError, MergeError
-from tests.publishing.test_push import BASE, MERGED, account, base, delta  # noqa: F401 - fixtures
+from tests.publishing.repositories import BASE, MERGED
 
 CARD = b"---\nlicense: apache-2.0\n---\n\n# Mine\n"
 SECTION = b"\n## Intended use\n\nWritten by hand.\n"
@@ -16,7 +16,7 @@ COMMIT = "POST .*/commit/"
 
 
 @pytest.fixture
-def shards(base, tmp_path):  # noqa: F811
+def shards(base, tmp_path):
     """The same base in several files."""
     folder = tmp_path / "shards"
     AutoModelForSequenceClassification.from_pretrained(base.folder).save_pretrained(folder, max_shard_size="20KB")
@@ -39,7 +39,7 @@ def check_weights(files):
         assert weights == set(json.loads(files["model.safetensors.index.json"])["weight_map"].values())
 
 
-def test_a_section_written_just_before_survives(account, delta):  # noqa: F811
+def test_a_section_written_just_before_survives(account, delta):
     account.publish(MERGED, {"README.md": CARD})
     account.fail(COMMIT, before=lambda: commit(account, README_md=CARD + SECTION))
     push_merged_to_hub(BASE, delta, MERGED)
@@ -53,7 +53,7 @@ def test_a_section_written_just_before_survives(account, delta):  # noqa: F811
     ]
 
 
-def test_what_is_uploaded_is_not_sent_again_after_a_conflict(account, delta):  # noqa: F811
+def test_what_is_uploaded_is_not_sent_again_after_a_conflict(account, delta):
     account.publish(MERGED, {"README.md": CARD})
     account.fail(COMMIT, before=lambda: commit(account, README_md=CARD + SECTION))
     push_merged_to_hub(BASE, delta, MERGED)
@@ -61,7 +61,7 @@ def test_what_is_uploaded_is_not_sent_again_after_a_conflict(account, delta):  #
 
 
 @pytest.mark.parametrize("is_first_sharded", [True, False])
-def test_a_push_during_a_push(account, delta, shards, is_first_sharded):  # noqa: F811
+def test_a_push_during_a_push(account, delta, shards, is_first_sharded):
     first, second = (shards, BASE) if is_first_sharded else (BASE, shards)
     account.fail(COMMIT, before=lambda: push_merged_to_hub(second, delta, MERGED))
     push_merged_to_hub(first, delta, MERGED)
@@ -71,12 +71,12 @@ def test_a_push_during_a_push(account, delta, shards, is_first_sharded):  # noqa
     assert len(account.commits(MERGED)) == 3
 
 
-def test_two_pushes_at_once(account, delta, shards):  # noqa: F811
+def test_two_pushes_at_once(account, delta, shards):
     """However the two interleave."""
     account.publish(MERGED, {"README.md": CARD})
     start, errors = threading.Barrier(2), []
 
-    def push(base):  # noqa: F811
+    def push(base):
         start.wait()
         try:
             push_merged_to_hub(base, delta, MERGED, progress=False)
@@ -92,14 +92,14 @@ def test_two_pushes_at_once(account, delta, shards):  # noqa: F811
     check_weights(account.files(MERGED))
 
 
-def test_a_file_that_is_gone_need_not_be_deleted(account, delta):  # noqa: F811
+def test_a_file_that_is_gone_need_not_be_deleted(account, delta):
     account.publish(MERGED, {"README.md": CARD, "pytorch_model.bin": b"old"})
     account.fail(COMMIT, before=lambda: account.publish(MERGED, {"README.md": CARD}))
     push_merged_to_hub(BASE, delta, MERGED)
     check_weights(account.files(MERGED))
 
 
-def test_weights_that_came_meanwhile_are_deleted(account, delta):  # noqa: F811
+def test_weights_that_came_meanwhile_are_deleted(account, delta):
     account.publish(MERGED, {"README.md": CARD})
     account.fail(COMMIT, before=lambda: account.publish(MERGED, {"README.md": CARD, "pytorch_model.bin": b"new"}))
     push_merged_to_hub(BASE, delta, MERGED)
@@ -107,7 +107,7 @@ def test_weights_that_came_meanwhile_are_deleted(account, delta):  # noqa: F811
     check_weights(account.files(MERGED))
 
 
-def test_others_push_all_the_time(account, delta):  # noqa: F811
+def test_others_push_all_the_time(account, delta):
     account.publish(MERGED, {"README.md": CARD})
     texts = iter(range(99))
     account.fail(COMMIT, before=lambda: commit(account, notes_txt=b"%d" % next(texts)), times=99)
@@ -116,7 +116,7 @@ def test_others_push_all_the_time(account, delta):  # noqa: F811
     assert account.files(MERGED) == {"README.md": CARD, "notes.txt": b"4"}
 
 
-def test_the_folder_is_written_once(account, delta, tmp_path):  # noqa: F811
+def test_the_folder_is_written_once(account, delta, tmp_path):
     account.publish(MERGED, {"README.md": CARD})
     account.fail(COMMIT, before=lambda: commit(account, README_md=CARD + SECTION))
     push_merged_to_hub(BASE, delta, MERGED, tmp_path / "copy")
@@ -125,7 +125,7 @@ def test_the_folder_is_written_once(account, delta, tmp_path):  # noqa: F811
     assert (tmp_path / "copy" / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
-def test_a_pull_request_starts_where_it_was_planned(account, delta):  # noqa: F811
+def test_a_pull_request_starts_where_it_was_planned(account, delta):
     account.publish(MERGED, {"README.md": CARD, "pytorch_model.bin": b"old"})
     planned = account.commits(MERGED)[0].id
     account.fail(COMMIT, before=lambda: account.publish(MERGED, {"README.md": CARD}))
@@ -134,7 +134,7 @@ def test_a_pull_request_starts_where_it_was_planned(account, delta):  # noqa: F8
     check_weights(account.files(MERGED, "refs/pr/1"))
 
 
-def test_a_card_in_another_encoding_is_not_lost(account, delta):  # noqa: F811
+def test_a_card_in_another_encoding_is_not_lost(account, delta):
     card = CARD + "Größe".encode("latin-1")
     account.publish(MERGED, {"README.md": card})
     with pytest.raises(FormatError, match=r"team/merged: README.md is not UTF-8 \(byte 38 of 41\).*; convert it"):
@@ -142,7 +142,7 @@ def test_a_card_in_another_encoding_is_not_lost(account, delta):  # noqa: F811
     assert account.files(MERGED) == {"README.md": card}
 
 
-def test_weights_that_came_before_a_push_of_the_same(account, delta):  # noqa: F811
+def test_weights_that_came_before_a_push_of_the_same(account, delta):
     """Nothing is left to add, and only what was there when the push was planned is known to need no deletion."""
     push_merged_to_hub(BASE, delta, MERGED)
     new = {**account.files(MERGED), "pytorch_model.bin": b"new"}

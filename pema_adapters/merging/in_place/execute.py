@@ -18,7 +18,7 @@ from pema_adapters.errors import InputChangedError, MergeError, PemaError
 from pema_adapters.io.digest import BackgroundSha256, sha256_file
 from pema_adapters.io.input_file import InputFile, check_unchanged
 from pema_adapters.io.interrupts import defer_interrupts
-from pema_adapters.io.locking import hold_lock
+from pema_adapters.io.locking import BUSY, hold_lock
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.in_place import undo_journal
 from pema_adapters.merging.in_place.change_set import INSTEAD, ChangeSet, changed_segments, plan_changes
@@ -143,21 +143,20 @@ def _restore(base: Path) -> dict[str, Any]:
             raise MergeError(f"{error}; {_describe_progress(base)}") from error
         return rollback.journal.report
     except OSError as error:
-        try:
-            progress = _describe_progress(base)
-        except OSError:
-            progress = f"{base} cannot be read any more: run --undo again when it can"
-        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {progress}") from error
+        raise MergeError(f"{error.filename or base}: {error.strerror or error}; {_describe_progress(base)}") from error
     except KeyboardInterrupt as error:
         raise type(error)(_describe_progress(base)) from None
 
 
 def _describe_progress(base: Path) -> str:
-    if not (base / JOURNAL_DIR).is_dir():
-        rest = (
-            f"; what is left of the undo journal, {PARTIAL_DIR} in it, may go" if (base / PARTIAL_DIR).exists() else ""
-        )
-        return f"{base} is restored{rest}"
+    """Say in which state a stopped roll-back left the base."""
+    try:
+        if not (base / JOURNAL_DIR).is_dir():
+            leftover = (base / PARTIAL_DIR).exists()
+            rest = f"; what is left of the undo journal, {PARTIAL_DIR} in it, may go" if leftover else ""
+            return f"{base} is restored{rest}"
+    except OSError:
+        return f"{base} cannot be read any more: run --undo again when it can"
     try:
         if undo_journal.read_state(base) == DONE:
             return f"{base} is still merged, nothing was undone"
@@ -173,7 +172,7 @@ def undo(base: Path) -> dict[str, Any]:
     """
     if not base.is_dir():
         raise MergeError(f"{base}: no such folder; expected a base that was merged in place")
-    with hold_lock(base, True, "another merge is changing or reading it; wait for that to end"):
+    with hold_lock(base, True, BUSY):
         if not (base / JOURNAL_DIR).is_dir():
             undo_journal.discard(base)  # of an undo that was cut off at its very end
             raise MergeError(

@@ -27,7 +27,7 @@ from pema_adapters import merge_checkpoint
 from pema_adapters.errors import BaseMismatchError, MergeError
 from pema_adapters.merging.folding import folded_weight
 from pema_adapters.merging.plan import segments
-from tests.models import CONFIGS, USED, V
+from tests.models import CONFIGS, USED, V, perturb_trained
 
 SMALL = {"vocab_size": V}
 MORE = {
@@ -128,10 +128,7 @@ def test_in_a_union_with_pema(tmp_path, method):
     model.add_adapter("task", config=ConfigUnion(pema_adapters.PEMAConfig(), METHODS[method]), set_active=True)
     pema_adapters.shrink_embeddings(model, "task", [{"input_ids": USED}])
     model.train_adapter("task")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    perturb_trained(model)
     model.save_adapter(tmp_path / "run", "task", use_safetensors=True)
     report = merge_checkpoint(tmp_path / "base", tmp_path / "run", tmp_path / "out", verify=True)
     assert report.rows_merged == len(USED) + 3 and report.tensors_folded > 0 and not report.adapters_left

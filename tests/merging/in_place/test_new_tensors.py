@@ -20,8 +20,9 @@ from pema_adapters.merging.output import file_patcher
 from pema_adapters.merging.planning import added_shard
 from tests.merging.conftest import T, noise, read
 from tests.merging.folding.test_folded_weight import ALL, MORE, hidden, noisy
-from tests.merging.in_place.test_execute import content, killed_at
-from tests.models import CONFIGS, USED
+from tests.merging.in_place.plans import content
+from tests.merging.in_place.test_execute import killed_at
+from tests.models import CONFIGS, USED, perturb_trained
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIRST, SECOND = added_shard.SHARDS
@@ -73,10 +74,7 @@ def test_transformers_loads_it(tmp_path, family, prefixed):
     model.add_adapter("task", config=method, set_active=True)
     pema_adapters.shrink_embeddings(model, "task", [{"input_ids": USED}])
     model.train_adapter("task")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    perturb_trained(model)
     model.save_adapter(run, "task", use_safetensors=True, with_head=True)
     expected = hidden(model)  # now: the model maps the files that a merge in place changes
 

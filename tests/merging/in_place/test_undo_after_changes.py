@@ -11,7 +11,7 @@ from pema_adapters.errors import MergeError
 from pema_adapters.io.digest import sha256_file
 from pema_adapters.merging.in_place import execute, undo_journal
 from tests.merging.conftest import T, noise
-from tests.merging.in_place.test_execute import content
+from tests.merging.in_place.plans import content
 
 WEIGHTS = "model.safetensors"
 HEAD = {"classifier.weight": T.of(noise(3, 4)), "classifier.bias": T.of(noise(3))}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.merging.in_place.test_execute import content
+from tests.merging.in_place.plans import content
 
 STOPPED = """
 import os, signal, sys

@@ -9,7 +9,7 @@ import pytest
 from pema_adapters import merge_checkpoint
 from pema_adapters.errors import MergeError
 from pema_adapters.merging.output import staging
-from tests.merging.in_place.test_execute import content
+from tests.merging.in_place.plans import content
 
 
 @pytest.fixture

@@ -64,20 +64,20 @@ def a_module(base, home):
     return link
 
 
-def a_folder_in_a_module(base, home):
+def link_in_a_module(base, name, target):
     modules(base, "1_Pooling")
     (base.folder / "1_Pooling").mkdir()
-    link = base.folder / "1_Pooling" / "more"
-    link.symlink_to(home / "keys")
+    link = base.folder / "1_Pooling" / name
+    link.symlink_to(target)
     return link
+
+
+def a_folder_in_a_module(base, home):
+    return link_in_a_module(base, "more", home / "keys")
 
 
 def a_file_in_a_module(base, home):
-    modules(base, "1_Pooling")
-    (base.folder / "1_Pooling").mkdir()
-    link = base.folder / "1_Pooling" / "config.json"
-    link.symlink_to(home / "settings.json")
-    return link
+    return link_in_a_module(base, "config.json", home / "settings.json")
 
 
 def what_is_hidden_in_the_folder(base, home):
