@@ -274,4 +274,4 @@ def test_an_interrupted_stream_is_one_line(folder):
     )
     done = run_in_child(folder, before=before)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "pema-scan: interrupted; the same command goes on from row 1,000\n"
+    assert done.stderr == "pema-scan: interrupted; run the same command again to resume at row 1,000\n"

@@ -242,7 +242,7 @@ def test_scans_interrupted_anywhere_equal_one_scan(tmp_path_factory, after, orde
                 found = scan_until_interrupt(store, data, count)
                 break
             except KeyboardInterrupt as stop:
-                assert re.fullmatch(r"the same command goes on from row \d+", str(stop))
+                assert re.fullmatch(r"run the same command again to resume at row \d+", str(stop))
     assert describe(found) == describe(whole)
 
 

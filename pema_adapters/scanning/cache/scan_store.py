@@ -70,7 +70,7 @@ class ScanStore:
             KeyboardInterrupt: the state is written; the message names the row from which the scan resumes.
         """
         if self._state is not None and self._write_state(self._state):
-            raise KeyboardInterrupt(f"the same command goes on from row {self._state.rows:,}") from None
+            raise KeyboardInterrupt(f"run the same command again to resume at row {self._state.rows:,}") from None
 
     def _write_state(self, state: ScanState) -> bool:
         header: dict[str, Any] = {"split": state.split, "steps": state.steps, "rows": state.rows}
