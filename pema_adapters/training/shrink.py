@@ -184,7 +184,7 @@ def _release_matrix(owner: PartialEmbedding, heads: Iterable[PartialOutput], bas
     """Shrink the embedding, unless it is shrunk already; tied heads keep the matrix."""
     if not owner.is_shrunk:
         for head in heads:
-            head.hold_base()
+            head.release()
         owner.shrink(base)
 
 

@@ -1,0 +1,62 @@
+"""The product of hidden states with a head's matrix: real logits [..., V], for code that needs every one of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from pema_adapters.training.output.head_matrix import HeadMatrix
+
+
+def compute_logits(
+    hidden: Annotated[Tensor, "Float *batch d"], matrix: HeadMatrix, bias: Annotated[Tensor, "Float V"] | None
+) -> Annotated[Tensor, "Float *batch V"]:
+    """Return logits [..., V] of hidden states [..., d], in the dtype of the hidden states and in the graph."""
+    if not isinstance(matrix.base, Tensor) or matrix.base.device != hidden.device:
+        return _Logits.apply(hidden, matrix.rows, bias, matrix)  # type: ignore[no-any-return, no-untyped-call]
+    bias = None if bias is None else bias.to(hidden.dtype)
+    logits = functional.linear(hidden, matrix.base.detach().to(hidden.dtype), bias)
+    if matrix.rows is None:
+        return logits
+    assert matrix.token_ids is not None
+    at_rows = None if bias is None else bias[matrix.token_ids]
+    trained = functional.linear(hidden, matrix.rows.to(hidden.dtype), at_rows)
+    return logits.index_copy(-1, matrix.token_ids, trained)
+
+
+class _Logits(torch.autograd.Function):
+    """Logits of a head whose matrix is read in blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor | None, bias: Tensor | None, matrix: HeadMatrix) -> Tensor:
+        ctx.matrix = matrix
+        ctx.save_for_backward(hidden, rows, bias)
+        inputs = hidden.reshape(-1, hidden.shape[-1]).to(matrix.compute_dtype)
+        logits = inputs.new_empty(len(inputs), matrix.vocab_size, dtype=hidden.dtype)
+        for first, block in matrix.iterate_blocks():
+            part = slice(first, first + len(block))
+            product = inputs @ block.t()
+            logits[:, part] = product if bias is None else product.add_(bias[part])
+        return logits.view(*hidden.shape[:-1], matrix.vocab_size)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (hidden, rows, bias), matrix = ctx.saved_tensors, ctx.matrix
+        by_logit = gradient.reshape(-1, matrix.vocab_size)
+        by_hidden = by_row = by_bias = None
+        if ctx.needs_input_grad[0]:
+            total = hidden.new_zeros(len(by_logit), hidden.shape[-1], dtype=matrix.compute_dtype)
+            for first, block in matrix.iterate_blocks():
+                total.addmm_(by_logit[:, first : first + len(block)].to(block.dtype), block)
+            by_hidden = total.to(hidden.dtype).view(hidden.shape)
+        if ctx.needs_input_grad[1]:
+            inputs = hidden.reshape(-1, hidden.shape[-1]).to(matrix.compute_dtype)
+            by_row = (by_logit[:, matrix.token_ids].to(inputs.dtype).t() @ inputs).to(rows.dtype)
+        if ctx.needs_input_grad[2]:
+            by_bias = by_logit.sum(0, dtype=matrix.compute_dtype).to(bias.dtype)
+        return by_hidden, by_row, by_bias, None
