@@ -7,7 +7,7 @@ the base's rows are: in a file, in host memory, or on the device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, TypeAlias
 
 import torch
@@ -33,6 +33,7 @@ class HeadMatrix:
         ids_on_cpu: the same on the CPU, so that finding the rows of a block does not synchronise a GPU.
         dtype: the model's; rows of another dtype are rounded to it first, as in the full model.
         device: where blocks are used.
+        version: of `rows` when the head was called.
     """
 
     base: BaseRows
@@ -41,6 +42,7 @@ class HeadMatrix:
     ids_on_cpu: Annotated[Tensor, "Int64 K"] | None
     dtype: torch.dtype
     device: torch.device
+    version: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -51,6 +53,10 @@ class HeadMatrix:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of blocks: float32 for a model in half precision, whose matrix products a CPU computes slowly."""
         return choose_compute_dtype(self.dtype)
+
+    def detach(self) -> HeadMatrix:
+        """Return the same with rows outside of the graph."""
+        return replace(self, rows=None if self.rows is None else self.rows.detach())
 
     @torch.no_grad()
     def iterate_blocks(self) -> Iterator[tuple[int, Annotated[Tensor, "Float n d"]]]:

@@ -8,7 +8,6 @@ is refused, because it would need all of the matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -108,7 +107,7 @@ def _multiply(hidden: Tensor, weight: HeadWeight, bias: Tensor | None) -> Tensor
     base = weight.matrix.base
     if isinstance(base, Tensor) and base.requires_grad and torch.is_grad_enabled():
         raise _refusal("linear")  # the base trains as a whole, beside rows of an adapter
-    parts = () if bias is None else (AddBias(bias),)
+    parts = () if bias is None else (AddBias.of(bias),)
     return make_lazy(Source(hidden, weight.matrix, parts))
 
 
@@ -135,8 +134,7 @@ def _get_transposed(weight: HeadWeight, *_: Any) -> Any:
 
 
 def _detach(weight: HeadWeight, *_: Any) -> Any:
-    rows = None if weight.matrix.rows is None else weight.matrix.rows.detach()
-    return _wrap(replace(weight.matrix, rows=rows), weight.is_transposed)
+    return _wrap(weight.matrix.detach(), weight.is_transposed)
 
 
 def _to(weight: HeadWeight, *args: Any, **kwargs: Any) -> Any:

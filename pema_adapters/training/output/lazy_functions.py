@@ -61,14 +61,12 @@ def _view(lazy: LazyLogits, *shape: Any) -> Any:
 
 def _index(lazy: LazyLogits, index: Any) -> Any:
     parts = index if isinstance(index, tuple) else (index,)
-    if sum(part is Ellipsis for part in parts) > 1 or not all(map(_is_index, parts)):
-        return NotImplemented
+    ellipses = sum(part is Ellipsis for part in parts)
     consumed = sum(_count_dimensions(part) for part in parts)
-    reaches_last = consumed == lazy.dim() or (Ellipsis in [p for p in parts if not isinstance(p, Tensor)])
-    if reaches_last and parts[-1] is not Ellipsis:
-        if not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
-            return NotImplemented
-    if consumed > lazy.dim():
+    if ellipses > 1 or consumed > lazy.dim() or not all(map(_is_index, parts)):
+        return NotImplemented
+    reaches_last = (consumed == lazy.dim() or ellipses == 1) and parts[-1] is not Ellipsis
+    if reaches_last and not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
         return NotImplemented
     return _with_hidden(lazy, lazy.source.hidden[index])
 
@@ -76,7 +74,7 @@ def _index(lazy: LazyLogits, index: Any) -> Any:
 def _is_index(part: Any) -> bool:
     if isinstance(part, Tensor):
         return not isinstance(part, LazyLogits)
-    return part is None or part is Ellipsis or isinstance(part, int | slice) and not isinstance(part, bool)
+    return part is None or part is Ellipsis or (isinstance(part, int | slice) and not isinstance(part, bool))
 
 
 def _count_dimensions(part: Any) -> int:
@@ -214,7 +212,7 @@ def _add(lazy: LazyLogits, other: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if other.device != lazy.device or torch.promote_types(other.dtype, lazy.dtype) != lazy.dtype:
         return NotImplemented
-    return make_lazy(lazy.source.with_part(AddBias(other.reshape(-1))))
+    return make_lazy(lazy.source.with_part(AddBias.of(other.reshape(-1))))
 
 
 # -- reductions over the vocabulary
@@ -228,7 +226,7 @@ def _cross_entropy(  # noqa: PLR0913, PLR0917 - torch's signature
     is_index = isinstance(target, Tensor) and target.dtype == torch.int64 and target.device == lazy.device
     if not (is_plain and is_index and lazy.dim() in (1, 2) and target.shape == lazy.shape[:-1]):
         return NotImplemented
-    lazy.check_versions()
+    lazy.check_current()
     flat = target.reshape(-1)
     kept = (flat != ignore_index).nonzero().squeeze(-1)
     targets = flat[kept]
@@ -257,7 +255,7 @@ def _is_last(lazy: LazyLogits, dim: Any) -> bool:
 
 
 def _flat_hidden(lazy: LazyLogits) -> Tensor:
-    lazy.check_versions()
+    lazy.check_current()
     return lazy.source.hidden.reshape(-1, lazy.source.hidden.shape[-1])
 
 
@@ -311,10 +309,8 @@ def _find_highest(lazy: LazyLogits, k: int) -> tuple[Tensor, Tensor]:
         values = torch.cat([values, logits], dim=1)
         columns = torch.arange(first, first + len(block), device=inputs.device).expand(len(inputs), -1)
         ids = torch.cat([ids, columns], dim=1)
-        if k == 1:
-            chosen = values.argmax(1, keepdim=True)
-        else:
-            chosen = values.topk(min(k, values.shape[1]), dim=1).indices
+        is_single = k == 1  # of equal logits, argmax takes the first, as the full model's does
+        chosen = values.argmax(1, keepdim=True) if is_single else values.topk(min(k, values.shape[1]), dim=1).indices
         values, ids = values.gather(1, chosen), ids.gather(1, chosen)
     return values, ids
 
@@ -326,7 +322,7 @@ def _apply_parts(lazy: LazyLogits, block: Tensor, columns: slice) -> Tensor:
         block, parts = block.add_(parts[0].bias.detach()[columns].to(block.dtype)), parts[1:]
     block = block.to(lazy.source.hidden.dtype)
     for part in parts:
-        block = AddBias(part.bias[columns]).apply(block) if isinstance(part, AddBias) else part.apply(block)
+        block = block + part.bias[columns].to(block.dtype) if isinstance(part, AddBias) else part.apply(block)
     return block
 
 

@@ -19,7 +19,7 @@ from pema_adapters.errors import SurgeryError
 from pema_adapters.training.output.head_matrix import HeadMatrix
 from pema_adapters.training.output.logit_statistics import Head
 from pema_adapters.training.output.real_logits import compute_logits
-from pema_adapters.training.output.transforms import AddBias, Cast, Transform, Transforms
+from pema_adapters.training.output.transforms import AddBias, Cast, Transform, Transforms, read_version
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Source:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors that may need a gradient, or may have changed since the head was called."""
+        """The tensors that may need a gradient."""
         biases = [part.bias for part in self.parts if isinstance(part, AddBias)]
         return [self.hidden, *([] if self.matrix.rows is None else [self.matrix.rows]), *biases]
 
@@ -64,9 +64,16 @@ class Source:
 
     def detach(self) -> Source:
         """Return the same without the graph."""
-        rows = None if self.matrix.rows is None else self.matrix.rows.detach()
-        parts = tuple(AddBias(part.bias.detach()) if isinstance(part, AddBias) else part for part in self.parts)
-        return Source(self.hidden.detach(), replace(self.matrix, rows=rows), parts)
+        parts = (replace(part, bias=part.bias.detach()) if isinstance(part, AddBias) else part for part in self.parts)
+        return Source(self.hidden.detach(), self.matrix.detach(), tuple(parts))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the trained rows and the biases are as they were when the head was called."""
+        rows, biases = self.matrix.rows, [part for part in self.parts if isinstance(part, AddBias)]
+        return all(read_version(part.bias) == part.version for part in biases) and (
+            rows is None or read_version(rows) == self.matrix.version
+        )
 
     def compute(self) -> Tensor:
         """Return real logits, in the graph."""
@@ -82,13 +89,12 @@ class Source:
 class LazyLogits(Tensor):
     """Logits [..., V] that are not in memory. Made by `make_lazy`, never constructed.
 
-    Code that needs the values gets real logits, which are computed once and kept. Looking at them after a trained row,
-    a bias or a hidden state was changed in place is an error, since the result would not be that of the forward pass.
+    Code that needs the values gets real logits, which are computed once and kept. Looking at them after a trained row
+    or a bias was changed in place is an error, since the result would not be that of the forward pass.
     """
 
     source: Source
     _real: Tensor | None
-    _versions: list[int]
 
     @property
     def is_real(self) -> bool:
@@ -102,17 +108,17 @@ class LazyLogits(Tensor):
             SurgeryError: what they are computed from has changed since the head was called.
         """
         if self._real is None:
-            self.check_versions()
+            self.check_current()
             self._real = self.source.compute()
         return self._real
 
-    def check_versions(self) -> None:
-        """Refuse logits of another moment.
+    def check_current(self) -> None:
+        """Refuse to compute logits from weights that have changed.
 
         Raises:
-            SurgeryError: a hidden state, a row or a bias was changed in place since the head was called.
+            SurgeryError: a row or a bias was changed in place since the head was called.
         """
-        if _read_versions(self.source) != self._versions:
+        if not self.source.is_current:
             raise SurgeryError(
                 "logits of a language model with PEMA are computed when they are looked at, and the trained weights "
                 "have changed since the forward pass (optimizer.step(), say): read them before, or call the model again"
@@ -179,12 +185,8 @@ def _wrap(source: Source) -> LazyLogits:
     lazy = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         LazyLogits, source.shape, dtype=source.dtype, device=source.hidden.device, requires_grad=False
     )
-    lazy.source, lazy._real, lazy._versions = source, None, _read_versions(source)
+    lazy.source, lazy._real = source, None
     return lazy  # type: ignore[no-any-return]
-
-
-def _read_versions(source: Source) -> list[int]:
-    return [each._version for each in source.inputs if not each.is_inference()]
 
 
 def _materialize(value: Any) -> Any:

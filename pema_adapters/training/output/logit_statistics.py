@@ -13,8 +13,8 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pema_adapters.errors import SurgeryError
 from pema_adapters.training.output.head_matrix import HeadMatrix
 from pema_adapters.training.output.transforms import AddBias, Transforms
 
@@ -101,9 +101,9 @@ class _Statistics(torch.autograd.Function):
         return logsumexp, target_logits, mean
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        hidden, rows, targets, logsumexp, *by_hidden = ctx.saved_tensors[:7]
+        refuse_second_derivative()
+        hidden, _rows, targets, logsumexp, *by_hidden = ctx.saved_tensors[:7]
         grad_hidden = None
         if ctx.needs_input_grad[0]:
             lse_gradient, target_gradient, mean_gradient = by_hidden
@@ -116,6 +116,19 @@ class _Statistics(torch.autograd.Function):
             second = _SecondPass(ctx.head, hidden.to(ctx.head.matrix.compute_dtype), targets, logsumexp, gradients)
             grad_rows, grad_biases = second.run(with_rows=ctx.needs_input_grad[1], with_biases=needs_biases)
         return grad_hidden, grad_rows, None, None, None, *grad_biases
+
+
+def refuse_second_derivative() -> None:
+    """Refuse a backward pass that builds a graph of its own: the result would lack second derivatives.
+
+    Raises:
+        SurgeryError: gradients are computed with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise SurgeryError(
+            "second derivatives (create_graph=True) of the logits of a language model with PEMA are not computed: "
+            "call restore_embeddings(model) first"
+        )
 
 
 class _Totals:

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pema_adapters.training.output.head_matrix import HeadMatrix
+from pema_adapters.training.output.logit_statistics import refuse_second_derivative
 
 
 def compute_logits(
@@ -17,7 +17,8 @@ def compute_logits(
 ) -> Annotated[Tensor, "Float *batch V"]:
     """Return logits [..., V] of hidden states [..., d], in the dtype of the hidden states and in the graph."""
     if not isinstance(matrix.base, Tensor) or matrix.base.device != hidden.device:
-        return _Logits.apply(hidden, matrix.rows, bias, matrix)  # type: ignore[no-any-return, no-untyped-call]
+        flat = _Logits.apply(hidden.reshape(-1, hidden.shape[-1]), matrix.rows, bias, matrix)  # type: ignore[no-untyped-call]
+        return flat.view(*hidden.shape[:-1], matrix.vocab_size)  # type: ignore[no-any-return]
     bias = None if bias is None else bias.to(hidden.dtype)
     logits = functional.linear(hidden, matrix.base.detach().to(hidden.dtype), bias)
     if matrix.rows is None:
@@ -35,28 +36,27 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, rows: Tensor | None, bias: Tensor | None, matrix: HeadMatrix) -> Tensor:
         ctx.matrix = matrix
         ctx.save_for_backward(hidden, rows, bias)
-        inputs = hidden.reshape(-1, hidden.shape[-1]).to(matrix.compute_dtype)
+        inputs = hidden.to(matrix.compute_dtype)
         logits = inputs.new_empty(len(inputs), matrix.vocab_size, dtype=hidden.dtype)
         for first, block in matrix.iterate_blocks():
             part = slice(first, first + len(block))
             product = inputs @ block.t()
             logits[:, part] = product if bias is None else product.add_(bias[part])
-        return logits.view(*hidden.shape[:-1], matrix.vocab_size)
+        return logits
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        refuse_second_derivative()
         (hidden, rows, bias), matrix = ctx.saved_tensors, ctx.matrix
-        by_logit = gradient.reshape(-1, matrix.vocab_size)
         by_hidden = by_row = by_bias = None
         if ctx.needs_input_grad[0]:
-            total = hidden.new_zeros(len(by_logit), hidden.shape[-1], dtype=matrix.compute_dtype)
+            by_hidden = torch.zeros_like(hidden, dtype=matrix.compute_dtype)
             for first, block in matrix.iterate_blocks():
-                total.addmm_(by_logit[:, first : first + len(block)].to(block.dtype), block)
-            by_hidden = total.to(hidden.dtype).view(hidden.shape)
+                by_hidden.addmm_(gradient[:, first : first + len(block)].to(block.dtype), block)
+            by_hidden = by_hidden.to(hidden.dtype)
         if ctx.needs_input_grad[1]:
-            inputs = hidden.reshape(-1, hidden.shape[-1]).to(matrix.compute_dtype)
-            by_row = (by_logit[:, matrix.token_ids].to(inputs.dtype).t() @ inputs).to(rows.dtype)
+            inputs = hidden.to(matrix.compute_dtype)
+            by_row = (gradient[:, matrix.token_ids].to(inputs.dtype).t() @ inputs).to(rows.dtype)
         if ctx.needs_input_grad[2]:
-            by_bias = by_logit.sum(0, dtype=matrix.compute_dtype).to(bias.dtype)
+            by_bias = gradient.sum(0, dtype=matrix.compute_dtype).to(bias.dtype)
         return by_hidden, by_row, by_bias, None

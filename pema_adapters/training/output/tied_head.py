@@ -18,7 +18,6 @@ The base's E is not a buffer of it, because DistributedDataParallel broadcasts b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -33,7 +32,7 @@ from pema_adapters.training.embedding.row_table import RowTable, refuse_data_par
 from pema_adapters.training.output.head_matrix import BaseRows, HeadMatrix
 from pema_adapters.training.output.head_weight import make_weight
 from pema_adapters.training.output.lazy_logits import Source, make_lazy
-from pema_adapters.training.output.transforms import AddBias
+from pema_adapters.training.output.transforms import AddBias, read_version
 
 STORAGES = ("auto", "disk", "host", "device")
 
@@ -84,7 +83,7 @@ class PartialOutput(nn.Linear):
         device_type = input.device.type
         if torch.is_autocast_enabled(device_type):
             input = input.to(torch.get_autocast_dtype(device_type))
-        parts = () if self.bias is None else (AddBias(self.bias),)
+        parts = () if self.bias is None else (AddBias.of(self.bias),)
         return make_lazy(Source(input, self._make_matrix(input.device), parts))
 
     def _compute_with_weight(self, input: Tensor) -> Tensor:
@@ -97,6 +96,17 @@ class PartialOutput(nn.Linear):
             trained = functional.linear(input, rows.weight.to(input.dtype), bias)
             logits = logits.index_copy(-1, ids, trained.to(logits.dtype))
         return logits
+
+    def set_storage(self, storage: str) -> None:
+        """Change where the base's matrix is held.
+
+        Raises:
+            SurgeryError: an unknown storage.
+        """
+        if storage not in STORAGES:
+            raise SurgeryError(f"output_storage is {storage!r}, expected one of {', '.join(map(repr, STORAGES))}")
+        if storage != self.storage:
+            self.storage, self._held = storage, None
 
     def release(self) -> None:
         """Drop the weight, because the embedding releases it; it is kept where the storage is in memory."""
@@ -118,7 +128,8 @@ class PartialOutput(nn.Linear):
         rows, ids = _combine(list(self.embedding.iterate_tied_rows()), self.embedding.weight.dtype)
         base, dtype = self._find_base(device), self.embedding.weight.dtype
         on_device = None if ids is None else ids.to(device)
-        return HeadMatrix(base, rows, on_device, ids, dtype, device)
+        version = 0 if rows is None else read_version(rows)
+        return HeadMatrix(base, rows, on_device, ids, dtype, device, version)
 
     def _find_base(self, device: torch.device) -> BaseRows:
         base = self.embedding.owner.base
@@ -198,7 +209,7 @@ def convert_heads(model: nn.Module, embedding: PartialEmbedding) -> dict[str, Pa
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or not _shares_matrix(module, embedding):
             continue
-        if not isinstance(module, PartialOutput) and type(module).forward is not nn.Linear.forward:
+        if not _is_convertible(module):
             raise SurgeryError(
                 f"{name!r} ({type(module).__name__}) shares the matrix of the input embedding, and needs all "
                 f"{embedding.num_embeddings} rows; expected torch.nn.Linear, so PEMA does not apply to "
@@ -206,6 +217,12 @@ def convert_heads(model: nn.Module, embedding: PartialEmbedding) -> dict[str, Pa
             )
         found[name] = _convert(module, embedding)
     return found
+
+
+def can_convert_heads(model: nn.Module, embedding: nn.Embedding) -> bool:
+    """Return whether every module that shares the matrix is an embedding or a head that `convert_heads` converts."""
+    sharing = [module for module in model.modules() if _shares_matrix(module, embedding)]
+    return all(isinstance(module, nn.Embedding) or _is_convertible(module) for module in sharing)
 
 
 def has_tied_head(model: nn.Module, embedding: nn.Embedding) -> bool:
@@ -230,6 +247,10 @@ def _shares_matrix(module: nn.Module, embedding: nn.Embedding) -> bool:
     if isinstance(module, PartialOutput):
         return module.embedding is embedding
     return any(parameter is embedding.weight for parameter in module._parameters.values())
+
+
+def _is_convertible(module: nn.Module) -> bool:
+    return isinstance(module, PartialOutput) or type(module).forward is nn.Linear.forward
 
 
 def _convert(head: nn.Linear, embedding: PartialEmbedding) -> PartialOutput:

@@ -87,9 +87,20 @@ class Tanh:
 
 @dataclass(frozen=True)
 class AddBias:
-    """A sum with a bias [V]."""
+    """A sum with a bias [V].
+
+    Attributes:
+        bias: [V], in the graph.
+        version: of the bias when it was added.
+    """
 
     bias: Annotated[Tensor, "Float V"]
+    version: int
+
+    @classmethod
+    def of(cls, bias: Tensor) -> AddBias:
+        """Add `bias` [V] as it is now."""
+        return cls(bias, read_version(bias))
 
     def apply(self, logits: Tensor) -> Tensor:
         """See `Transform`."""
@@ -102,6 +113,11 @@ class AddBias:
     def backward(self, gradient: Block, result: Block) -> Block:
         """See `Transform`."""
         return gradient
+
+
+def read_version(tensor: Tensor) -> int:
+    """Return how often a tensor has been changed in place; 0 for one that torch does not count this for."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Transforms:
@@ -126,9 +142,7 @@ class Transforms:
                 results.append(kept)
         return block, results
 
-    def backward(
-        self, gradient: Block, results: list[Tensor], at_bias: dict[int, Tensor] | None = None
-    ) -> Block:
+    def backward(self, gradient: Block, results: list[Tensor], at_bias: dict[int, Tensor] | None = None) -> Block:
         """Return the gradient of the matrix product. Overwrites the gradient.
 
         Args:
