@@ -136,7 +136,7 @@ class MappedRows:
             yield block
         self.check()
         if self._added is not None:
-            yield from self._added.to(self.dtype).split(step)
+            yield from slice_rows(self._added.to(self.dtype), step)
 
     def check(self) -> None:
         """Raise InputChangedError if the contents of the file have changed."""
@@ -170,8 +170,14 @@ def _count_rows_per_block(dim: int, dtype: torch.dtype) -> int:
 def iterate_blocks(matrix: Tensor, step: int | None = None) -> Iterator[Tensor]:
     """Yield the rows of `matrix` [V, d] in order, on the CPU, `step` rows (default: 32 MiB) at a time."""
     step = step or _count_rows_per_block(matrix.shape[1], matrix.dtype)
+    for block in slice_rows(matrix, step):
+        yield block.detach().cpu()
+
+
+def slice_rows(matrix: Tensor, step: int) -> Iterator[Tensor]:
+    """Yield the rows of `matrix` [V, d] in order, `step` rows at a time, as views."""
     for first in range(0, len(matrix), step):
-        yield matrix[first : first + step].detach().cpu()
+        yield matrix[first : first + step]
 
 
 class ScratchMatrix:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pema_adapters.training.base.mapped_rows import MappedRows
+from pema_adapters.training.base.mapped_rows import MappedRows, slice_rows
 
 BLOCK_ROWS = 4096
 
@@ -123,4 +123,4 @@ def _iterate_base(base: BaseRows, dtype: torch.dtype, device: torch.device) -> I
 
 
 def _slice(base: BaseRows) -> Iterator[Tensor]:
-    return iter(base.detach().split(BLOCK_ROWS)) if isinstance(base, Tensor) else base.iterate_buffered(BLOCK_ROWS)
+    return slice_rows(base.detach(), BLOCK_ROWS) if isinstance(base, Tensor) else base.iterate_buffered(BLOCK_ROWS)

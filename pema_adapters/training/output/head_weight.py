@@ -50,7 +50,7 @@ class HeadWeight(Tensor):
         return result
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Refuse code below autograd, which has no use for metadata.
@@ -88,11 +88,11 @@ class _Wrap(torch.autograd.Function):
 
 def _wrap(matrix: HeadMatrix, is_transposed: bool) -> HeadWeight:
     shape = tuple(matrix.base.shape)
-    weight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    weight = Tensor._make_wrapper_subclass(
         HeadWeight, shape[::-1] if is_transposed else shape, dtype=matrix.dtype, device=matrix.device
     )
     weight.matrix, weight.is_transposed = matrix, is_transposed
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def _refusal(name: str) -> SurgeryError:

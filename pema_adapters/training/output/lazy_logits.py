@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pema_adapters.errors import SurgeryError
+from pema_adapters.training.output.head_function import Head
 from pema_adapters.training.output.head_matrix import HeadMatrix
-from pema_adapters.training.output.logit_statistics import Head
 from pema_adapters.training.output.real_logits import compute_logits
 from pema_adapters.training.output.transforms import AddBias, Cast, Transform, Transforms, read_version
 
@@ -144,7 +144,7 @@ class LazyLogits(Tensor):
         return func(*tree_map(_materialize, args), **tree_map(_materialize, kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Give real values to code below autograd."""
@@ -182,11 +182,11 @@ class _Wrap(torch.autograd.Function):
 
 
 def _wrap(source: Source) -> LazyLogits:
-    lazy = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    lazy = Tensor._make_wrapper_subclass(
         LazyLogits, source.shape, dtype=source.dtype, device=source.hidden.device, requires_grad=False
     )
     lazy.source, lazy._real = source, None
-    return lazy  # type: ignore[no-any-return]
+    return lazy
 
 
 def _materialize(value: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pema_adapters.training.output.head_matrix import HeadMatrix
-from pema_adapters.training.output.logit_statistics import refuse_second_derivative
+from pema_adapters.training.output.second_pass import refuse_second_derivative
 
 
 def compute_logits(

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from pema_adapters.errors import SurgeryError
 from pema_adapters.training.base.mapped_rows import MappedRows
-from pema_adapters.training.output import head_matrix, logit_statistics
+from pema_adapters.training.output import head_matrix, logit_statistics, second_pass
 from pema_adapters.training.output.head_matrix import HeadMatrix
 from pema_adapters.training.output.lazy_logits import LazyLogits, Source, make_lazy
 from pema_adapters.training.output.transforms import AddBias
@@ -26,7 +26,8 @@ MASK = TARGETS != -100
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(head_matrix, "BLOCK_ROWS", 50)
-    monkeypatch.setattr(logit_statistics, "TOKEN_BLOCK", 5)
+    for module in (logit_statistics, second_pass):
+        monkeypatch.setattr(module, "TOKEN_BLOCK", 5)
 
 
 class Pair:
@@ -207,7 +208,7 @@ def test_a_loss_whose_rows_change_before_backward_is_refused(pair):
 
 def test_a_second_derivative_is_refused(pair):
     loss = functional.cross_entropy(pair.lazy.view(-1, V), FLAT)
-    with pytest.raises(SurgeryError, match="second derivatives .* are not computed"):
+    with pytest.raises(SurgeryError, match=r"second derivatives .* are not computed"):
         torch.autograd.grad(loss, pair.hidden, create_graph=True)
 
 
@@ -224,6 +225,9 @@ def test_no_target_at_all_gives_what_torch_gives(pair):
             functional.cross_entropy(z.view(-1, V), ignored, reduction=reduction) for z in (pair.lazy, pair.real)
         )
         torch.testing.assert_close(found, expected, equal_nan=True)
+    loss = functional.cross_entropy(pair.lazy.view(-1, V), ignored, reduction="sum")
+    for gradient in torch.autograd.grad(loss, pair.inputs):
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
