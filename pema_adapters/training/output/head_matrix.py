@@ -98,6 +98,11 @@ class HeadMatrix:
         return torch.where(is_trained.unsqueeze(-1), trained, found)
 
 
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Compute in the dtypes of the operands inside the block; autocast would round blocks to half precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def choose_compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which logits of a model of this dtype are computed."""
     return torch.float32 if dtype.itemsize < 4 else dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pema_adapters.training.output.head_matrix import without_autocast
 from pema_adapters.training.output.lazy_logits import LazyLogits
 from pema_adapters.training.output.logit_statistics import compute_logit_statistics
 from pema_adapters.training.output.transforms import AddBias
@@ -35,8 +36,10 @@ def _cross_entropy(  # noqa: PLR0913, PLR0917 - torch's signature
     if found.mean is not None:
         losses = losses - label_smoothing * found.mean
     if reduction == "none":
-        return losses.new_zeros(len(flat)).index_copy(0, kept, losses).view(target.shape).to(lazy.dtype)
-    return (losses.sum() if reduction == "sum" else losses.mean()).to(lazy.dtype)
+        losses = losses.new_zeros(len(flat)).index_copy(0, kept, losses).view(target.shape)
+    else:
+        losses = losses.sum() if reduction == "sum" else losses.mean()
+    return losses.to(torch.float32 if torch.is_autocast_enabled(lazy.device.type) else lazy.dtype)
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:
@@ -101,7 +104,8 @@ def _find_highest(lazy: LazyLogits, k: int) -> tuple[Tensor, Tensor]:
     values = inputs.new_full((len(inputs), 0), 0, dtype=lazy.dtype)
     ids = torch.empty(len(inputs), 0, dtype=torch.int64, device=inputs.device)
     for first, block in lazy.source.matrix.iterate_blocks():
-        logits = _apply_parts(lazy, (inputs @ block.t()), slice(first, first + len(block)))
+        with without_autocast(inputs.device):
+            logits = _apply_parts(lazy, inputs @ block.t(), slice(first, first + len(block)))
         values = torch.cat([values, logits], dim=1)
         columns = torch.arange(first, first + len(block), device=inputs.device).expand(len(inputs), -1)
         ids = torch.cat([ids, columns], dim=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pema_adapters.training.output.head_function import Head
+from pema_adapters.training.output.head_matrix import without_autocast
 from pema_adapters.training.output.second_pass import TOKEN_BLOCK, SecondPass, refuse_second_derivative
 from pema_adapters.training.output.transforms import Transforms
 
@@ -69,13 +70,14 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         inputs = hidden.detach().to(head.matrix.compute_dtype)
         totals = _Totals(inputs, wanted, with_gradient=ctx.needs_input_grad[0], vocab_size=head.matrix.vocab_size)
-        if wanted.logsumexp or wanted.mean:
-            for first, block in head.matrix.iterate_blocks():
-                totals.add(head.transforms, block, slice(first, first + len(block)))
-        logsumexp, mean = totals.finish()
         target_logits = at_target = None
-        if targets is not None:
-            target_logits, at_target = _compute_target_logits(head, inputs, targets)
+        with without_autocast(hidden.device):
+            if wanted.logsumexp or wanted.mean:
+                for first, block in head.matrix.iterate_blocks():
+                    totals.add(head.transforms, block, slice(first, first + len(block)))
+            if targets is not None:
+                target_logits, at_target = _compute_target_logits(head, inputs, targets)
+        logsumexp, mean = totals.finish()
         ctx.head = head
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -98,7 +100,8 @@ class _Statistics(torch.autograd.Function):
         grad_biases: list[Tensor | None] = [None] * len(ctx.head.biases)
         if needs_biases or ctx.needs_input_grad[1]:
             second = SecondPass(ctx.head, hidden.to(ctx.head.matrix.compute_dtype), targets, logsumexp, gradients)
-            grad_rows, grad_biases = second.run(with_rows=ctx.needs_input_grad[1], with_biases=needs_biases)
+            with without_autocast(hidden.device):
+                grad_rows, grad_biases = second.run(with_rows=ctx.needs_input_grad[1], with_biases=needs_biases)
         return grad_hidden, grad_rows, None, None, None, *grad_biases
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pema_adapters.training.output.head_matrix import HeadMatrix
+from pema_adapters.training.output.head_matrix import HeadMatrix, without_autocast
 from pema_adapters.training.output.second_pass import refuse_second_derivative
 
 
@@ -38,15 +38,21 @@ class _Logits(torch.autograd.Function):
         ctx.save_for_backward(hidden, rows, bias)
         inputs = hidden.to(matrix.compute_dtype)
         logits = inputs.new_empty(len(inputs), matrix.vocab_size, dtype=hidden.dtype)
-        for first, block in matrix.iterate_blocks():
-            part = slice(first, first + len(block))
-            product = inputs @ block.t()
-            logits[:, part] = product if bias is None else product.add_(bias[part])
+        with without_autocast(hidden.device):
+            for first, block in matrix.iterate_blocks():
+                part = slice(first, first + len(block))
+                product = inputs @ block.t()
+                logits[:, part] = product if bias is None else product.add_(bias[part])
         return logits
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         refuse_second_derivative()
+        with without_autocast(gradient.device):
+            return _Logits._differentiate(ctx, gradient)
+
+    @staticmethod
+    def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (hidden, rows, bias), matrix = ctx.saved_tensors, ctx.matrix
         by_hidden = by_row = by_bias = None
         if ctx.needs_input_grad[0]:
