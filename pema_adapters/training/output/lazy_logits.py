@@ -156,10 +156,10 @@ class LazyLogits(Tensor):
 
 
 def make_lazy(source: Source) -> Tensor:
-    """Return lazy logits, in the graph if an input is."""
+    """Return lazy logits, in the graph if an input is and a graph is built now."""
     if torch.is_grad_enabled() and any(each.requires_grad for each in source.inputs):
         return _Wrap.apply(source, *source.inputs)  # type: ignore[no-any-return, no-untyped-call]
-    return _wrap(source)
+    return _wrap(source.detach())
 
 
 class _Wrap(torch.autograd.Function):

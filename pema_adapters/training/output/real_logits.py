@@ -16,17 +16,22 @@ def compute_logits(
     hidden: Annotated[Tensor, "Float *batch d"], matrix: HeadMatrix, bias: Annotated[Tensor, "Float V"] | None
 ) -> Annotated[Tensor, "Float *batch V"]:
     """Return logits [..., V] of hidden states [..., d], in the dtype of the hidden states and in the graph."""
-    if not isinstance(matrix.base, Tensor) or matrix.base.device != hidden.device:
+    if not isinstance(matrix.base, Tensor) or not _is_like(matrix.base, hidden):
         flat = _Logits.apply(hidden.reshape(-1, hidden.shape[-1]), matrix.rows, bias, matrix)  # type: ignore[no-untyped-call]
         return flat.view(*hidden.shape[:-1], matrix.vocab_size)  # type: ignore[no-any-return]
     bias = None if bias is None else bias.to(hidden.dtype)
-    logits = functional.linear(hidden, matrix.base.detach().to(hidden.dtype), bias)
+    logits = functional.linear(hidden, matrix.base.detach(), bias)
     if matrix.rows is None:
         return logits
     assert matrix.token_ids is not None
     at_rows = None if bias is None else bias[matrix.token_ids]
     trained = functional.linear(hidden, matrix.rows.to(hidden.dtype), at_rows)
     return logits.index_copy(-1, matrix.token_ids, trained)
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors can be multiplied without a copy of either."""
+    return one.device == other.device and one.dtype == other.dtype
 
 
 class _Logits(torch.autograd.Function):

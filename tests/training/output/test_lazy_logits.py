@@ -169,6 +169,30 @@ def test_copies_and_files_hold_real_logits():
         assert type(found) is torch.Tensor
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_without_a_graph_get_none_later(mode):
+    """They were made where no graph is built, and are looked at where one is."""
+    pair = Pair(in_file=True, with_bias=True)
+    with mode():
+        lazy = make_lazy(Source(pair.hidden.detach() * 1, pair.lazy.source.matrix, pair.lazy.source.parts))
+    assert not lazy.requires_grad
+    loss = functional.cross_entropy(lazy.view(-1, V), FLAT)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, functional.cross_entropy(pair.real.view(-1, V), FLAT).detach())
+    torch.testing.assert_close(torch.from_numpy(lazy.numpy()), pair.real.detach())
+
+
+def test_hooks_and_gradients_of_logits(pair):
+    """Logits whose gradient is looked at are real from then on."""
+    seen = []
+    for logits in (pair.lazy, pair.real):
+        logits.retain_grad()
+        logits.register_hook(seen.append)
+        functional.cross_entropy(logits.view(-1, V), FLAT).backward()
+    torch.testing.assert_close(pair.lazy.grad, pair.real.grad)
+    torch.testing.assert_close(*seen)
+
+
 class Exponential(torch.autograd.Function):
     """A function with a backward of its own, which bypasses __torch_function__."""
 
