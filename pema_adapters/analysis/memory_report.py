@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pema_adapters.errors import FormatError, VocabularyError
 
@@ -88,10 +88,11 @@ class MemoryReport:
         embedding_dim: d.
         embedding_rows_saved: V - K.
         parameters: the parameters of the model without PEMA.
-        parameters_saved: the parameters that need not be in memory: (V - K) d; -K d with a tied head.
+        parameters_saved: the parameters that need not be in memory: (V - K) d; -K d where a tied head holds the matrix.
         trained_parameters_saved: the parameters that need not be trained: (V - K) d.
-        has_tied_head: whether the language-model head is tied to the embedding. It keeps the matrix, frozen, beside the
-            K rows: PEMA saves gradients and optimizer states, but no weights.
+        has_tied_head: whether the language-model head is tied to the embedding.
+        logits_per_token: bytes of the logits and their gradient, for each token with a label, that a tied head makes
+            without PEMA and not with it: 2 V numbers. Not part of `before` and `after`. 0 without a tied head.
         before: bytes without PEMA.
         after: bytes with PEMA.
     """
@@ -107,6 +108,7 @@ class MemoryReport:
     parameters_saved: int
     trained_parameters_saved: int
     has_tied_head: bool
+    logits_per_token: int
     before: Memory
     after: Memory
 
@@ -134,7 +136,12 @@ class MemoryReport:
 
 
 def memory_report(
-    model_or_config: Any, vocabulary: Any, optimizer: str = "adamw_fp32", *, model_class: Any = None
+    model_or_config: Any,
+    vocabulary: Any,
+    optimizer: str = "adamw_fp32",
+    *,
+    model_class: Any = None,
+    output_storage: Literal["disk", "host", "device"] = "disk",
 ) -> MemoryReport:
     """Predict the memory that full fine-tuning with the rows of `vocabulary` saves.
 
@@ -146,6 +153,8 @@ def memory_report(
         optimizer: a key of OPTIMIZERS, which also sets the dtype of weights and gradients.
         model_class: the Transformers class or Auto class to build. Default: the config's architecture if it generates
             text (and so trains with its head), else the model without a head.
+        output_storage: as in `PEMAConfig`; "device" counts the matrix of a tied head among the weights. "auto" is
+            "disk" on a CPU.
 
     Raises:
         VocabularyError: the optimizer is unknown, or the vocabulary's V differs from the model's.
@@ -163,7 +172,8 @@ def memory_report(
     used = complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     is_tied = has_tied_head(model, embedding)
     counts = ParamCounts.count(model, embedding)
-    after = counts.shrink(len(used), keeps_matrix=is_tied)
+    after = counts.shrink(len(used), keeps_matrix=is_tied and output_storage == "device")
+    rates = OPTIMIZERS[optimizer]
     return MemoryReport(
         model=given if isinstance(given, str) else model.name_or_path or type(model).__name__,
         built=type(model).__name__,
@@ -176,8 +186,9 @@ def memory_report(
         parameters_saved=counts.held - after.held,
         trained_parameters_saved=counts.trained - after.trained,
         has_tied_head=is_tied,
-        before=counts.compute_memory(OPTIMIZERS[optimizer]),
-        after=after.compute_memory(OPTIMIZERS[optimizer]),
+        logits_per_token=2 * used.vocab_size * rates.weight if is_tied else 0,
+        before=counts.compute_memory(rates),
+        after=after.compute_memory(rates),
     )
 
 
@@ -271,7 +282,7 @@ class ParamCounts:
         )
 
     def shrink(self, rows: int, keeps_matrix: bool) -> ParamCounts:
-        """Replace E by K rows; with `keeps_matrix`, a tied head keeps E as well, frozen."""
+        """Replace E by K rows; with `keeps_matrix`, a tied head holds E as well, frozen."""
         partial = rows * self.dim
         return ParamCounts(
             held=self.held + partial - (0 if keeps_matrix else self.matrix),

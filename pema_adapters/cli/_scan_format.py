@@ -40,8 +40,8 @@ COLUMNS = {
 OPTIMIZERS = {"adamw_fp32": "AdamW fp32", "adamw_bf16": "AdamW bf16", "adamw_8bit": "AdamW 8-bit"}
 MEMORY = ("weights", "gradients", "optimizer_states", "total")
 TIED_HEAD = (
-    "{} is tied to its output, which keeps the matrix, frozen, beside the K rows: gradients and optimizer states are "
-    "saved, weights are not"
+    "the output of {} is tied to its embedding and streams it from disk: without PEMA, logits take {:.1f} MB more for "
+    "each token with a label"
 )
 
 
@@ -123,6 +123,7 @@ def _format_unused(metrics: Metrics, named: bool) -> str:
 
 def _collect_notes(metrics: Metrics) -> list[str]:
     notes = [*metrics["notes"], *([metrics["note"]] if "note" in metrics else [])]
-    if any(report["has_tied_head"] for report in metrics.get("memory", [])):
-        notes.append(TIED_HEAD.format(metrics["model"]))
+    logits = max((report["logits_per_token"] for report in metrics.get("memory", [])), default=0)
+    if logits:
+        notes.append(TIED_HEAD.format(metrics["model"], logits / 1e6))
     return notes

@@ -107,6 +107,20 @@ class InputFile:
             raise self.changed_error(f"it ends at byte {begin + len(data):,} now")
         return data
 
+    def read_into(self, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `begin` on.
+
+        Raises:
+            InputChangedError: The file ends before the buffer is full.
+        """
+        handle, filled = self.open(), 0
+        with reading(self.path):
+            while filled < len(buffer):
+                count = os.preadv(handle.descriptor, [buffer[filled:]], begin + filled)
+                if not count:
+                    raise self.changed_error(f"it ends at byte {begin + filled:,} now")
+                filled += count
+
     def view(self, begin: int, end: int, *, contents_only: bool = False) -> RawBytes:
         """Return the bytes from `begin` to `end` as a read-only uint8 view of a memory map, after a `check`.
 

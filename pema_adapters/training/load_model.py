@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,21 +17,28 @@ from pema_adapters.training.base.model_vocabulary import get_input_embedding
 from pema_adapters.training.embedding.conversion import convert_all, find_aliases, find_embeddings
 from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
 from pema_adapters.training.guards import refuse_hub_kernel
-from pema_adapters.training.output.tied_head import has_tied_head
+from pema_adapters.training.output.tied_head import can_convert_heads, convert_heads, find_heads
 from pema_adapters.training.shrink import shrink_embeddings
 
 OFFLOADED = ("cpu", "disk")
 """Device-map entries of weights that are stored here but computed with on another device, if there is one."""
 
 
-def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary: Any, **kwargs: Any) -> Any:
+def load_model(
+    model_class: Any,
+    pretrained_model_name_or_path: Any,
+    vocabulary: Any,
+    *,
+    output_embeddings: Literal["tied", "full"] | None = None,
+    output_storage: Literal["auto", "disk", "host", "device"] = "auto",
+    **kwargs: Any,
+) -> Any:
     """Load a model like `model_class.from_pretrained`, but only the rows of `vocabulary` of its embedding matrix.
 
-    The matrix [V, d] is never allocated, and no other rows of it are read, from safetensors or `.bin` files alike. The
-    model is loaded whole and then shrunk where that is impossible: a language model whose output is tied to the
-    embedding, since the output needs the matrix, if only to read; a matrix that the checkpoint lacks, or stores in
-    another shape or under another name; files that cannot be read in place (pickles from before PyTorch 1.6, GGUF,
-    TensorFlow); a `state_dict`; an embedding that is quantised or split between processes.
+    The matrix [V, d] is never allocated, for the input or for an output that is tied to it, from safetensors or `.bin`
+    files alike. The model is loaded whole and then shrunk where that is impossible: a matrix that the checkpoint lacks,
+    or stores in another shape or under another name; files that cannot be read in place (pickles from before PyTorch
+    1.6, GGUF, TensorFlow); a `state_dict`; an embedding that is quantised or split between processes.
 
     The embedding is trainable as K rows, under its usual name, in the dtype and on the device that `from_pretrained`
     would choose (if a device map offloads it, on the device that computes). A new head gets the same random weights as
@@ -41,6 +48,8 @@ def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary:
         model_class: a Transformers model class or Auto class, or AutoAdapterModel.
         pretrained_model_name_or_path: a local folder or a Hub id.
         vocabulary: a `PartialVocabulary`, or tokenized data to scan for one.
+        output_embeddings: as in `PEMAConfig`, for a language model.
+        output_storage: likewise.
         kwargs: passed to `from_pretrained`.
 
     Returns:
@@ -57,7 +66,7 @@ def load_model(model_class: Any, pretrained_model_name_or_path: Any, vocabulary:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     for matrix in deferred:
         matrix.pin(model)
-    shrink_embeddings(model, None, vocabulary)
+    shrink_embeddings(model, None, vocabulary, output_embeddings=output_embeddings, output_storage=output_storage)
     return loaded
 
 
@@ -76,15 +85,18 @@ class DeferredMatrix:
     placeholder: nn.Parameter
 
     def detach(self, model: Any) -> list[str]:
-        """Remove the weight from all embeddings that share it. Returns the names of these weights."""
+        """Remove the weight from all modules that share it. Returns the names of these weights."""
         owner = convert_all(model, self.embedding)
+        heads = list(convert_heads(model, owner).values())
         owner.base = self.matrix.rows
-        aliases = list(find_aliases(model, owner).values())
-        for alias in aliases:
-            del alias._parameters["weight"]
-            upstream.mark_as_initialized(alias)
+        sharing = [*find_aliases(model, owner).values(), *heads]
+        for module in sharing:
+            del module._parameters["weight"]
+            upstream.mark_as_initialized(module)
+        for head in heads:
+            head.__dict__["weight"] = torch.empty(0, owner.embedding_dim)  # ModernBERT initializes it from outside
         modules = model.named_modules(remove_duplicate=False)
-        return [f"{name}.weight" for name, module in modules if module in aliases]
+        return [f"{name}.weight" for name, module in modules if module in sharing]
 
     def attach(self, model: Any) -> None:
         """Give these embeddings a weight again, without rows; `model` has all its other weights."""
@@ -92,6 +104,8 @@ class DeferredMatrix:
         assert isinstance(self.embedding, PartialEmbedding)
         for alias in find_aliases(model, self.embedding).values():
             alias.register_parameter("weight", self.placeholder)
+        for head in find_heads(model, self.embedding).values():
+            del head.__dict__["weight"]
         self.embedding.shrink(base)
 
     def pin(self, model: Any) -> None:
@@ -127,7 +141,7 @@ def _find_matrix(model: Any, files: Sequence[str], load_options: Mapping[str, An
         embedding = get_input_embedding(model)
     except SurgeryError:
         return None
-    if not embedding.weight.is_meta or has_tied_head(model, embedding):
+    if not embedding.weight.is_meta or not can_convert_heads(model, embedding):
         return None
     name, name_in_base = (f"{_find_name(root, embedding)}.weight" for root in (model, model.base_model))
     matrix = StoredMatrix.find(files, model.base_model_prefix, name_in_base, tuple(embedding.weight.shape))

@@ -86,8 +86,10 @@ def build_full_state_dict(
             state[prefix + "weight"] = matrix.tensor
         for name in ROW_BUFFERS:
             state.pop(prefix + name, None)
-    for name, head in find_heads(model, owner).items():
-        state[name + ".weight"] = matrix.tensor if owner.tied_to_output or owner.token_ids is None else head.matrix
+    heads = find_heads(model, owner)
+    if heads and not owner.tied_to_output and owner.token_ids is not None:
+        matrix = _build_matrix(owner, folder, with_own_rows=False)
+    state |= {name + ".weight": matrix.tensor for name in heads}
     with _move_aside(_get_base(owner).matrix.find_in(folder)):
         yield state
 
@@ -133,10 +135,10 @@ def _get_base(owner: PartialEmbedding) -> BaseModel:
     return owner.base
 
 
-def _build_matrix(owner: PartialEmbedding, folder: Path) -> ScratchMatrix:
+def _build_matrix(owner: PartialEmbedding, folder: Path, with_own_rows: bool = True) -> ScratchMatrix:
     shape = (owner.num_embeddings, owner.embedding_dim)
     matrix = ScratchMatrix(folder, _get_base(owner).matrix.iterate_blocks(), shape, owner.weight.dtype)
-    if owner.token_ids is not None:
+    if with_own_rows and owner.token_ids is not None:
         matrix.write(owner.token_ids, owner.weight)
     return matrix
 

@@ -36,6 +36,7 @@ def shrink_embeddings(
     vocabulary: Any = None,
     *,
     output_embeddings: Literal["tied", "full"] | None = None,
+    output_storage: Literal["auto", "disk", "host", "device"] = "auto",
 ) -> PartialVocabulary:
     """Keep only the rows of `vocabulary` in memory, as the trainable rows [K, d] of adapter `adapter_name`.
 
@@ -50,6 +51,7 @@ def shrink_embeddings(
             Optional with `PEMAConfig(vocabulary="grow")`: training adds the tokens that it meets. "grow" means the
             same in full fine-tuning.
         output_embeddings: as in `PEMAConfig`, for full fine-tuning of a language model.
+        output_storage: likewise.
 
     Returns:
         The vocabulary in use. It also contains the ids that the model inserts itself (pad, bos, eos, decoder start),
@@ -66,7 +68,11 @@ def shrink_embeddings(
         layer.refuse_while_merged("shrink_embeddings")
     adapter_rows = None if adapter_name is None else _get_adapter_rows(model, adapter_name)
     grows = _decide_growth(model, adapter_name, vocabulary)
-    tied = _get_output_policy(model, adapter_name, output_embeddings) != "full"
+    policy, storage = output_embeddings, output_storage
+    if adapter_name is not None:
+        config = model.adapters_config.match(adapter_name, PEMAConfig)
+        policy, storage = config.output_embeddings, config.output_storage
+    tied = policy != "full"
     if grows and tied:
         _refuse_growing_output(model, embedding)
     used = _complete_vocabulary(model, embedding.num_embeddings, vocabulary)
@@ -76,6 +82,8 @@ def shrink_embeddings(
     if adapter_rows is None:
         owner.tied_to_output = tied
     heads = convert_heads(model, owner)
+    for head in heads.values():
+        head.set_storage(storage)
     untied = _untie(model, heads) if heads and not tied else ""
     used = used | _find_required_ids(table, owner, base, used.vocab_size)
     token_ids = torch.from_numpy(used.token_ids.copy())
@@ -158,11 +166,6 @@ def _is_grow(vocabulary: Any) -> bool:
     return isinstance(vocabulary, str) and vocabulary == GROW
 
 
-def _get_output_policy(model: Any, adapter_name: str | None, policy: str | None) -> str | None:
-    """Return what happens to a tied head: `policy` in full fine-tuning, else the adapter's `output_embeddings`."""
-    return policy if adapter_name is None else model.adapters_config.match(adapter_name, PEMAConfig).output_embeddings
-
-
 def _refuse_growing_output(model: Any, embedding: nn.Embedding) -> None:
     """Refuse rows added later in a tied output: every row of an output has a gradient from the first step on."""
     if not has_tied_head(model, embedding.owner if isinstance(embedding, PartialEmbedding) else embedding):
@@ -181,10 +184,10 @@ def _complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> Partia
 
 
 def _release_matrix(owner: PartialEmbedding, heads: Iterable[PartialOutput], base: BaseModel) -> None:
-    """Shrink the embedding, unless it is shrunk already; tied heads keep the matrix."""
+    """Shrink the embedding, and the heads that share its matrix, unless it is shrunk already."""
     if not owner.is_shrunk:
         for head in heads:
-            head.hold_base()
+            head.release()
         owner.shrink(base)
 
 

@@ -49,13 +49,13 @@ MODELS = {  # class, config, is the head tied
 
 
 def measure(model):
-    """Measure parameters, gradients and states after a step of AdamW; the frozen matrix of a tied head counts."""
+    """Measure parameters, gradients and states after a step of AdamW; a matrix that a tied head holds counts."""
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    frozen = [head.matrix for head in model.modules() if isinstance(head, PartialOutput) and head.holds_base]
-    weights = [*model.parameters(), *frozen]
+    held = [head._held for head in model.modules() if isinstance(head, PartialOutput) and head._held is not None]
+    weights = [*model.parameters(), *held]
     states = [value for state in optimizer.state.values() for value in state.values()]
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return Memory(*(sum(tensor.nbytes for tensor in tensors) for tensors in (weights, grads, states)))
@@ -75,13 +75,16 @@ def saved(tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw_fp32", torch.float32), ("adamw_bf16", torch.bfloat16)])
 @pytest.mark.parametrize("kind", MODELS)
-def test_reports_equal_the_tensors_of_real_models(kind, optimizer, dtype, saved):
+@pytest.mark.parametrize("storage", ["disk", "device"])
+def test_reports_equal_the_tensors_of_real_models(kind, optimizer, dtype, storage, saved):
     model_class, folder, is_tied = saved(kind)
     full = model_class.from_pretrained(folder, dtype=dtype)
-    partial = load_model(model_class, folder, VOCABULARY, dtype=dtype)
+    partial = load_model(model_class, folder, VOCABULARY, dtype=dtype, output_storage=storage)
+    ids = torch.tensor([[3, 5]])
+    partial(input_ids=ids, **({"decoder_input_ids": ids} if partial.config.is_encoder_decoder else {}))
     before, after = measure(full), measure(partial)
     for given in (folder, Path(folder), full, full.config, partial):
-        report = memory_report(given, VOCABULARY, optimizer, model_class=model_class)
+        report = memory_report(given, VOCABULARY, optimizer, model_class=model_class, output_storage=storage)
         assert (report.before, report.after) == (before, after)
         assert report.saved == before - after
         assert report.has_tied_head == is_tied
@@ -99,9 +102,14 @@ def test_bytes_by_hand():
     assert report.saved.total == 10 * 114 * 32
 
 
-def test_a_tied_head_keeps_the_matrix():
-    report = memory_report(GPT2Config(**GPT, architectures=["GPT2LMHeadModel"]), VOCABULARY)
+def test_a_tied_head_holds_the_matrix_on_a_device_alone():
+    config = GPT2Config(**GPT, architectures=["GPT2LMHeadModel"])
+    report = memory_report(config, VOCABULARY)
     assert (report.built, report.has_tied_head, report.partial_vocab_size) == ("GPT2LMHeadModel", True, 6)
+    assert (report.parameters_saved, report.trained_parameters_saved) == (114 * 32, 114 * 32)
+    assert report.saved == Memory(weights=4 * 114 * 32, gradients=4 * 114 * 32, optimizer_states=8 * 114 * 32)
+    assert report.logits_per_token == 2 * 120 * 4
+    report = memory_report(config, VOCABULARY, output_storage="device")
     assert (report.parameters_saved, report.trained_parameters_saved) == (-6 * 32, 114 * 32)
     assert report.saved == Memory(weights=-4 * 6 * 32, gradients=4 * 114 * 32, optimizer_states=8 * 114 * 32)
 

@@ -119,6 +119,25 @@ class MappedRows:
         if self._added is not None:
             yield self._added.to(self.dtype)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """V and d."""
+        return len(self), self.dim
+
+    def iterate_buffered(self, step: int) -> Iterator[Tensor]:
+        """Yield all rows in order, in blocks [n, d] of at most `step` rows.
+
+        A block is valid until the next one is asked for: they share a buffer.
+        """
+        buffer = torch.empty(min(step, max(self.file_rows, 1)), self.dim, dtype=self.dtype)
+        for first in range(0, self.file_rows, step):
+            block = buffer[: self.file_rows - first]
+            self._file.read_into(self._offset_of(first), block.view(torch.uint8).numpy().data.cast("B"))
+            yield block
+        self.check()
+        if self._added is not None:
+            yield from slice_rows(self._added.to(self.dtype), step)
+
     def check(self) -> None:
         """Raise InputChangedError if the contents of the file have changed."""
         self._file.check(contents_only=True)
@@ -151,8 +170,14 @@ def _count_rows_per_block(dim: int, dtype: torch.dtype) -> int:
 def iterate_blocks(matrix: Tensor, step: int | None = None) -> Iterator[Tensor]:
     """Yield the rows of `matrix` [V, d] in order, on the CPU, `step` rows (default: 32 MiB) at a time."""
     step = step or _count_rows_per_block(matrix.shape[1], matrix.dtype)
+    for block in slice_rows(matrix, step):
+        yield block.detach().cpu()
+
+
+def slice_rows(matrix: Tensor, step: int) -> Iterator[Tensor]:
+    """Yield the rows of `matrix` [V, d] in order, `step` rows at a time, as views."""
     for first in range(0, len(matrix), step):
-        yield matrix[first : first + step].detach().cpu()
+        yield matrix[first : first + step]
 
 
 class ScratchMatrix:

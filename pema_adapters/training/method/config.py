@@ -10,6 +10,7 @@ from adapters.configuration.adapter_config import AdapterConfig
 _EXPECTED: dict[str, tuple[str | bool | None, ...]] = {
     "unseen": ("base", "error"),
     "output_embeddings": ("tied", "full", None),
+    "output_storage": ("auto", "disk", "host", "device"),
     "trainable": (True, False),
     "dtype": ("float32", "bfloat16", "float16", None),
     "vocabulary": ("grow", None),
@@ -30,6 +31,10 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
             "tied" (and None): the head uses the trained rows as well, and the base's for all other tokens, so the loss
             is over the whole vocabulary and a merged model is tied as the base was. "full": the head keeps the base's
             matrix, which unties the two, and the merge writes two matrices.
+        output_storage: where the base's matrix of a tied head is in training; the loss is exact in any case. "disk": in
+            the checkpoint's file, read in blocks. "host": in host memory, copied to an accelerator in blocks. "device":
+            on the model's device. "auto": disk for a model on the CPU; on an accelerator the device if the matrix takes
+            at most half of its free memory, else the host.
         trainable: False to freeze the rows and save memory only; the artifact then contains no rows.
         dtype: of the trained rows; "float32" for a model in half precision, say. None: the model's. The output of the
             embedding is in the model's dtype in any case.
@@ -47,6 +52,7 @@ class PEMAConfig(AdapterConfig):  # type: ignore[misc]
 
     unseen: Literal["base", "error"] = "base"
     output_embeddings: Literal["tied", "full"] | None = None
+    output_storage: Literal["auto", "disk", "host", "device"] = "auto"
     trainable: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     vocabulary: Literal["grow"] | None = None

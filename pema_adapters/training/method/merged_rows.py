@@ -132,7 +132,7 @@ def _unmerge(model: Any, owner: PartialEmbedding, before: MergedRows) -> None:
         return
     copy_base_rows(before.base, owner.weight)
     for head in heads:
-        head.hold_base()
+        head.release()
     owner.shrink(before.base)
     if before.own:
         owner.set_rows(before.own["token_ids"], before.own["weight"], before.own["fingerprint"])

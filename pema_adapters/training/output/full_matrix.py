@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pema_adapters.training.base.base_model import BaseModel
@@ -24,9 +23,9 @@ def load_full_matrix(model: Any, owner: PartialEmbedding, rows: PartialRows | No
         rows: those of the adapter, if any.
     """
     heads, untied = find_heads(model, owner).values(), is_untied(model, rows)
-    matrix = _read_full_matrix(owner)
     for head in heads if untied else ():
-        head.untie()  # first: in a model that is not shrunk it shares the matrix, which changes below
+        head.untie(_read_base_matrix(owner))  # first: in a model that is not shrunk the matrix changes below
+    matrix = _read_full_matrix(owner)
     if rows is not None:
         matrix[rows.token_ids.long()] = rows.weight.detach().to(matrix.dtype)
     owner.restore(matrix)
@@ -48,13 +47,21 @@ def is_untied(model: Any, rows: PartialRows | None) -> bool:
     return model.config.tie_word_embeddings is False or trains_input_only
 
 
+def _read_base_matrix(owner: PartialEmbedding) -> Tensor:
+    """Return the base's E [V, d] as a tensor of its own."""
+    weight = owner.weight.detach()
+    if not isinstance(owner.base, BaseModel):
+        return weight.clone()
+    matrix = weight.new_empty(owner.num_embeddings, owner.embedding_dim)
+    copy_base_rows(owner.base, matrix)
+    return matrix
+
+
 def _read_full_matrix(owner: PartialEmbedding) -> Tensor:
     """Return E [V, d] with own rows written in; the weight itself if the model is not shrunk."""
     if not isinstance(owner.base, BaseModel):
         return owner.weight.data
-    weight = owner.weight
-    matrix = torch.empty(owner.num_embeddings, owner.embedding_dim, dtype=weight.dtype, device=weight.device)
-    copy_base_rows(owner.base, matrix)
+    matrix = _read_base_matrix(owner)
     if owner.token_ids is not None:
-        matrix[owner.token_ids.long()] = weight.detach()
+        matrix[owner.token_ids.long()] = owner.weight.detach()
     return matrix

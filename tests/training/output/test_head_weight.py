@@ -13,7 +13,7 @@ from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_emb
 from pema_adapters.errors import SurgeryError
 from tests.training.output.test_tied_head import MIXED, MODELS, SEEN, USED, V, close, logits, make, train, with_adapter  # noqa: F401
 
-WAY_OUT = r"its trained rows are separate .*use_liger_kernel=False, SFTConfig\(loss_type=\"nll\"\).*output_embeddings=\"full\""
+WAY_OUT = r"needs the whole matrix; .*use_liger_kernel=False, or transformers.Trainer\), or call restore_embeddings"
 
 
 def chunked_loss(model, ids, chunk=2):
@@ -32,7 +32,6 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight):
-        ctx.save_for_backward(hidden, weight)
         return torch.nn.functional.linear(hidden, weight).logsumexp(-1).sum()
 
 
@@ -50,32 +49,70 @@ def loaded_over_the_full_matrix(folder, auto_class):
     model = auto_class.from_pretrained(folder)
     adapters.init(model)
     model.load_adapter(str(folder / "run"), set_active=True)
+    model.train_adapter("task")
     return model
 
 
-@pytest.mark.parametrize("prepare", [adapter, full_fine_tuning, loaded_over_the_full_matrix])
-def test_a_fused_loss_is_refused(make, prepare):  # noqa: F811
+PREPARATIONS = [adapter, full_fine_tuning, loaded_over_the_full_matrix]
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+def test_a_chunked_loss_is_that_of_the_model(make, prepare):  # noqa: F811
+    """The loss and the gradients of the trained rows; a loss with a backward of its own included."""
     model = prepare(*make("gpt2"))
+    model.eval()
+    rows = next(model.get_output_embeddings().embedding.iterate_tied_rows()).weight
+    losses = [chunked_loss(model, SEEN), model(input_ids=SEEN, labels=SEEN).loss]
+    close(*losses)
+    if rows.requires_grad:
+        close(*(torch.autograd.grad(loss, rows)[0] for loss in losses))
     hidden = torch.ones(1, 32, requires_grad=True)
+    weight = model.lm_head.weight
+    fused, expected = Fused.apply(hidden, weight), model.lm_head(hidden).logsumexp(-1).sum()
+    close(fused, expected)
+    close(torch.compile(lambda: hidden @ weight.T, backend="eager")() + 0, model.lm_head(hidden) + 0)
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+def test_what_needs_the_whole_matrix_is_refused(make, prepare):  # noqa: F811
+    model = prepare(*make("gpt2"))
     for use in (
-        lambda: chunked_loss(model, SEEN),
-        lambda: Fused.apply(hidden, model.lm_head.weight),
-        torch.compile(lambda: hidden @ model.lm_head.weight.T, backend="eager"),
         lambda: model.lm_head.weight.data_ptr() + 1,
         lambda: model.lm_head.weight.data.normal_().sum(),
+        lambda: torch.cat([model.lm_head.weight, torch.ones(1, 32)]),
+        lambda: model.lm_head.weight + 1,
     ):
-        with pytest.raises(Exception, match=WAY_OUT):
+        with pytest.raises(SurgeryError, match=WAY_OUT):
             use()
+    weight = model.lm_head.weight
+    assert (weight.shape, weight.dtype, str(weight.device)) == ((V, 32), torch.float32, "cpu")
+    assert repr(weight) == "HeadWeight(shape=(211, 32), dtype=torch.float32, device='cpu')"
+
+
+def test_a_product_with_a_matrix_that_trains_as_a_whole_is_refused(make):  # noqa: F811
+    """Its gradient would be lost; the head itself computes it."""
+    model = loaded_over_the_full_matrix(*make("gpt2"))
+    model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(SurgeryError, match=WAY_OUT):
         chunked_loss(model, SEEN)
-    weight = model.lm_head.weight
-    assert (weight.shape, weight.dtype, str(weight.device), weight.requires_grad) == (
-        (V, 32),
-        torch.float32,
-        "cpu",
-        False,
+    model(input_ids=SEEN, labels=SEEN).loss.backward()
+    assert model.lm_head._parameters["weight"].grad.abs().sum(1).count_nonzero() == V - len(
+        model.base_model.pema.adapters["task"]
     )
-    assert repr(weight) == "MetadataOnlyWeight(shape=(211, 32), dtype=torch.float32, device='cpu')"
+
+
+def test_rows_of_the_weight_can_be_read(make):  # noqa: F811
+    model = with_adapter(*make("gpt2"))
+    train(model)
+    rows = model.base_model.pema.adapters["task"]
+    restored = copy.deepcopy(model)
+    restore_embeddings(restored)
+    expected = restored.get_output_embeddings().weight
+    ids = torch.tensor([[3, 200], [89, 5]])
+    close(model.lm_head.weight[ids], expected[ids])
+    close(model.lm_head.weight[2:9], expected[2:9])
+    (gradient,) = torch.autograd.grad(model.lm_head.weight[ids].sum(), rows.weight)
+    assert sorted(rows.token_ids[gradient.abs().sum(1) > 0].tolist()) == [3, 5, 89]
 
 
 def test_a_fused_loss_is_correct_without_separate_rows(make):  # noqa: F811
@@ -105,18 +142,31 @@ def test_the_matrix_is_no_buffer_of_a_distributed_model(make, tmp_path):  # noqa
     assert model.base_model.pema.adapters["task"].weight.grad is not None
 
 
-def test_the_matrix_moves_with_the_model(make):  # noqa: F811
-    model = with_adapter(*make("gpt2"))
+@pytest.mark.parametrize("storage", ["auto", "disk", "host", "device"])
+def test_the_head_follows_the_model(make, storage):  # noqa: F811
+    """To another dtype, into a copy, and from one storage to another."""
+    model = with_adapter(*make("gpt2"), output_storage=storage)
     train(model)
-    before = logits(model)
-    assert model.lm_head.matrix.dtype == torch.float32
-    assert model.double().lm_head.matrix.dtype == model.lm_head.weight.dtype == torch.float64
-    close(logits(model.float()), before)
-    twin = copy.deepcopy(model)
-    assert twin.lm_head.matrix.data_ptr() != model.lm_head.matrix.data_ptr()
+    before = logits(model) + 0
+    assert (model.lm_head._held is not None) == (storage in ("host", "device"))
+    assert model.double().lm_head.weight.dtype == torch.float64
+    close(logits(model).float(), before)
+    twin = copy.deepcopy(model.float())
     assert twin.lm_head.embedding is twin.get_input_embeddings()
-    close(logits(twin), before)
-    assert model.to("meta").lm_head.matrix.is_meta
+    close(logits(twin) + 0, before)
+    shrink_embeddings(twin, None, PartialVocabulary(USED, V), output_storage="disk")
+    assert twin.lm_head._held is None
+    close(logits(twin) + 0, before)
+
+
+def test_an_unknown_storage_is_refused(make):  # noqa: F811
+    folder, auto_class = make("gpt2")
+    with pytest.raises(
+        SurgeryError, match=r"output_storage is 'gpu', expected one of 'auto', 'disk', 'host', 'device'"
+    ):
+        load_model(auto_class, folder, PartialVocabulary(USED, V), output_storage="gpu")
+    with pytest.raises(ValueError, match=r"PEMAConfig: output_storage is 'gpu', expected \"auto\" or"):
+        PEMAConfig(output_storage="gpu")
 
 
 COMPILED = """
@@ -152,7 +202,7 @@ def test_a_head_that_uses_the_matrix_in_its_forward_is_refused(tmp_path):
     )  # fmt: skip
     MobileBertForMaskedLM(config).save_pretrained(tmp_path)
     model = load_model(MobileBertForMaskedLM, tmp_path, PartialVocabulary(USED, V))
-    with pytest.raises(SurgeryError, match="its trained rows are separate from this matrix"):
+    with pytest.raises(SurgeryError, match=r"was used in .cat., which needs the whole matrix"):
         model(input_ids=MIXED)
 
 

@@ -160,14 +160,12 @@ def test_training_saving_merging(make, tmp_path, name, policy):
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_one_full_matrix_is_alive_and_none_is_saved(make, tmp_path, name):
+def test_no_full_matrix_is_alive_and_none_is_saved(make, tmp_path, name):
     folder, auto_class = make(name)
     model = with_adapter(folder, auto_class)
     shape = (V, model.get_input_embeddings().embedding_dim)
-    alive = {tensor.data_ptr() for tensor in live_tensors_of_shape(shape)}
-    assert alive == {model.get_output_embeddings().matrix.data_ptr()}
+    assert live_tensors_of_shape(shape) == []
     assert not any(tensor.shape == shape for tensor in model.state_dict().values())
-    assert not model.get_output_embeddings().weight.requires_grad
     model.save_adapter(str(tmp_path / "run"), "task")
     assert sum(path.stat().st_size for path in (tmp_path / "run").iterdir()) < 40_000
 
