@@ -174,6 +174,7 @@ def test_invalid_arguments_are_refused(tmp_path):
         memory_report(bert_like(BertConfig, num_attention_heads=5), VOCABULARY)
 
 
+@pytest.mark.slow
 def test_a_report_of_a_huge_model_takes_little_memory():
     """Report on a model of 100 GB in a process limited to 4 GiB of data."""
     code = (
@@ -187,6 +188,7 @@ def test_a_report_of_a_huge_model_takes_little_memory():
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.slow
 def test_adapters_is_not_imported(kind, saved):
     """Its import would take longer than everything else."""
     _, folder, _ = saved(kind)

@@ -225,6 +225,7 @@ def make_long(folder):
     (folder / "x.txt").write_text("\n".join(lines))
 
 
+@pytest.mark.slow
 def test_a_killed_scan_is_resumed(folder, capsys):
     """Killed, so that nothing can be done at the last moment. After Ctrl-C: test_scan_outputs.py, test_text_scanner.py."""
     make_long(folder)

@@ -239,6 +239,7 @@ def run_in_child(folder, *arguments, before="", **environment):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_nothing_but_the_result_without_a_terminal(folder, capsys):
     """Even a long scan, and even what datasets does before it."""
     before = "import pema_adapters.scanning.progress as p; p.SECONDS_BEFORE_BAR = 0"
@@ -264,6 +265,7 @@ def test_an_interrupted_scan_is_one_line(where, folder, capsys, monkeypatch):
     assert [path.name for path in folder.glob("x.*")] == ["x.txt"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_stream_is_one_line(folder):
     """The generators that are left half-way have nothing to say either."""
     (folder / "x.txt").write_text(TEXT * 5_000)

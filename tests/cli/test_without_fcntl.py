@@ -45,6 +45,7 @@ def test_merging_is_refused_in_one_line(arguments):
     )
 
 
+@pytest.mark.slow
 def test_training_and_scanning_work(case, tmp_path):
     program = """
         from transformers import AutoModelForSequenceClassification

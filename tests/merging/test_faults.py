@@ -38,6 +38,7 @@ def disturb(folder, *faults, python_path=""):
     return found
 
 
+@pytest.mark.slow
 def test_faults(tmp_path):
     found = disturb(tmp_path, *FAULTS)
     assert {fault: one["wrong"] for fault, one in found.items() if one["wrong"]} == {}
@@ -45,6 +46,7 @@ def test_faults(tmp_path):
     assert {"refused", "completed"} <= {one["outcome"] for one in found.values()}
 
 
+@pytest.mark.slow
 def test_a_lost_write_is_found(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         textwrap.dedent("""

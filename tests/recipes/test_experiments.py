@@ -148,7 +148,12 @@ def test_the_command_goes_on_and_refuses_other_settings(base, data_dir, tmp_path
         (["--plot", "out.foo"], 2, "argument --plot: out.foo: found .foo, expected one of ."),
         (["--plot", "out"], 2, "argument --plot: out: found no suffix, expected one of ."),
         (["--plot", "no/where.png"], 2, "argument --plot: no/where.png: no such folder: no"),
-        (["--data-dir", "nowhere", "--tasks", "CoLA"], 1, "nowhere: no folder CoLA (found: no folders)"),
+        pytest.param(
+            ["--data-dir", "nowhere", "--tasks", "CoLA"],
+            1,
+            "nowhere: no folder CoLA (found: no folders)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_run_is_one_line(base, tmp_path, glue, arguments, code, message):

@@ -251,9 +251,9 @@ def test_ids_after_the_last_state_are_counted_once(tmp_path, monkeypatch):
     data, store = Dataset.from_list(ROWS * 50), CacheFolder(tmp_path)
     whole = scan_text(data, Encoder(make_tokenizer()), vocab_size=V)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
-    with pytest.raises(KeyboardInterrupt, match="from row 4"):
+    with pytest.raises(KeyboardInterrupt, match="at row 4"):
         scan_until_interrupt(store, data, 2)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="from row 4"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="at row 4"):
         patch.setattr(GrowingBitmap, "count_distinct", interrupt)  # in the middle of a batch
         scan_until_interrupt(store, data, 0)
     found = scan_until_interrupt(store, data, 0)
@@ -267,7 +267,7 @@ def interrupt(_):
 
 def test_a_damaged_state_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_STATES", 0)
-    with pytest.raises(KeyboardInterrupt, match="from row 4"):
+    with pytest.raises(KeyboardInterrupt, match="at row 4"):
         scan_until_interrupt(CacheFolder(tmp_path), Dataset.from_list(ROWS * 50), 2)
     entry = tmp_path / "partial-key"
     entry.write_bytes(entry.read_bytes()[:-9])

@@ -37,7 +37,7 @@ def benches():
     made.close()
 
 
-@pytest.mark.parametrize("method", ["compacter", "lora"])
+@pytest.mark.parametrize("method", ["compacter", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_kind_of_model(benches, model, method):
     result = run(Cell(model, method, "classification"), benches)
@@ -45,6 +45,7 @@ def test_every_kind_of_model(benches, model, method):
     assert result.changed == (model == "xmod")  # adapters.init takes the language adapters away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(benches, method):
     result = run(Cell("bert", method, "classification"), benches)

@@ -1,5 +1,7 @@
 """Loading and saving never allocate the full matrix: RssAnon, sampled in a separate process."""
 
+import pytest
+
 from tests.anonymous_memory import printed_by
 
 MATRIX_MB, LOADED_MB = 256, 128
@@ -23,6 +25,7 @@ print(growth())
 """
 
 
+@pytest.mark.slow
 def test_save_pretrained_grows_by_less_than_half_the_matrix(tmp_path):
     program = PROGRAM.format(folder=str(tmp_path), rows=MATRIX_MB * 2**20 // (128 * 4))
     assert printed_by(program) < MATRIX_MB / 2
@@ -50,6 +53,7 @@ print(growth())
 """
 
 
+@pytest.mark.slow
 def test_loading_grows_by_less_than_a_quarter_of_the_matrix(tmp_path):
     program = LOADING.format(folder=str(tmp_path), rows=LOADED_MB * 2**20 // (128 * 4))
     assert printed_by(program) < LOADED_MB / 4

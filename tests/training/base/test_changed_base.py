@@ -159,6 +159,7 @@ CUT = """
 """
 
 
+@pytest.mark.slow
 def test_a_truncated_file_does_not_kill_the_process(case, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(CUT), case.folder, str(tmp_path / "saved")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

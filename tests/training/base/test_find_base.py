@@ -47,6 +47,7 @@ def test_a_headless_checkpoint_of_the_same_model_matches(case, tmp_path):
     assert make_base(model).matrix.find_in(tmp_path / "headless")
 
 
+@pytest.mark.slow
 def test_the_hub_cache_is_found(case, tmp_path):
     snapshot = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("a" * 40)
     shutil.copytree(case.folder, snapshot)

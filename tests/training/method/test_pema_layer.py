@@ -24,6 +24,7 @@ def run_python(code):
 
 
 @pytest.mark.parametrize("first", ["adapters", "pema_adapters"])
+@pytest.mark.slow
 def test_either_import_order_makes_it_a_method(first):
     second = "adapters" if first == "pema_adapters" else "pema_adapters"
     done = run_python(f"""

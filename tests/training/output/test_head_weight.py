@@ -182,6 +182,7 @@ torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_language_model_has_the_same_outputs(tmp_path):
     """Runs in a separate process, because torch.compile would keep matrices alive that other tests look for."""
     subprocess.run([sys.executable, "-c", COMPILED, tmp_path], check=True)

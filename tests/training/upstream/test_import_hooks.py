@@ -56,7 +56,16 @@ def run(*programs):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("name", ["PEMAConfig", "load_model", "shrink_embeddings", "parameter_groups"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PEMAConfig",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("load_model", "shrink_embeddings", "parameter_groups")
+        ),
+    ],
+)
 def test_every_public_name_can_be_the_first_import(name):
     found = run(
         f"from pema_adapters import {name}",
@@ -67,6 +76,7 @@ def test_every_public_name_can_be_the_first_import(name):
 
 
 @pytest.mark.parametrize("at", ["adapters.utils", "adapters.composition"])
+@pytest.mark.slow
 def test_an_interrupted_import_completes_when_repeated(at):
     found = run(
         "import pema_adapters",
@@ -108,6 +118,7 @@ def test_a_missing_name_is_the_same_error_each_time_and_nothing_is_patched():
     assert found[0].endswith("(pip install --upgrade pema-adapters)")
 
 
+@pytest.mark.slow
 def test_a_name_missing_in_a_module_imported_later_is_the_same_error_each_time():
     found = run(
         MISSING_AT_IMPORT,

@@ -20,7 +20,6 @@ from tests.recipes.conftest import RECIPES
 from tests.recipes.tiny import BY_NAME, SETTING
 
 
-@pytest.mark.slow
 class TestRun:
     @pytest.mark.parametrize("method, pema", [("Full fine-tuning", "on"), ("Compacter", "on")])
     def test_goes_on_from_a_checkpoint(self, base, place, method, pema, monkeypatch):
@@ -135,7 +134,6 @@ def counted_steps(monkeypatch):
     return taken
 
 
-@pytest.mark.slow
 def test_a_command_that_is_killed_goes_on(base, data_dir, tmp_path, glue):
     """And its run dies with it, which would write where the next command works. The figure is in a folder to come."""
     options = [

@@ -10,7 +10,7 @@ from pema_adapters import PartialVocabulary, load_model
 from tests.paths import REPOSITORY
 from tests.training.output.families import USED, V, save_base
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 IDS = torch.tensor([[3, 5, 8, 13, 21], [21, 34, 55, 89, 100]])
 
@@ -18,7 +18,7 @@ WORKER = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 from pema_adapters import PartialVocabulary, load_model
-from tests.training.output.test_distributed import IDS, USED, V
+from tests.slow.test_distributed import IDS, USED, V
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
