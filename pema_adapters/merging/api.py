@@ -194,7 +194,7 @@ def prepare_merge(inputs: Inputs, output: Path | None, options: MergeOptions) ->
 
 
 def with_card(merge: Merge, card: str) -> Merge:
-    """The same merge with `card` as the README.md of its output, in place of the base's."""
+    """Return the same merge with `card` as the README.md of its output, in place of the base's."""
     readme = PlannedFile(README, (BytesSegment(card.encode(errors="replace")),))
     plan = replace(merge.plan, files=(*(file for file in merge.plan.files if file.name != README), readme))
     return replace(merge, plan=plan, report=replace(merge.report, bytes_written=plan.size))
@@ -269,7 +269,7 @@ def _note_clones(cloned: int) -> tuple[str, ...]:
 
 
 def report_dry_run(merge: Merge, start: float) -> MergeReport:
-    """The report of a dry run, with the rounding error that writing would meet."""
+    """Return the report of a dry run, with the rounding error that writing would meet."""
     merge.plan.measure()
     merge.check_inputs()
     return finish_report(merge.report, merge.plan, start)
@@ -294,5 +294,5 @@ def _report(plan: Plan, output: str, inputs: Inputs) -> MergeReport:
 
 
 def finish_report(report: MergeReport, plan: Plan, start: float) -> MergeReport:
-    """The report of a plan that was read to its end."""
+    """Return the report of a plan that was read to its end."""
     return replace(report, max_rounding_error=plan.rounding.largest, seconds=time.perf_counter() - start)

@@ -42,7 +42,7 @@ def load_snippet(
     left: Mapping[str, RemainingAdapterFiles],
     where: Callable[[str], str] = format_python_literal,
 ) -> list[str]:
-    """The lines behind the imports.
+    """Return the lines after the imports.
 
     Args:
         checkpoint: folder or Hub id of the merged checkpoint.
@@ -63,7 +63,7 @@ def load_snippet(
 
 
 def model_class(config: Mapping[str, Any]) -> str:
-    """The Transformers class that config.json names; AutoModel where it names none."""
+    """Return the Transformers class that config.json names; AutoModel where it names none."""
     found = config.get("architectures")
     name = found[0] if isinstance(found, list) and found else None
     return name if isinstance(name, str) and name.isascii() and name.isidentifier() else "AutoModel"

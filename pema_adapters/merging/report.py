@@ -33,5 +33,5 @@ class MergeReport:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary that `json.dumps` takes."""
+        """Return a dictionary that `json.dumps` takes."""
         return {**asdict(self), "adapters_left": list(self.adapters_left), "notes": list(self.notes)}

@@ -164,7 +164,7 @@ def _with_card(merge: Merge, target: _Target, inputs: Inputs, options: MergeOpti
 
 
 def _read_head(target: _Target) -> _Head:
-    """What the repository holds now: files and card of one commit."""
+    """Return what the repository holds now: files and card of one commit."""
     commit = with_retry(lambda: target.api.model_info(target.name)).sha
     names = with_retry(lambda: list(target.api.list_repo_files(target.name, revision=commit)))
     if README not in names:
@@ -174,7 +174,7 @@ def _read_head(target: _Target) -> _Head:
 
 
 def _find_stale_files(head: _Head, plan: Plan) -> list[str]:
-    """Weights in the repository that the merge does not write: Transformers might load them instead of the new ones."""
+    """Find weights in the repository that the merge does not write: Transformers might load them instead."""
     made, is_merged = {file.name for file in plan.files}, has_pema_section(head.card)
     old = [name for name in head.files if "/" not in name and name.endswith(_STALE)]
     old += [name for name in head.files if is_merged and name.startswith(ADAPTERS + "/")]
@@ -182,7 +182,7 @@ def _find_stale_files(head: _Head, plan: Plan) -> list[str]:
 
 
 def _list_additions(merge: Merge, advance: Advance) -> Iterator[Any]:
-    """The files, from the folder where they were written to one; the card may be newer than the folder's."""
+    """List the files, from the folder where they were written to one; the card may be newer than the folder's."""
     from huggingface_hub import CommitOperationAdd
 
     for file in merge.plan.files:
@@ -216,7 +216,7 @@ def _commit(target: _Target, merge: Merge, head: _Head, options: MergeOptions) -
 
 
 def _is_committed(operations: list[Any]) -> bool:
-    """Whether there was anything to commit; else the client returns the newest commit, whatever its parent."""
+    """Return whether there was anything to commit; else the client returns the newest commit, whatever its parent."""
     return any(getattr(operation, "_is_committed", True) for operation in operations)
 
 
@@ -234,7 +234,7 @@ def _note_commit(made: "CommitInfo") -> str:
 
 @contextmanager
 def _one_bar() -> Iterator[None]:
-    """Ours: the client's count files, not bytes, and appear where there is no terminal."""
+    """Show our progress bar alone: the client's count files, not bytes, and appear where there is no terminal."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

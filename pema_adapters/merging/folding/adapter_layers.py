@@ -37,13 +37,13 @@ class AdaptedLinear:
         return next(iter(self.parts.values())).path
 
     def values(self, part: str) -> np.ndarray:
-        """The numbers of one part, float64 if stored so, else float32."""
+        """Return the numbers of one part, float64 if stored so, else float32."""
         tensor = self.parts[part]
         return upcast(np.frombuffer(tensor.read(), np.uint8), tensor.dtype).reshape(tensor.shape)
 
 
 def find_adapted_layers(delta: Delta, fold: bool) -> tuple[list[AdaptedLinear], RemainingAdapter]:
-    """The layers to fold, and the adapter that remains without them.
+    """Return the layers to fold, and the adapter that remains without them.
 
     Methods that are not in weight space remain. Raises `MergeError` where nothing but a gated method is there: its
     gate depends on the input, so no weight can replace it.
@@ -63,7 +63,7 @@ def find_adapted_layers(delta: Delta, fold: bool) -> tuple[list[AdaptedLinear], 
 
 
 def _remaining_adapter(tensors: dict[str, StoredTensor], config: AdapterConfig) -> RemainingAdapter:
-    """The rest of an adapter whose weight-space methods are folded."""
+    """Return the rest of an adapter whose weight-space methods are folded."""
     left = config.without(lambda method: method.is_weight_space)
     kept = {key: tensor for key, tensor in tensors.items() if not _is_folded(key, config.name)}
     if kept and left is None:
@@ -100,7 +100,7 @@ def _layers(delta: Delta, methods: list[Method]) -> list[AdaptedLinear]:
 
 
 def _check_parts(parts: dict[str, StoredTensor], shared: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """VeRA's matrices A and B are one pair for all layers."""
+    """Check that VeRA's matrices A and B are one pair for all layers."""
     if "vera_D" not in parts:
         return {}
     if len(shared) < 2:
@@ -110,7 +110,7 @@ def _check_parts(parts: dict[str, StoredTensor], shared: dict[str, StoredTensor]
 
 
 def _settings(module: str, parts: dict[str, StoredTensor], methods: list[Method]) -> Mapping[str, Any]:
-    """The settings of the method that made these parts; several methods may match if their settings agree."""
+    """Return the settings of the method that made these parts; several methods may match if their settings agree."""
     path = next(iter(parts.values())).path
     unknown = parts.keys() - _PARTS
     if unknown:

@@ -38,21 +38,21 @@ class WeightUpdate:
     transposed: bool
 
     def apply(self, weight: np.ndarray, first: int) -> np.ndarray:
-        """The stored rows `weight` [n, ...], of which the first is row `first`, updated."""
+        """Return the stored rows `weight` [n, ...], the first of which is row `first`, with the update applied."""
         made = weight
         if self.left is not None and self.right is not None:
-            made = weight + self._added(first, len(weight)) * self.scaling
+            made = weight + self._compute_update(first, len(weight)) * self.scaling
         if self.transposed:
             return made if self.scale is None else made * self.scale.T
         factor = self.factor(weight, first)
         return made if factor is None else made * factor
 
     def factor(self, weight: np.ndarray, first: int) -> np.ndarray | None:
-        """What multiplies the outputs of these rows, [n, 1]; None for 1. The layer multiplies its bias as well."""
+        """Return the factor [n, 1] of the outputs of these rows; None for 1. The layer multiplies its bias as well."""
         rows = slice(first, first + len(weight))
         if self.magnitude is None:
             return None if self.scale is None else self.scale[rows]
-        norm = np.linalg.norm(weight + self._added(first, len(weight)), axis=1, keepdims=True)
+        norm = np.linalg.norm(weight + self._compute_update(first, len(weight)), axis=1, keepdims=True)
         made: np.ndarray = self.magnitude[rows] / norm
         return made
 
@@ -61,8 +61,8 @@ class WeightUpdate:
         """Whether the bias of the layer changes."""
         return self.scale is not None or self.magnitude is not None
 
-    def _added(self, first: int, count: int) -> np.ndarray:
-        """These rows of `left @ right`, as the weight is stored."""
+    def _compute_update(self, first: int, count: int) -> np.ndarray:
+        """Return these rows of `left @ right`, as the weight is stored."""
         assert self.left is not None and self.right is not None
         rows = slice(first, first + count)
         left, right = (self.right[:, rows].T, self.left.T) if self.transposed else (self.left[rows], self.right)
@@ -131,24 +131,24 @@ class FoldedWeight:
         return b"".join(parts)
 
     def changes(self) -> Changes:
-        """Block by block: each is computed before its bytes may be overwritten."""
+        """Yield block by block: each is computed before its bytes may be overwritten."""
         for number in range(-(-self.shape[0] // self._step)):
             yield number * self._step * self._row_bytes, self._block(number)
 
     def weights(self) -> Iterator[tuple[int, np.ndarray]]:
-        """`(first row, rows)` of the base's weight, as numbers, block by block."""
+        """Yield `(first row, rows)` of the base's weight, as numbers, block by block."""
         for first in range(0, self.shape[0], self._step):
             yield first, self.weight(first)
 
     def weight(self, first: int) -> np.ndarray:
-        """A block of rows of the base's weight, from row `first` on."""
+        """Return a block of rows of the base's weight, from row `first` on."""
         size = self.shape[1] * DTYPE_BYTES[self.given]
         last = min(first + self._step, self.shape[0])
         raw = np.frombuffer(self.base.read(first * size, last * size), np.uint8)
         return upcast(raw, self.given).reshape(last - first, -1)
 
     def _block(self, number: int) -> Bytes:
-        """The bytes of a block of rows."""
+        """Return the bytes of a block of rows."""
         key, cached = (id(self), number), self.cache.block
         if cached is None or cached[0] != key:
             cached = self.cache.block = key, self._compute_block(number)
@@ -167,7 +167,7 @@ class FoldedWeight:
 
 
 def fold_bias(folded: FoldedWeight, raw: np.ndarray, given: str, dtype: str) -> bytes:
-    """The bias [out] of the layer, multiplied as its outputs are. adapters' own merge_adapter leaves it as it was."""
+    """Multiply the bias [out] of the layer as its outputs are; adapters' own merge_adapter leaves it as it was."""
     values = upcast(raw, given)
     factors = [folded.update.scale] if folded.update.transposed else _factors(folded)
     factor = np.concatenate([part.reshape(-1) for part in factors if part is not None])
@@ -180,7 +180,7 @@ def _factors(folded: FoldedWeight) -> list[np.ndarray | None]:
 
 
 def plan_update(layer: AdaptedLinear, shape: tuple[int, ...], transposed: bool) -> WeightUpdate:
-    """The update of a weight of `shape`, as stored. Raises `MergeError` where the parts do not fit it."""
+    """Return the update of a weight of `shape`, as stored. Raises `MergeError` where the parts do not fit it."""
     out, width = shape[::-1] if transposed else shape
     is_scale = "lora_A" not in layer.parts and "vera_D" not in layer.parts
     scaling = layer.method["alpha"] / (1 if is_scale else layer.method["r"])
@@ -214,7 +214,7 @@ def _check(  # noqa: PLR0913, PLR0917 - everything that must agree
 
 
 def _matrices(layer: AdaptedLinear) -> tuple[np.ndarray, np.ndarray | None]:
-    """left [.., r] and right [r, ..]; (IA)^3's vector [.., 1] and None."""
+    """Return left [.., r] and right [r, ..]; for (IA)^3 its vector [.., 1] and None."""
     if any(len(part.shape) != 2 for part in layer.parts.values()):
         found = ", ".join(f"{name} {list(part.shape)}" for name, part in layer.parts.items())
         raise MergeError(f"{layer.path}: {layer.module}: expected matrices, found {found}; the file is damaged")
@@ -224,7 +224,7 @@ def _matrices(layer: AdaptedLinear) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _vera(layer: AdaptedLinear) -> tuple[np.ndarray, np.ndarray]:
-    """`vera_B @ B @ vera_D`, multiplied in adapters' order, and A; A and B are shared by all layers."""
+    """Return `vera_B @ B @ vera_D`, multiplied in adapters' order, and A; all layers share A and B."""
     chain = [layer.values(part) for part in ("vera_B", "shared.lora_B", "vera_D", "shared.lora_A")]
     if any(one.shape[1] != other.shape[0] for one, other in pairwise(chain)):
         found = " @ ".join(str(list(matrix.shape)) for matrix in chain)
@@ -233,7 +233,7 @@ def _vera(layer: AdaptedLinear) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find_adapted_parts(layer: AdaptedLinear, out: int, left: np.ndarray, right: np.ndarray | None) -> list[int]:
-    """Which of q, k, v are adapted in a merged projection [3 * n, in], by number; [] for an ordinary layer."""
+    """Return which of q, k, v are adapted in a merged projection [3 * n, in], by number; [] for an ordinary layer."""
     named = layer.method.get("attn_matrices")
     parts = [i for i, key in enumerate(QKV) if isinstance(named, list) and key in named]
     rank = left.shape[1]
@@ -243,7 +243,7 @@ def _find_adapted_parts(layer: AdaptedLinear, out: int, left: np.ndarray, right:
 
 
 def _place_parts(left: np.ndarray, right: np.ndarray | None, parts: list[int], out: int) -> np.ndarray:
-    """`left` for all of a merged projection: each part's B in its own rows, and in the columns of its own A."""
+    """Return `left` for a whole merged projection: each part's B in its own rows and in the columns of its own A."""
     if not parts:
         return left
     size, rank = out // 3, left.shape[1]

@@ -54,7 +54,7 @@ class StandardHead:
 
 
 def convert_head(head: Head, base_config: dict[str, Any], *, keeps_base_output: bool = False) -> StandardHead | str:
-    """The class that computes exactly what the flexible `head` does, or a short reason why it stays an adapter head.
+    """Return the class that computes what the flexible `head` does, or a short reason why it stays an adapter head.
 
     base_config: config.json of the base, but with the `vocab_size` and the `tie_word_embeddings` of the output.
     keeps_base_output: the output matrix is the base's own. An output matrix that is that, or tied to the embedding, is
@@ -65,7 +65,7 @@ def convert_head(head: Head, base_config: dict[str, Any], *, keeps_base_output: 
     if isinstance(known, str):
         return known
     pair = _Pair(head, found, base_config, *known, keeps_base_output)
-    return pair.difference() or pair.converted()
+    return pair.difference() or pair.convert()
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,16 @@ class _Pair:
     keeps_base_output: bool
 
     def difference(self) -> str:
-        """Why the class cannot take the head's place; "" where it can."""
+        """Explain why the class cannot take the head's place; "" if it can."""
         return self._silent() or self._other_layers() or self._other_setting() or self._other_size()
 
-    def converted(self) -> StandardHead:
-        """The head as one of the class. Raises `FormatError` where a tensor is not what the settings say."""
+    def convert(self) -> StandardHead:
+        """Return the head as one of the class. Raises `FormatError` if a tensor does not fit the settings."""
         standard, prefix = self.standard, self.standard.prefix
         said = {"architectures": [self._class], **label_settings(self._labels()), "problem_type": self._problem()}
         return StandardHead(
             model_class=self._class,
-            tensors=self._renamed(),
+            tensors=self._rename_tensors(),
             config={**said, "num_labels": None},  # its number of labels is that of id2label
             prefix=self.family.prefix if prefix is None else prefix,
             needs=tuple(f"{standard.pooler}.{part}" for part in ("weight", "bias") if standard.pooler),
@@ -122,7 +122,7 @@ class _Pair:
         return self.base.get(key, self.family.tied if key == TIE else default)
 
     def _silent(self) -> str:
-        """Which size config.json leaves open; "" if none."""
+        """Return the size that config.json leaves open; "" if none."""
         inner = self.standard.inner[0]
         sizes = [self.family.hidden, *["vocab_size"] * self._is_lm, *[inner] * (inner in self.base)]
         wrong = [key for key in sizes if not _is_a(self.base.get(key), "layers")]
@@ -174,19 +174,19 @@ class _Pair:
         return {t.shape[0] for name, t in self._own().items() if name.startswith(f"{output}.") and t.shape}
 
     def _labels(self) -> dict[str, int]:
-        """{} for a language model, and for choices without names: config.json has no place for their number."""
+        """Return the label settings; {} for a language model, and for choices without names."""
         found = read_labels({"num_labels": self.found.get("num_choices", 0), **self.found}, self.head.path)
         is_default = all(label == f"LABEL_{number}" for label, number in found.items())
         return {} if is_default and "num_labels" not in self.found else found
 
     def _problem(self) -> str | None:
-        """The problem_type; Transformers finds out about classes that exclude each other by itself."""
+        """Return the problem_type; Transformers finds out about classes that exclude each other by itself."""
         kind, count = self.found["head_type"], self.found.get("num_labels")
         return _PROBLEMS.get((kind, count)) or _PROBLEMS.get((kind, "any"))
 
-    def _renamed(self) -> dict[str, StoredTensor]:
-        """The head's tensors by their new names, without an output matrix of the base. Every one is checked."""
-        left, expected = self._own(), self._expected()
+    def _rename_tensors(self) -> dict[str, StoredTensor]:
+        """Return the head's tensors, all checked, by their new names, without an output matrix of the base."""
+        left, expected = self._own(), self._map_names()
         made: dict[str, StoredTensor] = {}
         is_of_base = self._is_lm and (self._says(TIE) or self.keeps_base_output)
         tied = f"{self._place(-1)}.weight" if is_of_base else ""
@@ -200,7 +200,7 @@ class _Pair:
             raise FormatError(f"{stored.path}: unexpected tensor {name!r}; expected {', '.join(expected)}")
         return made
 
-    def _expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _map_names(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name in the flexible head -> name in the class, and shape."""
         standard, hidden, inner = self.standard, self._hidden, self._inner
         output = (self._outputs, inner)
@@ -219,14 +219,14 @@ class _Pair:
         return f"heads.{self.head.config['name']}.{places[layer]}"
 
     def _own(self) -> dict[str, StoredTensor]:
-        """All but the tensors of heads whose name begins with this one's, which `save_head` writes along."""
+        """Return all tensors but those of heads whose name begins with this one's, which `save_head` writes along."""
         start = f"heads.{self.head.config['name']}"
         found = self.head.tensors.items()
         return {name: t for name, t in found if not name.startswith(start) or name[len(start) :].startswith(".")}
 
 
 def _read_settings(head: Head) -> dict[str, Any]:
-    """The settings of a flexible head, checked, with defaults for the absent ones."""
+    """Return the settings of a flexible head, checked, with defaults for absent ones."""
     where, config, name = head.path, head.config.get("config"), head.config.get("name")
     kind = config.get("head_type") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(kind, str) or not isinstance(name, str):
@@ -254,7 +254,7 @@ def _find_family(model_type: Any, kind: str) -> tuple[ModelFamily, Standard] | s
 
 
 def _describe_head(layers: int, activation: Any, norm: bool, pooler: bool | None, bias: bool) -> str:
-    """What a head computes. Two heads with the same words compute the same from the same tensors."""
+    """Describe what a head computes. Two heads with equal descriptions compute the same from the same tensors."""
     made = ["1 layer" if layers == 1 else f"{layers} layers"]
     if layers > 1:
         name = str(activation or "no activation").lower()

@@ -43,7 +43,7 @@ def place_output(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
 
 
 def is_of_language_model(head: Head) -> bool:
-    """Whether a flexible head gives logits over the vocabulary."""
+    """Return whether a flexible head gives logits over the vocabulary."""
     config = head.config.get("config")
     kind = str(config.get("head_type")) if isinstance(config, dict) else ""
     return kind in DEFAULTS and kind.endswith(_LM)

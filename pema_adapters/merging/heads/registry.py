@@ -10,7 +10,7 @@ _LANGUAGE_MODELS = re.compile("LM|PreTraining|ConditionalGeneration|Decoder$")
 
 
 def is_language_model(model_class: str) -> bool:
-    """Whether a Transformers class, by its name, gives logits over the vocabulary."""
+    """Return whether a Transformers class, by its name, gives logits over the vocabulary."""
     return _LANGUAGE_MODELS.search(model_class) is not None
 
 

@@ -8,12 +8,11 @@ import numpy as np
 
 from pema_adapters.errors import MergeError
 from pema_adapters.io.input_file import InputFile
-from pema_adapters.merging.plan.plan import Plan, PlannedFile
+from pema_adapters.merging.plan.plan import WRITE_ANEW, Plan, PlannedFile
 from pema_adapters.merging.plan.segments import CHUNK, BytesSegment, CopySegment, RowsSegment, Segment, chunks
 
 WEIGHTS = ".safetensors"
 MAX_REPLACED = 64 << 20
-INSTEAD = "write a new checkpoint with --output"
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class ChangeSet:
         return self.replaced + self.created
 
     def name_in_base(self, name: str) -> str:
-        """What the output's file `name` is called in the base."""
+        """Return what the output's file `name` is called in the base."""
         return next((old for old, new in self.renamed.items() if new == name), name)
 
     def touches(self, name: str) -> bool:
-        """Whether the output's file `name` is written."""
+        """Return whether the output's file `name` is written."""
         return self.name_in_base(name) in self.patched or any(file.name == name for file in self.new)
 
     @property
@@ -56,14 +55,14 @@ def plan_changes(plan: Plan, base: Path) -> ChangeSet:
     for file in plan.files:
         path = base / file.name
         if not path.exists() and not path.is_symlink():
-            source = _renamed_from(file, base)
+            source = _find_source(file, base)
             if source is None:
                 created.append(file)
                 continue
             _check_own(source, base)
-            patched[source.name], renamed[source.name] = _changed_ranges(file, source), _safe_name(file, base)
+            patched[source.name], renamed[source.name] = _find_changed_ranges(file, source), _safe_name(file, base)
         elif file.name.endswith(WEIGHTS) and path.is_file() and _can_be_patched(file, path):
-            ranges = _changed_ranges(file, path)
+            ranges = _find_changed_ranges(file, path)
             if len(ranges):
                 _check_own(path, base)
                 patched[file.name] = ranges
@@ -78,15 +77,15 @@ def plan_changes(plan: Plan, base: Path) -> ChangeSet:
 
 
 def is_safe(base: Path, name: str) -> bool:
-    """Whether `name` lies in `base`, on a way without links: a journal may come with a base from anybody."""
+    """Return whether `name` lies in `base` without a link on the way: a journal may come with a base from anybody."""
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts:
         return False
     return not any(base.joinpath(*parts[:depth]).is_symlink() for depth in range(1, 1 + len(parts)))
 
 
-def _renamed_from(file: PlannedFile, base: Path) -> Path | None:
-    """The base's file that becomes this one, its tensors where they are; None where there is none."""
+def _find_source(file: PlannedFile, base: Path) -> Path | None:
+    """Return the base's file that becomes this one with its tensors in place; None if there is none."""
     origins = {segment.origin.path for segment in file.segments if segment.origin is not None}
     if not file.name.endswith(WEIGHTS) or len(origins) != 1:
         return None
@@ -100,14 +99,14 @@ def _can_be_patched(file: PlannedFile, path: Path) -> bool:
 
 
 def _is_remade(segment: Segment) -> bool:
-    """Whether bytes that are not counted as changes are made of others of the base, in another dtype, say."""
+    """Return whether bytes that do not count as changes are made from others of the base, in another dtype, say."""
     if isinstance(segment, RowsSegment):
         return not isinstance(segment.base, CopySegment)
     return segment.origin is None and _reads_origin(segment) is not None
 
 
 def _reads_origin(segment: Segment) -> CopySegment | None:
-    """The file that a segment is made from in the end, if any."""
+    """Return the file that a segment is made from in the end, if any."""
     while segment.origin is None:
         below = getattr(segment, "base", None) or getattr(segment, "source", None)
         if below is None:
@@ -118,12 +117,12 @@ def _reads_origin(segment: Segment) -> CopySegment | None:
 
 def _safe_name(file: PlannedFile, base: Path) -> str:
     if not is_safe(base, file.name):
-        raise MergeError(f"{base / file.name}: would lie outside of the base, or behind a link; {INSTEAD}")
+        raise MergeError(f"{base / file.name}: would lie outside of the base, or behind a link; {WRITE_ANEW}")
     return file.name
 
 
 def _check_created(file: PlannedFile, base: Path, patched: dict[str, np.ndarray]) -> None:
-    """New files hold no weights of the base that still lie there: these would lie there twice."""
+    """Refuse new files with weights that the base still holds: it would hold them twice."""
     _safe_name(file, base)
     if file.name.endswith(WEIGHTS):
         for origin in filter(None, map(_reads_origin, file.segments)):
@@ -132,23 +131,23 @@ def _check_created(file: PlannedFile, base: Path, patched: dict[str, np.ndarray]
 
 
 def _is_gone(origin: CopySegment, patched: dict[str, np.ndarray]) -> bool:
-    """Whether all of these bytes are written over where they lay, by a longer header."""
+    """Return whether a longer header overwrites all of these bytes where they lay."""
     ranges = patched.get(origin.path.name, np.empty((0, 2), np.int64))
     return bool(((ranges[:, 0] <= origin.start) & (ranges.sum(axis=1) >= origin.start + origin.length)).any())
 
 
 def _check_replaceable(file: PlannedFile, path: Path) -> None:
     if not path.is_file():
-        raise MergeError(f"{path}: not a file, but the merge writes one of that name; {INSTEAD}")
+        raise MergeError(f"{path}: not a file, but the merge writes one of that name; {WRITE_ANEW}")
     size = path.stat().st_size
     if file.name.endswith(WEIGHTS):
         raise _moved_error(path, f"{size} bytes -> {file.size} bytes" if size != file.size else "or change their dtype")
     if max(size, file.size) >= MAX_REPLACED:
-        raise MergeError(f"{path}: {max(size, file.size)} bytes are too many to be replaced in place; {INSTEAD}")
+        raise MergeError(f"{path}: {max(size, file.size)} bytes are too many to be replaced in place; {WRITE_ANEW}")
 
 
 def _moved_error(path: Path, how: str) -> MergeError:
-    return MergeError(f"{path}: cannot be merged in place: its tensors would move ({how}); {INSTEAD}")
+    return MergeError(f"{path}: cannot be merged in place: its tensors would move ({how}); {WRITE_ANEW}")
 
 
 def _check_own(path: Path, base: Path) -> None:
@@ -156,20 +155,20 @@ def _check_own(path: Path, base: Path) -> None:
     if not is_safe(base, path.relative_to(base).as_posix()):
         raise MergeError(
             f"{path}: is a link, to the Hub's cache for example, and others would change with it; "
-            f"copy the folder first, or {INSTEAD}"
+            f"copy the folder first, or {WRITE_ANEW}"
         )
     links = path.stat().st_nlink
     if links > 1:
         raise MergeError(
             f"{path}: has {links} names (hard links), and the others would change with it; "
-            f"copy the folder first, or {INSTEAD}"
+            f"copy the folder first, or {WRITE_ANEW}"
         )
     if not os.access(path, os.W_OK):
-        raise MergeError(f"{path}: not writable, so it cannot be merged in place; {INSTEAD}")
+        raise MergeError(f"{path}: not writable, so it cannot be merged in place; {WRITE_ANEW}")
 
 
 def _is_content_equal(file: PlannedFile, path: Path) -> bool:
-    """Whether the file is what it is planned to be."""
+    """Return whether the file is what it is planned to be."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if all(segment.origin is segment for segment in file.segments) and file.patches(path):
@@ -178,10 +177,10 @@ def _is_content_equal(file: PlannedFile, path: Path) -> bool:
     return all(there.read(begin, begin + len(data)) == data for begin, data in file.chunks())
 
 
-def _changed_ranges(file: PlannedFile, path: Path) -> np.ndarray:
-    """Where the file changes: int64 [n, 2] of (offset, length), neighbours joined."""
+def _find_changed_ranges(file: PlannedFile, path: Path) -> np.ndarray:
+    """Return where the file changes: int64 [n, 2] of (offset, length), adjacent ones joined."""
     found = [np.empty((0, 2), np.int64)]
-    for start, segment in changed_segments(file, path):
+    for start, segment in find_changed_segments(file, path):
         if isinstance(segment, RowsSegment):  # rather than `changes`, which would compute what is cast
             ids = np.asarray(segment.token_ids, np.int64)
             found.append(np.stack((start + ids * segment.row_bytes, np.full(len(ids), segment.row_bytes)), axis=1))
@@ -190,15 +189,15 @@ def _changed_ranges(file: PlannedFile, path: Path) -> np.ndarray:
     return _merge_ranges(np.concatenate(found))
 
 
-def changed_segments(file: PlannedFile, path: Path) -> list[tuple[int, Segment]]:
-    """`(start, segment)` of those that change something; the header is often the same."""
+def find_changed_segments(file: PlannedFile, path: Path) -> list[tuple[int, Segment]]:
+    """Return `(start, segment)` of the segments that change something; the header is often the same."""
     there = InputFile(path)
     pairs = zip(file.starts, file.segments, strict=False)
     return [(start, segment) for start, segment in pairs if segment.length and not _is_on_disk(segment, there, start)]
 
 
 def _is_on_disk(segment: Segment, file: InputFile, start: int) -> bool:
-    """Whether these are bytes that the file has at `start` already."""
+    """Return whether these are bytes that the file has at `start` already."""
     if not isinstance(segment, BytesSegment | CopySegment) or segment.origin is segment:
         return segment.origin is segment
     parts = ((start + at, data) for at, data in chunks(segment))

@@ -21,14 +21,14 @@ from pema_adapters.io.interrupts import defer_interrupts
 from pema_adapters.io.locking import BUSY, hold_lock
 from pema_adapters.io.progress import Advance
 from pema_adapters.merging.in_place import undo_journal
-from pema_adapters.merging.in_place.change_set import INSTEAD, ChangeSet, changed_segments, plan_changes
+from pema_adapters.merging.in_place.change_set import ChangeSet, find_changed_segments, plan_changes
 from pema_adapters.merging.in_place.rollback import plan_rollback, roll_back
 from pema_adapters.merging.in_place.undo_data import sample_outside
 from pema_adapters.merging.in_place.undo_journal import DONE, JOURNAL_DIR, PARTIAL_DIR, PATCHING
 from pema_adapters.merging.output.file_patcher import open_patcher
 from pema_adapters.merging.output.free_space import check_free
 from pema_adapters.merging.output.writer import sync_folder
-from pema_adapters.merging.plan.plan import Plan, PlannedFile
+from pema_adapters.merging.plan.plan import WRITE_ANEW, Plan, PlannedFile
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def merge_in_place(work: InPlaceMerge, verify: bool, advance: Advance) -> int:
 
 
 def _not_written(files: Iterable[InputFile], changes: ChangeSet, base: Path) -> list[InputFile]:
-    """The input files that the merge itself does not write."""
+    """Return the input files that the merge itself does not write."""
     own = {base / name for name in (*changes.patched, *changes.renamed, *(file.name for file in changes.new))}
     return [file for file in files if file.path not in own]
 
@@ -113,7 +113,7 @@ def check_in_place(base: Path) -> None:
     if state == PATCHING:
         raise MergeError(f"{base}: a merge in place was cut off here; put the base back first with --undo")
     if not os.access(base, os.W_OK | os.X_OK):
-        raise MergeError(f"{base}: not writable, so it cannot be merged in place; {INSTEAD}")
+        raise MergeError(f"{base}: not writable, so it cannot be merged in place; {WRITE_ANEW}")
 
 
 def roll_back_interrupted(base: Path) -> bool:
@@ -212,7 +212,7 @@ def _apply_changes(work: InPlaceMerge, changes: ChangeSet, advance: Advance) -> 
 def _patch(file: PlannedFile, path: Path, ranges: np.ndarray) -> tuple[int, str]:
     """Write the changes over the base, each as soon as it is computed: it depends on no other byte of the base."""
     begins, ends = ranges[:, 0].tolist(), ranges.sum(axis=1).tolist()
-    changes = changed_segments(file, path)
+    changes = find_changed_segments(file, path)
     with open_patcher(path) as patcher, BackgroundSha256() as digest:
         for start, segment in changes:
             for offset, data in segment.changes():

@@ -86,7 +86,7 @@ def _check_sizes(base: Path, journal: Journal) -> None:
 
 
 def _check_written(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
-    """Patched files hold what the merge wrote, once it has ended."""
+    """Check that patched files hold what a complete merge wrote."""
     for name, written in journal.written.items() if journal.state == DONE else ():
         path = _current_path(base, journal, name)
         if digest_ranges(path, ranges[name]) != written:
@@ -94,7 +94,7 @@ def _check_written(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) 
 
 
 def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) -> None:
-    """Around their ranges, patched files hold what they held before."""
+    """Check that patched files are unchanged outside of their ranges."""
     for name, expected in journal.samples.items():
         path = _current_path(base, journal, name)
         if sample_outside(path, ranges[name]) != expected:
@@ -102,7 +102,7 @@ def _check_samples(base: Path, journal: Journal, ranges: dict[str, np.ndarray]) 
 
 
 def _check_whole(base: Path, journal: Journal) -> None:
-    """Files that the merge put in place whole are as it made them, or as they were before, or gone."""
+    """Check that files that the merge replaced as a whole are as it made them, as they were before, or gone."""
     for name in journal.made:
         _check_made(base, journal, name)
 
@@ -122,7 +122,7 @@ def _is_content(path: Path, digest: list[int | str]) -> bool:
 
 
 def _current_path(base: Path, journal: Journal, name: str) -> Path:
-    """Where the base's file `name` is now: under its own name, or the other one. Raises `MergeError` if both are."""
+    """Return the path of the base's file `name` now: its own, or the new one. Raises `MergeError` if both exist."""
     path = base / journal.renamed.get(name, name)
     if path == base / name or not path.exists():
         return base / name

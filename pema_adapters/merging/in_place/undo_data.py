@@ -25,7 +25,7 @@ Digest: TypeAlias = list[Any]
 
 
 def sample_outside(path: Path, ranges: np.ndarray) -> str:
-    """The sha256 of up to 64 blocks of a file, evenly spaced, that lie outside of `ranges` int64 [n, 2]."""
+    """Return the sha256 of up to 64 blocks of a file, evenly spaced, that lie outside of `ranges` int64 [n, 2]."""
     size = path.stat().st_size
     count = min(SAMPLES, size // SAMPLE_BYTES)
     starts = np.arange(count, dtype=np.int64) * (size - SAMPLE_BYTES) // max(count - 1, 1)
@@ -40,7 +40,7 @@ def sample_outside(path: Path, ranges: np.ndarray) -> str:
 
 
 def digest_ranges(path: Path, ranges: np.ndarray) -> str:
-    """The sha256 of what a file holds in `ranges` int64 [n, 2], one after another."""
+    """Return the sha256 of what a file holds in `ranges` int64 [n, 2], one after another."""
     with path.open("rb", buffering=0) as file, BackgroundSha256() as digest:
         for begin, end in split_ranges(ranges):
             digest.update(read_range(file.fileno(), begin, end))
@@ -71,7 +71,7 @@ def save_copy(data: "bytes | PlannedFile", path: Path, like: Path | None = None)
 
 
 def write_copy(parts: Iterable[bytes], path: Path, like: Path | None = None) -> list[Any]:
-    """The same, of parts. Each is hashed while it is written and the next one is made."""
+    """Write the parts to a file. Returns their sha256; each is hashed while it is written and the next is made."""
     size = 0
     with path.open("xb", buffering=CHUNK) as file, BackgroundSha256() as digest:
         for part in parts:
@@ -103,14 +103,14 @@ def read_originals(base: Path, changes: ChangeSet) -> Iterator[bytes]:
 
 
 def split_ranges(ranges: np.ndarray) -> Iterator[tuple[int, int]]:
-    """`(begin, end)` of all bytes of the ranges, a chunk at most at a time."""
+    """Yield `(begin, end)` of all bytes of the ranges, a chunk at most at a time."""
     for offset, length in ranges.tolist():
         for begin in range(offset, offset + length, CHUNK):
             yield begin, min(begin + CHUNK, offset + length)
 
 
 def encode_ranges(changes: ChangeSet) -> bytes:
-    """`ranges.npy`: (number of the patched file, offset, length) of every range, int64 [n, 3]."""
+    """Encode `ranges.npy`: (number of the patched file, offset, length) of every range, int64 [n, 3]."""
     parts = [np.insert(ranges, 0, number, axis=1) for number, ranges in enumerate(changes.patched.values())]
     np.save(file := BytesIO(), np.concatenate([np.empty((0, 3), np.int64), *parts]))
     return file.getvalue()

@@ -102,12 +102,12 @@ def mark_done(base: Path, journal: Journal, report: dict[str, Any], written: dic
 
 
 def read_state(base: Path) -> str | None:
-    """PATCHING, DONE, or None without a journal. Raises `MergeError` where it is damaged."""
+    """Return PATCHING, DONE, or None without a journal. Raises `MergeError` if it is damaged."""
     return read_journal(base).state if (base / JOURNAL_DIR).is_dir() else None
 
 
 def read_journal(base: Path) -> Journal:
-    """`journal.json`, if it is what was written. Raises `MergeError`."""
+    """Read `journal.json`. Raises `MergeError` if it is not what was written."""
     path = base / JOURNAL_DIR / "journal.json"
     try:
         if path.stat().st_size > MAX_JSON:
@@ -122,7 +122,7 @@ def read_journal(base: Path) -> Journal:
         if content["sha256"] != _sum(found):
             raise ValueError("its checksum differs")
         known = {one.name for one in fields(Journal)}
-        journal = _validated(Journal(**{key: value for key, value in found.items() if key in known}))
+        journal = _validate(Journal(**{key: value for key, value in found.items() if key in known}))
         names = (*journal.patched, *journal.replaced, *journal.created, *journal.folders)
         names = (*names, *journal.renamed, *journal.renamed.values())
         bad = [name for name in names if not is_safe(base, name)]
@@ -133,8 +133,8 @@ def read_journal(base: Path) -> Journal:
     return journal
 
 
-def _validated(journal: Journal) -> Journal:
-    """The journal, if every field is of its type: a base may come with a journal from anybody. Raises ValueError."""
+def _validate(journal: Journal) -> Journal:
+    """Check the type of every field: a base may come with a journal from anybody. Raises ValueError."""
     names = (*journal.replaced, *journal.created, *journal.folders)
     expected_sums = {"undo.bin", "ranges.npy", *(f"saved/{number}" for number in range(len(journal.replaced)))}
     checks = {
@@ -167,7 +167,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def read_ranges(base: Path, journal: Journal) -> dict[str, np.ndarray]:
-    """The ranges that the merge writes, int64 [n, 2] of (offset, length), by the patched file's name in the base.
+    """Read the ranges that the merge writes, int64 [n, 2] of (offset, length), by the patched file's name.
 
     Raises `MergeError` where they are not within the files, or are not what undo.bin holds.
     """
@@ -179,7 +179,7 @@ def read_ranges(base: Path, journal: Journal) -> dict[str, np.ndarray]:
         ranges = {name: np.array(found[found[:, 0] == k, 1:]) for k, name in enumerate(journal.patched)}
         if sum(map(len, ranges.values())) != len(found):
             raise ValueError("ranges of files that it does not name")
-        total = sum(_checked_bytes(part, journal.patched[name]) for name, part in ranges.items())
+        total = sum(_count_bytes(part, journal.patched[name]) for name, part in ranges.items())
         if total != journal.sums["undo.bin"][0]:
             raise ValueError(f"{total:,} bytes of ranges, but undo.bin has {journal.sums['undo.bin'][0]:,}")
     except (OSError, ValueError, EOFError) as error:
@@ -187,8 +187,8 @@ def read_ranges(base: Path, journal: Journal) -> dict[str, np.ndarray]:
     return ranges
 
 
-def _checked_bytes(ranges: np.ndarray, size: int) -> int:
-    """The bytes of the ranges of a file of `size` bytes. Raises ValueError unless they are in order and within it."""
+def _count_bytes(ranges: np.ndarray, size: int) -> int:
+    """Count the bytes of the ranges of a file of `size` bytes. Raises ValueError unless they are sorted and inside."""
     offsets, lengths = ranges[:, 0], ranges[:, 1]
     if not ((offsets >= 0) & (lengths > 0) & (lengths <= size) & (offsets <= size - lengths)).all():
         raise ValueError(f"a range is not within the {size:,} bytes of its file")
@@ -210,7 +210,7 @@ def discard(base: Path) -> None:
 
 
 def damaged_error(path: Path, why: str) -> MergeError:
-    """The error of a journal that cannot be followed."""
+    """Return the error of a journal that cannot be followed."""
     return MergeError(
         f"{path}: the undo journal is damaged ({why}) and was not followed; fetch the base again, or delete "
         f"{JOURNAL_DIR} in it to keep it as it is"
@@ -222,7 +222,7 @@ def write_journal(folder: Path, journal: Journal) -> None:
     content = {"version": VERSION, "sha256": _sum(vars(journal)), "journal": vars(journal)}
     fresh = folder / "journal.json.new"
     fresh.unlink(missing_ok=True)
-    save_copy(_encoded(content), fresh)
+    save_copy(_encode(content), fresh)
     fresh.replace(folder / "journal.json")
     sync_folder(folder)
 
@@ -232,9 +232,9 @@ def _new_folders(base: Path, created: list[str]) -> list[str]:
     return sorted(parent for parent in parents if not (base / parent).exists())
 
 
-def _encoded(content: Any) -> bytes:
+def _encode(content: Any) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
 def _sum(content: Any) -> str:
-    return hashlib.sha256(_encoded(content)).hexdigest()
+    return hashlib.sha256(_encode(content)).hexdigest()

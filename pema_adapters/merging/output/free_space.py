@@ -28,13 +28,13 @@ def check_free(folder: Path, size: int) -> None:
 
 
 def _free_bytes(folder: Path) -> float:
-    """Bytes that are free; no limit on a file system without a size, such as /proc, which says 0 of 0."""
+    """Return the free bytes; no limit on a file system without a size, such as /proc, which reports 0 of 0."""
     usage = shutil.disk_usage(folder)
     return usage.free if usage.total else math.inf
 
 
 def _can_clone(plan: Plan, folder: Path) -> bool:
-    """Whether the file system clones the base's blocks into `folder`, found out by cloning one."""
+    """Find out by a trial whether the file system clones the base's blocks into `folder`."""
     places = _clonable_copies(plan)
     source = next((copy for copy, _ in places), None)
     if source is None:
@@ -45,13 +45,13 @@ def _can_clone(plan: Plan, folder: Path) -> bool:
 
 
 def _size_without_clones(plan: Plan) -> int:
-    """Upper bound of the bytes written beside the clones: the ends of each, and the blocks that get other rows."""
+    """Return an upper bound of the bytes written beside the clones: the ends of each, and blocks with other rows."""
     saved = sum(copy.length - 2 * BLOCK - rewritten for copy, rewritten in _clonable_copies(plan))
     return max(plan.size - saved, 0)
 
 
 def _clonable_copies(plan: Plan) -> list[tuple[CopySegment, int]]:
-    """Copies of the base of which whole blocks keep their place within a block, and the bytes rewritten in each."""
+    """Return the copies of the base whose blocks keep their alignment, and the bytes rewritten in each."""
     placed = chain.from_iterable(zip(file.starts, file.segments, strict=False) for file in plan.files)
     found = [(start, *_copy_below(segment)) for start, segment in placed]
     return [

@@ -20,7 +20,7 @@ _TIME_STEP_NS = 2_000_000_000
 
 
 def encode_manifest(report: MergeReport, folder: Path, names: Collection[str]) -> bytes:
-    """The content of the manifest: the report, and size and time of every file `names` that lies in `folder`."""
+    """Encode the manifest: the report, and size and time of every file `names` in `folder`."""
     stats = {name: (folder / name).stat() for name in names}
     files = {name: {"size": found.st_size, "mtime_ns": found.st_mtime_ns} for name, found in stats.items()}
     content = {"version": VERSION, **report.to_dict(), "files": files}
@@ -49,7 +49,7 @@ def find_foreign_files(folder: Path, names: Collection[str]) -> str:
 
 
 def _files_in(folder: Path) -> set[str]:
-    """The paths of all files below `folder`, and of links, which are not followed."""
+    """Return the paths of all files and links below `folder`; links are not followed."""
     found: set[str] = set()
     for parent, folders, files in os.walk(folder):
         links = [name for name in folders if Path(parent, name).is_symlink()]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", options: "MergeOptions") -> str:
-    """README.md of a merged checkpoint on the Hub. `existing`: the one in the repository, "" for none."""
+    """Render README.md of a merged checkpoint on the Hub. `existing`: the one in the repository, "" for none."""
     start = ["import transformers"]
     if merge.report.adapters_left:
         snapshot = f"folder = huggingface_hub.snapshot_download({format_python_literal(repo_id)})"
@@ -33,7 +33,7 @@ def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", opti
 
 
 def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "MergeOptions") -> str:
-    """README.md of a merged checkpoint in a folder; a card that an earlier merge wrote there keeps its other text.
+    """Render README.md of a merged checkpoint in a folder; a card that an earlier merge wrote keeps its other text.
 
     The base's own card is not kept, because it tells of another model; its license and language are. The text does not
     depend on where the folder lies, nor on its name. Sums of the delta would take a pass over it, and are left out.
@@ -48,7 +48,7 @@ def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "MergeO
 
 
 def _base_name(inputs: "Inputs") -> str:
-    """Its Hub id, else the name of its folder."""
+    """Return the base's Hub id, else the name of its folder."""
     return find_hub_id(inputs.base_name, inputs.delta) or Path(inputs.base_name).resolve().name
 
 
@@ -107,7 +107,7 @@ def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
 
 
 def _loading(checkpoint: str, merge: "Merge", where: Callable[[str], str]) -> list[str]:
-    """The lines that load the model, or model and adapter."""
+    """Return the lines that load the model, or model and adapter."""
     files = {file.name: file for file in merge.plan.files}
     config = decode_json(files[CONFIG].read(0, files[CONFIG].size), Path(CONFIG)) if CONFIG in files else {}
     left = {name: RemainingAdapterFiles.read(partial(_content, files, name)) for name in merge.report.adapters_left}
@@ -120,7 +120,7 @@ def _content(files: Mapping[str, PlannedFile], adapter: str, name: str) -> bytes
 
 
 def _command(inputs: "Inputs", options: "MergeOptions") -> str:
-    """The command, without folders of the machine it ran on."""
+    """Return the command, without folders of the machine it ran on."""
     delta = Path(inputs.delta_name).resolve().name if Path(inputs.delta_name).exists() else inputs.delta_name
     words = ["pema-merge", "--base", _base_name(inputs), "--delta", delta]
     words += ["--adapter", options.adapter] if options.adapter else []

@@ -47,7 +47,7 @@ def check_replaceable(target: Path, overwrite: bool, names: Collection[str]) -> 
 
 
 def _check_earlier_output(target: Path, overwrite: bool) -> bool:
-    """Whether an earlier merge wrote the target; False where nothing is there. Raises `MergeError` for all else."""
+    """Return whether an earlier merge wrote the target; False if nothing is there. Raises `MergeError` otherwise."""
     if target.exists() and not target.is_dir():
         raise MergeError(f"output {target} is a file; expected a folder that does not exist yet")
     if not target.exists() or not any(target.iterdir()):
@@ -154,7 +154,7 @@ def _lock(fd: int, stage: Path) -> None:
 
 def _commit(stage: Path, target: Path) -> None:
     """Rename the staged folder into place; the output of an earlier merge moves aside first, and back if that fails."""
-    aside = _replaced_path(target)
+    aside = _get_replaced_path(target)
     if target.exists() and any(target.iterdir()):
         target.replace(aside)
     try:
@@ -176,7 +176,7 @@ def _restore_earlier(aside: Path, target: Path) -> str:
 
 def _discard_replaced(target: Path, names: Collection[str]) -> list[str]:
     """Remove the output that was replaced. Returns a note where that fails."""
-    aside = _replaced_path(target)
+    aside = _get_replaced_path(target)
     try:
         if not aside.exists():
             return []
@@ -194,7 +194,7 @@ def _recover(target: Path, names: Collection[str]) -> None:
 
     Raises `MergeError` where it holds files of somebody else: `_discard_replaced` kept it for them.
     """
-    aside = _replaced_path(target)
+    aside = _get_replaced_path(target)
     if not aside.exists():
         return
     if not target.exists() or not any(target.iterdir()):
@@ -212,5 +212,5 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _replaced_path(target: Path) -> Path:
+def _get_replaced_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.pema-replaced")

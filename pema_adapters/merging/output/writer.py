@@ -121,7 +121,7 @@ def _(segment: CopySegment, sink: OutputFile, start: int) -> None:
 
 @write_segment.register
 def _(segment: RowsSegment, sink: OutputFile, start: int) -> None:
-    """Rows follow the copy window by window, so that no page goes to the disk twice."""
+    """Let rows follow the copy window by window, so that no page goes to the disk twice."""
     if not isinstance(segment.base, CopySegment):  # numbers that are cast on the way
         write_segment.dispatch(object)(segment, sink, start)
         return
@@ -154,7 +154,7 @@ def _copy_windows(segment: CopySegment, sink: OutputFile, start: int) -> Iterato
 
 
 def _align_to_block(at: int, to: int, left: int) -> int:
-    """How much to copy at once: up to the next block where both sides can meet one, and then whole blocks."""
+    """Return how much to copy at once: up to the next common block boundary, then whole blocks."""
     if (at - to) % BLOCK or left < 2 * BLOCK:
         return left
     return BLOCK - at % BLOCK if at % BLOCK else left - left % BLOCK

@@ -18,7 +18,7 @@ class Rounding:
 
 
 def cast(raw: np.ndarray, source: str, target: str, rounding: Rounding, where: str) -> np.ndarray:
-    """Bytes uint8 [n] of dtype `source` as bytes of dtype `target`, rounded to nearest, ties to even.
+    """Convert bytes uint8 [n] of dtype `source` to dtype `target`, rounded to nearest, ties to even.
 
     Raises `MergeError`, naming `where`, if a finite number has no finite counterpart.
     """
@@ -26,7 +26,7 @@ def cast(raw: np.ndarray, source: str, target: str, rounding: Rounding, where: s
 
 
 def downcast_tracked(values: np.ndarray, target: str, rounding: Rounding, where: str) -> np.ndarray:
-    """Numbers [n] as bytes of dtype `target`, and their rounding noted; raises as `cast` does."""
+    """Convert numbers [n] to bytes of dtype `target` and record their rounding; raises as `cast` does."""
     if target in NUMPY_DTYPES and values.dtype == NUMPY_DTYPES[target]:
         return np.ascontiguousarray(values).view(np.uint8)
     made = downcast(values, target)
@@ -41,12 +41,12 @@ def downcast_tracked(values: np.ndarray, target: str, rounding: Rounding, where:
 
 
 def upcast(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """float64 for F64, float32 for the rest: exact."""
+    """Convert bytes to float64 for F64, float32 for the rest: exact."""
     return raw.view("<f8") if dtype == "F64" else as_float32(raw, dtype)
 
 
 def downcast(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The bytes of the nearest numbers of `dtype`; too large ones become infinite."""
+    """Convert numbers to the nearest of `dtype`, as bytes; too large ones become infinite."""
     with np.errstate(over="ignore"):
         if dtype != "BF16":
             return values.astype(NUMPY_DTYPES[dtype]).view(np.uint8)
@@ -54,7 +54,7 @@ def downcast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 [n], as uint16: rounded by adding just under half of the last place kept."""
+    """Return the upper halves of float32 [n] as uint16, rounded by adding just under half of the last place kept."""
     bits = np.ascontiguousarray(values).view("<u4")
     rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype("<u2")
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype("<u2")

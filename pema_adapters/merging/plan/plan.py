@@ -14,6 +14,9 @@ from pathlib import Path
 from pema_adapters.merging.plan.dtype_cast import Rounding
 from pema_adapters.merging.plan.segments import CHUNK, BytesSegment, CopySegment, RowsSegment, Segment, chunks
 
+WRITE_ANEW = "write a new checkpoint with --output"
+"""The way out where a merge in place is refused."""
+
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -33,7 +36,7 @@ class PlannedFile:
         return self.starts[-1]
 
     def read(self, begin: int, end: int) -> bytes:
-        """The bytes from `begin` to `end`, whatever segments they are in."""
+        """Return the bytes from `begin` to `end`, whatever segments they are in."""
         parts = []
         at, i = begin, bisect_right(self.starts, begin) - 1
         while at < min(end, self.size):
@@ -44,12 +47,12 @@ class PlannedFile:
         return b"".join(parts)
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
-        """`(offset, bytes)` of the whole file, a chunk at a time."""
+        """Yield `(offset, bytes)` of the whole file, a chunk at a time."""
         for begin in range(0, self.size, CHUNK):
             yield begin, self.read(begin, min(begin + CHUNK, self.size))
 
     def patches(self, path: Path) -> bool:
-        """Whether the file is `path` with some bytes replaced, every other one at the place that it has there."""
+        """Return whether the file is `path` with some bytes replaced and all others in place."""
         kept = zip(self.starts, self.segments, strict=False)
         same_places = all(
             (origin.path, origin.start, origin.length) == (path, start, segment.length)

@@ -36,10 +36,10 @@ class Segment(Protocol):
         """The bytes of the base that these are, or are made of one for one; None where they are others."""
 
     def read(self, begin: int, end: int) -> Bytes:
-        """Those from `begin` to `end`, 0 <= begin <= end <= length, in fresh or mapped memory."""
+        """Return those from `begin` to `end`, 0 <= begin <= end <= length, in fresh or mapped memory."""
 
     def changes(self) -> Changes:
-        """`(offset, bytes)` of all that is not the origin's, in order, a few MB at most at a time."""
+        """Return `(offset, bytes)` of all that is not the origin's, in order, a few MB at most at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class CopySegment:
 
     @classmethod
     def whole(cls, file: InputFile, of_base: bool = True) -> "CopySegment":
-        """All bytes of a file."""
+        """Return a segment of all bytes of a file."""
         return cls(file, 0, file.size, of_base)
 
     @property
@@ -71,7 +71,7 @@ class CopySegment:
         return self.file.read(self.start + begin, self.start + end)
 
     def changes(self) -> Changes:
-        """None, if these are bytes of the base; else all."""
+        """Return none, if these are bytes of the base; else all."""
         return iter(()) if self.of_base else chunks(self)
 
 
@@ -88,11 +88,11 @@ class BytesSegment:
         return len(self.data)
 
     def read(self, begin: int, end: int) -> memoryview:
-        """A view of them."""
+        """Return a view of them."""
         return memoryview(self.data)[begin:end]
 
     def changes(self) -> Changes:
-        """All of them."""
+        """Return all of them."""
         return chunks(self)
 
 
@@ -109,9 +109,9 @@ class CastSegment:
 
     @classmethod
     def of(cls, tensor: StoredTensor, dtype: str, rounding: Rounding) -> "CastSegment":
-        """A tensor of the delta, rounded to `dtype`."""
+        """Round a tensor of the delta to `dtype`."""
         where = f"{tensor.path}: tensor {tensor.name!r}"
-        return cls(stored_bytes(tensor, of_base=False), tensor.dtype, dtype, rounding, where)
+        return cls(make_tensor_segment(tensor, of_base=False), tensor.dtype, dtype, rounding, where)
 
     @property
     def length(self) -> int:
@@ -127,7 +127,7 @@ class CastSegment:
         return made.data[begin - first * target : end - first * target]
 
     def changes(self) -> Changes:
-        """All of them."""
+        """Return all of them."""
         return chunks(self)
 
 
@@ -155,7 +155,7 @@ class RowsSegment:
         return self.base.origin
 
     def read(self, begin: int, end: int) -> bytearray:
-        """Base bytes with the rows that the range touches laid over them."""
+        """Return base bytes with the rows that the range touches laid over them."""
         data = bytearray(end - begin)
         old = min(end, self.base.length)
         if begin < old:
@@ -169,7 +169,7 @@ class RowsSegment:
         return data
 
     def changes(self) -> Changes:
-        """The rows; those that lie side by side together."""
+        """Yield the rows; those that lie side by side together."""
         size = self.row_bytes
         step = max(1, CHUNK // size)
         for begin in range(0, len(self.token_ids), step):
@@ -181,21 +181,21 @@ class RowsSegment:
                 yield offset, block[low:high]
 
 
-def stored_bytes(tensor: StoredTensor, *, of_base: bool) -> CopySegment | BytesSegment:
-    """The bytes of a tensor where they lie; in memory, where a pickle has them in another order."""
+def make_tensor_segment(tensor: StoredTensor, *, of_base: bool) -> CopySegment | BytesSegment:
+    """Return the bytes of a tensor where they lie; in memory if a pickle has them in another order."""
     if tensor.start is None:
         return BytesSegment(tensor.read())
     return CopySegment(tensor.source, tensor.start, tensor.nbytes, of_base)
 
 
 def chunks(segment: Segment) -> Changes:
-    """`(offset, bytes)` of a whole segment, a chunk at a time."""
+    """Yield `(offset, bytes)` of a whole segment, a chunk at a time."""
     for begin in range(0, segment.length, CHUNK):
         yield begin, segment.read(begin, min(begin + CHUNK, segment.length))
 
 
 def merge_segments(segments: list[Segment]) -> tuple[Segment, ...]:
-    """The same bytes in fewer segments: copies that continue each other become one, empty ones go."""
+    """Return the same bytes in fewer segments: adjacent copies become one, empty ones are dropped."""
     made: list[Segment] = []
     for segment in segments:
         last = made[-1] if made else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.checkpoint import Checkpoint
+from pema_adapters.merging.plan.plan import WRITE_ANEW
 from pema_adapters.merging.planning.output_tensor import OutputTensor, encode_file_header
 
 ADDED = "model-added.safetensors"
@@ -17,7 +18,6 @@ ADDED = "model-added.safetensors"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 """What a base's only file is called then, and the one of tensors that it lacked."""
 MAX_MOVED = 64 << 20
-_INSTEAD = "write a new checkpoint with --output"
 
 
 @dataclass
@@ -74,7 +74,7 @@ def add_shard(
 def _check_free(base: Checkpoint, paths: set[Path]) -> None:
     for path in sorted(paths - set(base.files)):
         if path.exists() or path.is_symlink():
-            raise MergeError(f"{path}: is there, but no weights file of the base, and its name is needed; {_INSTEAD}")
+            raise MergeError(f"{path}: is there, but no weights file of the base, and its name is needed; {WRITE_ANEW}")
 
 
 def _measure_header_room(base: Checkpoint, path: Path, tensors: list[OutputTensor], prefix: str) -> tuple[int, int]:
@@ -87,6 +87,6 @@ def _measure_header_room(base: Checkpoint, path: Path, tensors: list[OutputTenso
         longer = len(encode_file_header(base, path, tensors)) - starts[0] if tensors else 0
         raise MergeError(
             f"{path}: cannot be merged in place: beside a head its names need the prefix {prefix!r}, which makes its "
-            f"header {longer} bytes longer, and the tensors behind it are too large to make room; {_INSTEAD}"
+            f"header {longer} bytes longer, and the tensors behind it are too large to make room; {WRITE_ANEW}"
         )
     return count, starts[count]

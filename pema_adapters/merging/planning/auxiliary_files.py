@@ -14,7 +14,7 @@ from pema_adapters.formats.weights import INDEX
 from pema_adapters.io.input_file import InputFile
 from pema_adapters.io.safe_paths import check_link
 from pema_adapters.merging.plan.plan import PlannedFile
-from pema_adapters.merging.plan.segments import BytesSegment, CopySegment, merge_segments, stored_bytes
+from pema_adapters.merging.plan.segments import BytesSegment, CopySegment, make_tensor_segment, merge_segments
 from pema_adapters.merging.planning.config_files import json_file
 
 WEIGHT_SUFFIXES = {
@@ -26,7 +26,7 @@ INTERFACE = "adapter_interface.json"
 
 
 def copy_through_files(folder: Path, *, in_place: bool = False) -> list[PlannedFile]:
-    """Tokenizer, generation configuration, README and other small files of the base, copied as they are.
+    """Copy tokenizer, generation configuration, README and other small files of the base.
 
     Weights in any format are left behind, and folders too, but for the modules of a Sentence Transformers model.
 
@@ -52,7 +52,7 @@ def _modules(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """What lies below a folder, but for hidden names. Raises `FormatError` where a folder cannot be listed."""
+    """List the contents of a folder, without hidden names. Raises `FormatError` if a folder cannot be listed."""
     found: list[Path] = []
     with reading(folder):
         for path in sorted(folder.iterdir()):
@@ -66,7 +66,7 @@ def _copy_file(path: Path, folder: Path) -> PlannedFile:
 
 
 def adapter_files(delta: Delta) -> list[PlannedFile]:
-    """What cannot go into weights yet: `adapters/NAME`, an artifact without PEMA, ready for `load_adapter`."""
+    """Return what cannot be folded into weights: `adapters/NAME`, an artifact without PEMA for `load_adapter`."""
     if delta.kind == "full":
         return []
     folder = f"{ADAPTERS}/{delta.name}"
@@ -85,8 +85,8 @@ def adapter_files(delta: Delta) -> list[PlannedFile]:
 
 
 def weights_file(name: str, tensors: dict[str, StoredTensor]) -> PlannedFile:
-    """A safetensors file of tensors as they are."""
+    """Return a safetensors file of tensors as they are."""
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors.values()], {})
     return PlannedFile(
-        name, merge_segments([BytesSegment(header), *(stored_bytes(t, of_base=False) for t in tensors.values())])
+        name, merge_segments([BytesSegment(header), *(make_tensor_segment(t, of_base=False) for t in tensors.values())])
     )

@@ -74,7 +74,7 @@ def _locate_recorded(recorded: str, given: str | None, request: BaseRequest) -> 
 
 
 def _folder_of(recorded: str) -> Path | None:
-    """The folder of that name, or in the current folder of its last part, if it holds weights."""
+    """Return the folder of that name, or of its last part in the current folder, if it holds weights."""
     for folder in (Path(recorded), Path(Path(recorded).name)):
         try:
             if folder.name and find_first_file(folder, FULL_WEIGHTS) is not None:

@@ -28,19 +28,19 @@ class NameMap:
     add_prefix: bool
 
     def in_base(self, name: str) -> str | None:
-        """The base's name of a tensor of the delta, None if it has no such tensor."""
+        """Return the base's name of a tensor of the delta, None if it has no such tensor."""
         return self.stored.get(canonicalize(name, self.prefix))
 
     def in_output(self, stored: str) -> str:
-        """The output's name of a tensor of the base."""
+        """Return the output's name of a tensor of the base."""
         return f"{self.prefix}.{stored}" if self.add_prefix else stored
 
     def is_inside(self, name: str) -> bool:
-        """Whether a tensor of the delta is one of the base model, rather than of a head on top of it."""
+        """Return whether a tensor of the delta is one of the base model, rather than of a head on top of it."""
         return self.own_base or not self.prefix or name.startswith(self.prefix + ".")
 
     def new(self, name: str) -> str:
-        """The output's name of a tensor of the delta that the base lacks."""
+        """Return the output's name of a tensor of the delta that the base lacks."""
         if not self.prefix or not self.is_inside(name):
             return name
         bare = name.removeprefix(self.prefix + ".")
@@ -67,7 +67,7 @@ def match_names(base: Checkpoint, delta: Delta, modules: Collection[str] = ()) -
 
 
 def _without_rows(base: Checkpoint, modules: Collection[str]) -> NameMap:
-    """The names of a delta without PEMA rows: its first module tells the prefix."""
+    """Match the names of a delta without PEMA rows: its first module tells the prefix."""
     wanted = f"{next(iter(modules))}.weight"
     found = next((name for name in base.tensors if _is_called(name, wanted)), None)
     if found is None:
@@ -87,14 +87,14 @@ def _without_rows(base: Checkpoint, modules: Collection[str]) -> NameMap:
 
 
 def _first_part(base: Checkpoint, name: str) -> str:
-    """`bert` of `bert.encoder...`, if the embedding is inside of it as well; else ""."""
+    """Return `bert` of `bert.encoder...` if the embedding is inside of it as well; else ""."""
     first = name.partition(".")[0] + "."
     inside = any(stored.startswith(first) and stored.endswith(EMBEDDINGS) for stored in base.tensors)
     return first.removesuffix(".") if inside else ""
 
 
 def find_copies(base: Checkpoint, names: NameMap, is_untied: bool = False) -> list[str]:
-    """Names of further stored copies of E: same shape, same bytes, and tied to it by the model's configuration.
+    """Find further stored copies of E: same shape, same bytes, and tied to it by the model's configuration.
 
     Copies of the input embedding (encoder.embed_tokens, ...) are always tied, output embeddings unless
     `tie_word_embeddings` is false, or the delta unties them.
@@ -118,7 +118,7 @@ def _same_bytes(base: Checkpoint, name: str, other: str, step: int = 8 << 20) ->
 
 
 def _locate_embedding(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
-    """The prefix, E as stored, and `{canonical name: stored name}`."""
+    """Return the prefix, E as stored, and `{canonical name: stored name}`."""
     if delta.fingerprint is not None:
         stored = delta.fingerprint.match_names(base.tensors.keys())
         if delta.embedding not in stored:
@@ -130,7 +130,7 @@ def _locate_embedding(base: Checkpoint, delta: Delta, weight: StoredTensor) -> t
 
 
 def _guess_embedding(base: Checkpoint, delta: Delta, weight: StoredTensor) -> tuple[str, str, dict[str, str]]:
-    """The same for a delta without fingerprint, by the name of its rows, or by how embeddings are usually called."""
+    """Return the same for a delta without fingerprint, by the name of its rows or the usual names of embeddings."""
     wanted = delta.embedding
     names = [name for name in base.tensors if _is_called(name, wanted)] if wanted else _common_embeddings(base, weight)
     if len(names) != 1:
@@ -156,6 +156,6 @@ def _common_embeddings(base: Checkpoint, weight: StoredTensor) -> list[str]:
 
 
 def _difference(one: str, other: str) -> str:
-    """`_difference("bert.x", "x") == _difference("x", "bert.x") == "bert"`."""
+    """Return the longer name's first part: `_difference("bert.x", "x") == _difference("x", "bert.x") == "bert"`."""
     longer, shorter = max(one, other, key=len), min(one, other, key=len)
     return longer.removesuffix(shorter).removesuffix(".") if other else ""

@@ -20,7 +20,7 @@ class OutputTensor:
 
 
 def plan_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor], start: int | None) -> Segment:
-    """The header of what the base's file `path` becomes: that file's own, where it says the same.
+    """Return the header of what the base's file `path` becomes: that file's own if it says the same.
 
     start: where the tensors have to begin; if None, or too early, they keep their place within a block, so that blocks
     can be cloned.
@@ -38,13 +38,13 @@ def plan_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor], s
 
 
 def encode_file_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor], padding: int = 0) -> bytes:
-    """A new header, with the metadata that the file has in the base."""
+    """Encode a new header, with the metadata that the file has in the base."""
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
     return encode_header(tensors, base.metadata(path), padding)
 
 
 def _same_header(base: Checkpoint, path: Path, entries: Sequence[OutputTensor]) -> CopySegment | None:
-    """The header of a base's file, where that of the output says the same."""
+    """Return the header of a base's file if that of the output says the same."""
     header = base.headers.get(path)
     if header is None:
         return None

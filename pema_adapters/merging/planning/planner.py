@@ -113,7 +113,7 @@ def _check_architecture(base: Checkpoint, delta: Delta) -> None:
 
 
 def _convert_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
-    """The delta with its flexible head as that of an ordinary class, where one is the same; else why not."""
+    """Return the delta with its flexible head as that of an ordinary class if one is equal; else the reason."""
     if delta.head is None or delta.head.is_static:
         return delta, []
     config = base.config
@@ -131,7 +131,7 @@ def _convert_head(base: Checkpoint, delta: Delta) -> tuple[Delta, list[str]]:
 
 
 def _mismatch_reason(base: Checkpoint, delta: Delta, head: Head, found: StandardHead) -> str:
-    """What in the base or in the rest of the adapter keeps the class from computing the same; "" for nothing."""
+    """Explain why base and rest of the adapter keep the class from computing the same; "" if they do not."""
     names = tuple(base.tensors)
     if missing := [need for need in found.needs if not any(_ends(name, need) for name in names)]:
         return f"{found.model_class} needs {missing[0]}, which the base lacks (the model drew it at random)"
@@ -155,7 +155,7 @@ def _ends(name: str, part: str) -> bool:
 
 
 def _note_values(delta: Delta) -> list[str]:
-    """NaN and infinity in the rows are merged as they are, but not without a word."""
+    """Note NaN and infinity in the rows, which are merged as they are."""
     weight = delta.weight
     if weight is None or weight.dtype not in FLOATS or not len(delta.token_ids):
         return []

@@ -13,7 +13,7 @@ from pema_adapters.formats.tensor_names import EMBEDDINGS
 
 
 def plan_vocab_size(base: Checkpoint, delta: Delta, embedding: str) -> int:
-    """V of the output: that of the base, or more where the delta's model had tokens added.
+    """Return V of the output: the base's, or more if tokens were added to the delta's model.
 
     `embedding` is the name of E in the base, "" for a delta without rows. Raises `BaseMismatchError`, `MergeError`, and
     `FormatError` for a base whose config.json tells another V than its matrix has.

@@ -22,8 +22,8 @@ from pema_adapters.merging.plan.segments import (
     CastSegment,
     RowsSegment,
     Segment,
+    make_tensor_segment,
     merge_segments,
-    stored_bytes,
 )
 from pema_adapters.merging.planning.added_shard import TensorsByFile, add_shard, append_to_last
 from pema_adapters.merging.planning.name_matching import NameMap, find_copies
@@ -147,7 +147,7 @@ class _Planner:
         return [replace(tensor, name=self.names.in_output(tensor.name)) for tensor in tensors]
 
     def splice_rows(self) -> dict[str, OutputTensor]:
-        """E and its stored copies with the trained rows; where V grew, the biases over the vocabulary too."""
+        """Write the trained rows into E and its stored copies; where V grew, extend biases over the vocabulary too."""
         if self.delta.weight is None:
             return {}
         embedding = self.base.tensors[self.names.embedding]
@@ -164,7 +164,7 @@ class _Planner:
         return OutputTensor(matrix.name, dtype, (self.vocab_size, matrix.shape[1]), (segment,))
 
     def _grow_biases(self, old: int, matrices: list[str]) -> dict[str, OutputTensor]:
-        """The bias of an LM head gets zeros for the new tokens, as resize_token_embeddings gives it."""
+        """Extend the bias of an LM head with zeros for the new tokens, as resize_token_embeddings does."""
         added = self.vocab_size - old
         if not added:
             return {}
@@ -186,7 +186,7 @@ class _Planner:
         return OutputTensor(bias.name, dtype, (*bias.shape[:-1], self.vocab_size), (self._copy_bytes(bias), zeros))
 
     def fold_layers(self, layers: Sequence[AdaptedLinear]) -> dict[str, OutputTensor]:
-        """The weights, and the biases of methods that scale outputs, with the adapter's updates folded in."""
+        """Fold the adapter's updates into the weights, and into the biases of methods that scale outputs."""
         made: dict[str, OutputTensor] = {}
         cache = FoldCache()
         for layer in layers:
@@ -207,7 +207,7 @@ class _Planner:
         return made
 
     def _fold(self, layer: AdaptedLinear, weight: StoredTensor, cache: FoldCache) -> FoldedWeight:
-        raw, where = stored_bytes(weight, of_base=True), f"{weight.path}: tensor {weight.name!r}"
+        raw, where = make_tensor_segment(weight, of_base=True), f"{weight.path}: tensor {weight.name!r}"
         transposed, dtype = self._is_transposed(layer.module), self._output_dtype(weight)
         return FoldedWeight(raw, weight.dtype, weight.shape, layer, transposed, dtype, self.rounding, where, cache)
 
@@ -216,26 +216,26 @@ class _Planner:
         return None if stored is None else self.base.tensors[stored]
 
     def _is_transposed(self, module: str) -> bool:
-        """GPT-2 keeps its linear layers as Conv1D, whose weight is [in, out]."""
+        """Return whether a weight is [in, out]: GPT-2 keeps its linear layers as Conv1D."""
         types = [config.get("model_type") for config in (self.base.config, self.delta.config)]
         return "gpt2" in types and module.endswith(CONV1D)
 
     def _output_dtype(self, tensor: StoredTensor) -> str:
-        """The dtype that a tensor of the base has in the output."""
+        """Return the dtype that a tensor of the base has in the output."""
         return self.dtype if self.dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
     def _copy_tensor(self, tensor: StoredTensor) -> OutputTensor:
         return OutputTensor(tensor.name, self._output_dtype(tensor), tensor.shape, (self._copy_bytes(tensor),))
 
     def _copy_bytes(self, tensor: StoredTensor) -> Segment:
-        """The bytes of a tensor of the base, in the output's dtype."""
-        raw, dtype = stored_bytes(tensor, of_base=True), self._output_dtype(tensor)
+        """Return the bytes of a tensor of the base, in the output's dtype."""
+        raw, dtype = make_tensor_segment(tensor, of_base=True), self._output_dtype(tensor)
         if dtype == tensor.dtype:
             return raw
         return CastSegment(raw, tensor.dtype, dtype, self.rounding, f"{tensor.path}: tensor {tensor.name!r}")
 
     def replace_tensors(self) -> dict[str, OutputTensor]:
-        """The base's tensors that the delta brings whole, in the base's dtype."""
+        """Replace the base's tensors that the delta holds as a whole, in the base's dtype."""
         made = {}
         for tensor in self.delta.checkpoint_tensors.values():
             stored = self.names.in_base(tensor.name)
@@ -257,7 +257,7 @@ class _Planner:
         return OutputTensor(old.name, dtype, tensor.shape, (self._cast_to(tensor, dtype),))
 
     def add_tensors(self) -> list[OutputTensor]:
-        """Tensors that the base lacks (heads, mostly), in the delta's dtype; not those that Transformers ties again."""
+        """Add tensors that the base lacks (heads, mostly), in the delta's dtype; Transformers ties the rest again."""
         missing = [
             tensor for tensor in self.delta.checkpoint_tensors.values() if self.names.in_base(tensor.name) is None
         ]
@@ -265,7 +265,7 @@ class _Planner:
         return [self._add_tensor(t, names[t.name]) for t in missing if names[t.name] not in self.base.shared]
 
     def untie_output(self) -> list[OutputTensor]:
-        """The output matrix that the delta unties: the base's E, unless the base stores it already."""
+        """Add the output matrix that the delta unties: the base's E, unless the base stores it already."""
         name = self.delta.untied
         if not name:
             return []
@@ -286,7 +286,7 @@ class _Planner:
 
     def _cast_to(self, tensor: StoredTensor, dtype: str) -> Segment:
         if tensor.dtype == dtype:
-            return stored_bytes(tensor, of_base=False)
+            return make_tensor_segment(tensor, of_base=False)
         if tensor.dtype not in FLOATS or dtype not in FLOATS:
             raise MergeError(
                 f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype}, but the base has it as {dtype}; "
