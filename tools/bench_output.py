@@ -10,8 +10,9 @@ seconds are CPU seconds of the same part. The order turns every round, and ratio
 head      forward and backward of the head alone on N tokens: "logits" holds E [V, d], frozen, and makes logits [N, V],
           those of the K trained rows in their places; "linear_cross_entropy" is torch's chunked loss, E frozen;
           "streamed" is this project's head; "K rows" is a softmax over K rows, which does less work
-step      a step of AdamW on 1 x 512 tokens, with LoRA and in full fine-tuning: the full model; PEMA, with the base's
-          rows on disk or held in memory; and a model built with K rows
+step      a step of AdamW on 1 x 512 tokens, with LoRA and in full fine-tuning: the full model (with LoRA its matrix is
+          frozen); PEMA that holds the matrix and makes logits; PEMA that holds the matrix; PEMA that reads it from disk;
+          and a model built with K rows, which train
 mlm       the head of a masked language model with labels on 15 % of 512 tokens
 generate  greedy, 64 tokens after 16
 """
@@ -56,7 +57,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 CAUSAL = ("qwen2.5-0.5b", "gemma-3-270m")
 LENGTH, PROMPT, GENERATED = 512, 16, 64
 HEADS = {"head": ("logits", "linear_cross_entropy", "streamed", "K rows"), "mlm": ("logits", "streamed", "K rows")}
-STEPS = ("full model", "PEMA", "PEMA, matrix held", "K-row model")
+STEPS = ("full model", "PEMA, real logits", "PEMA, matrix held", "PEMA", "K-row model")
 GENERATORS = ("full model", "PEMA, from disk", "PEMA, matrix held")
 Figures = dict[str, Any]
 
@@ -165,6 +166,8 @@ def run_steps(way: str, setting: Setting, with_lora: bool) -> Generator[None, No
     rows = setting.rows
     ids = torch.arange(rows) if way == "K-row model" else setting.choose_ids()
     model = _load(way, setting, with_lora).train()
+    if way == "PEMA, real logits":
+        model.lm_head.register_forward_hook(lambda module, args, logits: logits + 0)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-5)
     generator = torch.Generator().manual_seed(1)
 
@@ -190,7 +193,7 @@ def _load(way: str, setting: Setting, with_lora: bool) -> Any:
     from pema_adapters import PartialVocabulary, PEMAConfig, load_model, shrink_embeddings
 
     is_partial = way.startswith("PEMA")
-    options: dict[str, Any] = {"output_storage": "device" if "held" in way else "disk"}
+    options: dict[str, Any] = {"output_storage": "device" if "," in way and "disk" not in way else "disk"}
     base = setting.folder / ("rows" if way == "K-row model" else "full")
     vocabulary = PartialVocabulary(setting.choose_ids().numpy(), setting.vocab_size)
     if is_partial:
@@ -211,6 +214,7 @@ def _load(way: str, setting: Setting, with_lora: bool) -> Any:
     for name, parameter in model.named_parameters():
         if "lora" not in name and "pema" not in name:
             parameter.requires_grad_(False)  # adapters freezes the base model alone
+    model.get_input_embeddings().weight.requires_grad_(way == "K-row model")
     return model
 
 

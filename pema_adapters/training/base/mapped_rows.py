@@ -5,6 +5,7 @@ Neither is ever in memory as a whole.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import tempfile
@@ -137,6 +138,21 @@ class MappedRows:
         self.check()
         if self._added is not None:
             yield from slice_rows(self._added.to(self.dtype), step)
+
+    def map_or_read(self, first: int, last: int) -> Tensor:
+        """Return the rows from `first` to `last`, for one use at once.
+
+        They are memory of the file itself if they are in the file, aligned to their dtype. Writing to them kills the
+        process, since the map is read-only.
+        """
+        begin, end = self._offset_of(first), self._offset_of(last)
+        if last > self.file_rows or begin % self.dtype.itemsize:
+            return self.read_rows(torch.arange(first, last))
+        stored = self._file.view(begin, end, contents_only=True)
+        buffer = (ctypes.c_ubyte * len(stored)).from_address(stored.ctypes.data)  # torch warns of a read-only array
+        rows = torch.frombuffer(buffer, dtype=torch.uint8).view(self.dtype).view(last - first, self.dim)
+        rows._map = stored  # type: ignore[attr-defined] # it stays mapped as long as the rows are used
+        return rows
 
     def check(self) -> None:
         """Raise InputChangedError if the contents of the file have changed."""

@@ -17,6 +17,7 @@ from torch.nn import functional
 from pema_adapters.training.base.mapped_rows import MappedRows, slice_rows
 
 BLOCK_ROWS = 4096
+FEW_TOKENS = 64
 
 BaseRows: TypeAlias = "MappedRows | Tensor"
 """The base's rows [V, d]: in a file, or in memory."""
@@ -65,12 +66,43 @@ class HeadMatrix:
         A block is valid until the next one is asked for: they share a buffer.
         """
         for first, block in _iterate_base(self.base, self.dtype, self.device):
-            if self.ids_on_cpu is not None and self.token_ids is not None and self.rows is not None:
-                begin, end = torch.searchsorted(self.ids_on_cpu, torch.tensor([first, first + len(block)])).tolist()
-                if begin < end:
-                    trained = self.rows.detach()[begin:end].to(block.dtype)
-                    block.index_copy_(0, self.token_ids[begin:end] - first, trained)
+            begin, end = self.find_trained(first, first + len(block))
+            if begin < end:
+                assert self.rows is not None and self.token_ids is not None
+                trained = self.rows.detach()[begin:end].to(block.dtype)
+                block.index_copy_(0, self.token_ids[begin:end] - first, trained)
             yield first, block
+
+    @torch.no_grad()
+    def iterate_products(
+        self, inputs: Annotated[Tensor, "Float N d"]
+    ) -> Iterator[tuple[int, Annotated[Tensor, "Float N n"]]]:
+        """Yield the number of the first row and the product [N, n] of `inputs` [N, d] with the rows of each block.
+
+        For a few tokens, as in generation, reading the rows costs most: they are not copied then, if the file holds
+        them as they are used.
+        """
+        base, dtype = self.base, inputs.dtype
+        if len(inputs) > FEW_TOKENS or isinstance(base, Tensor) or not base.dtype == self.dtype == dtype:
+            for first, block in self.iterate_blocks():
+                yield first, inputs @ block.t()
+            return
+        inputs = inputs.cpu()
+        trained = None if self.rows is None else inputs @ self.rows.detach().to(inputs).t()
+        for first in range(0, self.vocab_size, BLOCK_ROWS):
+            last = min(first + BLOCK_ROWS, self.vocab_size)
+            product = inputs @ base.map_or_read(first, last).t()
+            begin, end = self.find_trained(first, last)
+            if trained is not None and self.ids_on_cpu is not None and begin < end:
+                product.index_copy_(1, self.ids_on_cpu[begin:end] - first, trained[:, begin:end])
+            yield first, product.to(self.device)
+
+    def find_trained(self, first: int, last: int) -> tuple[int, int]:
+        """Return where the trained rows of the tokens from `first` to `last` begin and end among all K."""
+        if self.ids_on_cpu is None:
+            return 0, 0
+        begin, end = torch.searchsorted(self.ids_on_cpu, torch.tensor([first, last])).tolist()
+        return begin, end
 
     @torch.no_grad()
     def iterate_trained(self) -> Iterator[tuple[int, int, Annotated[Tensor, "Float n d"]]]:
@@ -118,12 +150,21 @@ def _read_base(base: BaseRows, token_ids: Tensor) -> Tensor:
 def _iterate_base(base: BaseRows, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Yield blocks of the base's rows that may be written to."""
     compute_dtype = choose_compute_dtype(dtype)
+    if not isinstance(base, Tensor) and base.dtype == dtype == compute_dtype and device.type == "cpu":
+        yield from _number(base.iterate_buffered(BLOCK_ROWS))
+        return
     buffer = torch.empty(min(BLOCK_ROWS, len(base)), base.shape[1], dtype=compute_dtype, device=device)
-    first = 0
-    for block in _slice(base):
+    for first, block in _number(_slice(base)):
         current = buffer[: len(block)]
         current.copy_(block if block.dtype == dtype else block.to(dtype))
         yield first, current
+
+
+def _number(blocks: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield each block with the number of its first row."""
+    first = 0
+    for block in blocks:
+        yield first, block
         first += len(block)
 
 

@@ -103,16 +103,19 @@ def _find_highest(lazy: LazyLogits, k: int) -> tuple[Tensor, Tensor]:
     inputs = hidden.to(lazy.source.matrix.compute_dtype)
     values = inputs.new_full((len(inputs), 0), 0, dtype=lazy.dtype)
     ids = torch.empty(len(inputs), 0, dtype=torch.int64, device=inputs.device)
-    for first, block in lazy.source.matrix.iterate_blocks():
-        with without_autocast(inputs.device):
-            logits = _apply_parts(lazy, inputs @ block.t(), slice(first, first + len(block)))
-        values = torch.cat([values, logits], dim=1)
-        columns = torch.arange(first, first + len(block), device=inputs.device).expand(len(inputs), -1)
-        ids = torch.cat([ids, columns], dim=1)
-        is_single = k == 1  # of equal logits, argmax takes the first, as the full model's does
-        chosen = values.argmax(1, keepdim=True) if is_single else values.topk(min(k, values.shape[1]), dim=1).indices
-        values, ids = values.gather(1, chosen), ids.gather(1, chosen)
+    with without_autocast(inputs.device):
+        for first, product in lazy.source.matrix.iterate_products(inputs):
+            last = first + product.shape[1]
+            logits = _apply_parts(lazy, product, slice(first, last))
+            columns = torch.arange(first, last, device=inputs.device).expand(len(inputs), -1)
+            values, ids = _keep_highest(torch.cat([values, logits], dim=1), torch.cat([ids, columns], dim=1), k)
     return values, ids
+
+
+def _keep_highest(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest of logits [N, n] and their token ids; of equal ones argmax takes the first, as usual."""
+    chosen = values.argmax(1, keepdim=True) if k == 1 else values.topk(min(k, values.shape[1]), dim=1).indices
+    return values.gather(1, chosen), ids.gather(1, chosen)
 
 
 def _apply_parts(lazy: LazyLogits, block: Tensor, columns: slice) -> Tensor:

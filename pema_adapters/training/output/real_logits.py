@@ -44,9 +44,8 @@ class _Logits(torch.autograd.Function):
         inputs = hidden.to(matrix.compute_dtype)
         logits = inputs.new_empty(len(inputs), matrix.vocab_size, dtype=hidden.dtype)
         with without_autocast(hidden.device):
-            for first, block in matrix.iterate_blocks():
-                part = slice(first, first + len(block))
-                product = inputs @ block.t()
+            for first, product in matrix.iterate_products(inputs):
+                part = slice(first, first + product.shape[1])
                 logits[:, part] = product if bias is None else product.add_(bias[part])
         return logits
 

@@ -73,9 +73,7 @@ class SecondPass:
             return
         for first, block in matrix.iterate_blocks():
             ids = slice(first, first + len(block))
-            begin = end = 0
-            if matrix.ids_on_cpu is not None:
-                begin, end = torch.searchsorted(matrix.ids_on_cpu, torch.tensor([ids.start, ids.stop])).tolist()
+            begin, end = matrix.find_trained(ids.start, ids.stop)
             columns = None if matrix.token_ids is None else matrix.token_ids[begin:end] - first
             yield _Columns(block, ids, begin, end, columns)
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from pema_adapters.errors import SurgeryError
+from pema_adapters.io.input_file import InputFile
 from pema_adapters.training.base.mapped_rows import MappedRows
 from pema_adapters.training.output import head_matrix, logit_statistics, second_pass
 from pema_adapters.training.output.head_matrix import HeadMatrix
@@ -191,6 +192,21 @@ def test_hooks_and_gradients_of_logits(pair):
         functional.cross_entropy(logits.view(-1, V), FLAT).backward()
     torch.testing.assert_close(pair.lazy.grad, pair.real.grad)
     torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_rows_added_to_the_file_and_files_without_alignment(tmp_path, offset):
+    """Rows that resize_token_embeddings added are in memory; tensors of a file may begin anywhere."""
+    torch.manual_seed(2)
+    base, hidden = torch.randn(V, D), torch.randn(3, D)
+    (tmp_path / "rows").write_bytes(b"x" * offset + base[:-7].numpy().tobytes())
+    file = InputFile(tmp_path / "rows")
+    rows = MappedRows(file, offset, (V - 7, D), torch.float32).with_added_rows(base[-7:])
+    lazy = make_lazy(Source(hidden, HeadMatrix(rows, None, None, None, torch.float32, CPU)))
+    expected = hidden @ base.t()
+    assert torch.equal(lazy.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(functional.cross_entropy(lazy, FLAT[3:6]), functional.cross_entropy(expected, FLAT[3:6]))
+    torch.testing.assert_close(lazy + 0, expected)
 
 
 class Exponential(torch.autograd.Function):
