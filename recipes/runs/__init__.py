@@ -11,5 +11,6 @@ from harness.command_line import make_parser  # noqa: E402
 from harness.results import write_results  # noqa: E402
 from harness.tables import format_table  # noqa: E402
 from harness.timing import format_ratio  # noqa: E402
+from runs.libraries import silence_libraries  # noqa: E402
 
-__all__ = ["format_ratio", "format_table", "make_parser", "write_results"]
+__all__ = ["format_ratio", "format_table", "make_parser", "silence_libraries", "write_results"]
