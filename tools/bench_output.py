@@ -29,10 +29,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from harness.child import Child, anonymous_bytes, run_in_child
 from harness.command_line import add_dir, make_parser
+from harness.output_heads import HEAD_WAYS, open_matrix
 from harness.results import write_results
 from harness.tables import format_table
 from harness.timing import format_ratio, rotate
@@ -101,7 +101,7 @@ def write_model(folder: Path, shape: str, layers: int, vocab_size: int | None = 
 def run_head(way: str, setting: Setting, tokens: int, labelled: float) -> Generator[None, None, Any]:
     torch.set_num_threads(1)
     loss_of = HEAD_WAYS[way]
-    base, ids, rows = _open_matrix(setting.folder / "full"), setting.choose_ids(), setting.rows
+    base, ids, rows = open_matrix(setting.folder / "full"), setting.choose_ids(), setting.rows
     imports = anonymous_bytes()
     torch.manual_seed(1)
     hidden = torch.randn(tokens, base.dim, requires_grad=True)
@@ -114,43 +114,6 @@ def run_head(way: str, setting: Setting, tokens: int, labelled: float) -> Genera
     loss = loss_of(hidden, trained, ids, targets, base if matrix is None else matrix)
     loss.backward()
     return time.process_time() - start, imports, float(loss.detach())
-
-
-def _open_matrix(folder: Path) -> Any:
-    from pema_adapters.formats.checkpoint import Checkpoint
-    from pema_adapters.training.base.mapped_rows import MappedRows
-
-    tensors = Checkpoint.open(folder).tensors
-    name = next(name for name in tensors if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
-    return MappedRows.of(tensors[name])
-
-
-def with_logits(hidden: Any, trained: Any, ids: Any, targets: Any, matrix: Any) -> Any:
-    logits = functional.linear(hidden, matrix).index_copy(-1, ids, functional.linear(hidden, trained))
-    return functional.cross_entropy(logits, targets)
-
-
-def with_linear_cross_entropy(hidden: Any, trained: Any, ids: Any, targets: Any, matrix: Any) -> Any:
-    return functional.linear_cross_entropy(hidden, matrix, targets)  # type: ignore[attr-defined]
-
-
-def streamed(hidden: Any, trained: Any, ids: Any, targets: Any, base: Any) -> Any:
-    from pema_adapters.training.output.head_matrix import HeadMatrix
-    from pema_adapters.training.output.lazy_logits import Source, make_lazy
-
-    matrix = HeadMatrix(base, trained, ids, ids, hidden.dtype, hidden.device, trained._version)
-    return functional.cross_entropy(make_lazy(Source(hidden, matrix)), targets)
-
-
-def with_rows_alone(hidden: Any, trained: Any, ids: Any, targets: Any, base: Any) -> Any:
-    positions = torch.where(targets < 0, targets, torch.searchsorted(ids, targets))
-    return functional.cross_entropy(functional.linear(hidden, trained), positions)
-
-
-HEAD_WAYS: dict[str, Callable[..., Any]] = {
-    "logits": with_logits, "linear_cross_entropy": with_linear_cross_entropy, "streamed": streamed,
-    "K rows": with_rows_alone,
-}  # fmt: skip
 
 
 # -- a training step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -68,34 +69,40 @@ def shrink_embeddings(
         layer.refuse_while_merged("shrink_embeddings")
     adapter_rows = None if adapter_name is None else _get_adapter_rows(model, adapter_name)
     grows = _decide_growth(model, adapter_name, vocabulary)
-    policy, storage = output_embeddings, output_storage
-    if adapter_name is not None:
-        config = model.adapters_config.match(adapter_name, PEMAConfig)
-        policy, storage = config.output_embeddings, config.output_storage
-    tied = policy != "full"
-    if grows and tied:
+    output = _get_output_options(model, adapter_name, OutputOptions(output_embeddings, output_storage))
+    if grows and output.is_tied:
         _refuse_growing_output(model, embedding)
     used = _complete_vocabulary(model, embedding.num_embeddings, vocabulary)
     base = _get_base(model, embedding)
     owner = convert_all(model, embedding)
     table: RowTable = owner if adapter_rows is None else adapter_rows
     if adapter_rows is None:
-        owner.tied_to_output = tied
-    heads = convert_heads(model, owner)
-    for head in heads.values():
-        head.set_storage(storage)
-    untied = _untie(model, heads) if heads and not tied else ""
+        owner.tied_to_output = output.is_tied
+    heads, untied = _prepare_heads(model, owner, output)
     used = used | _find_required_ids(table, owner, base, used.vocab_size)
     token_ids = torch.from_numpy(used.token_ids.copy())
     rows = _read_current_rows(table, owner, token_ids)
     is_adapter = adapter_rows is not None
     fingerprint = base.make_fingerprint(token_ids, include_newly_initialized=is_adapter, untied=untied)
-    _release_matrix(owner, heads.values(), base)
+    _release_matrix(owner, heads, base)
     table.set_rows(token_ids, rows, fingerprint)
     table.growth_source = base if grows else None
     if is_adapter:
         _drop_untrained(owner, base)
     return used
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """The options of `PEMAConfig` for a head that is tied to the input embedding."""
+
+    embeddings: str | None
+    storage: str
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head uses the trained rows as well."""
+        return self.embeddings != "full"
 
 
 def restore_embeddings(model: Any) -> None:
@@ -175,6 +182,22 @@ def _refuse_growing_output(model: Any, embedding: nn.Embedding) -> None:
         f"the output of {type(model).__name__} is tied to the input embedding, so rows added during training would "
         f"have missed the gradients of the output before: {full}give shrink_embeddings all of the data beforehand"
     )
+
+
+def _get_output_options(model: Any, adapter_name: str | None, given: OutputOptions) -> OutputOptions:
+    """Return the options given for full fine-tuning, else those of the adapter's config."""
+    if adapter_name is None:
+        return given
+    config = model.adapters_config.match(adapter_name, PEMAConfig)
+    return OutputOptions(config.output_embeddings, config.output_storage)
+
+
+def _prepare_heads(model: Any, owner: PartialEmbedding, options: OutputOptions) -> tuple[list[PartialOutput], str]:
+    """Convert the heads that share the matrix. Returns them, and the name of the output matrix if it is untied now."""
+    heads = convert_heads(model, owner)
+    for head in heads.values():
+        head.set_storage(options.storage)
+    return list(heads.values()), _untie(model, heads) if heads and not options.is_tied else ""
 
 
 def _complete_vocabulary(model: Any, vocab_size: int, vocabulary: Any) -> PartialVocabulary:

@@ -19,7 +19,7 @@ from pema_adapters.training.base.mapped_rows import MappedRows, slice_rows
 BLOCK_ROWS = 4096
 FEW_TOKENS = 64
 
-BaseRows: TypeAlias = "MappedRows | Tensor"
+BaseMatrix: TypeAlias = "MappedRows | Tensor"
 """The base's rows [V, d]: in a file, or in memory."""
 
 
@@ -37,7 +37,7 @@ class HeadMatrix:
         version: of `rows` when the head was called.
     """
 
-    base: BaseRows
+    base: BaseMatrix
     rows: Annotated[Tensor, "Float K d"] | None
     token_ids: Annotated[Tensor, "Int64 K"] | None
     ids_on_cpu: Annotated[Tensor, "Int64 K"] | None
@@ -140,14 +140,14 @@ def choose_compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def _read_base(base: BaseRows, token_ids: Tensor) -> Tensor:
+def _read_base(base: BaseMatrix, token_ids: Tensor) -> Tensor:
     if isinstance(base, Tensor):
         return base.detach()[token_ids.to(base.device)]
     unique, inverse = torch.unique(token_ids.cpu(), return_inverse=True)
     return base.read_rows(unique)[inverse]
 
 
-def _iterate_base(base: BaseRows, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+def _iterate_base(base: BaseMatrix, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Yield blocks of the base's rows that may be written to."""
     compute_dtype = choose_compute_dtype(dtype)
     if not isinstance(base, Tensor) and base.dtype == dtype == compute_dtype and device.type == "cpu":
@@ -168,5 +168,5 @@ def _number(blocks: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
         first += len(block)
 
 
-def _slice(base: BaseRows) -> Iterator[Tensor]:
+def _slice(base: BaseMatrix) -> Iterator[Tensor]:
     return slice_rows(base.detach(), BLOCK_ROWS) if isinstance(base, Tensor) else base.iterate_buffered(BLOCK_ROWS)

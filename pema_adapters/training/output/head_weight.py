@@ -59,38 +59,44 @@ class HeadWeight(Tensor):
             SurgeryError: always, but for a `detach`, which autograd calls itself.
         """
         if func is torch.ops.aten.detach.default:
-            return _wrap(args[0].matrix, args[0].is_transposed)
+            return _wrap(args[0].matrix, args[0].is_transposed, args[0].dtype)
         raise _refusal(str(func))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 
-def make_weight(matrix: HeadMatrix) -> Tensor:
-    """Return the weight [V, d], in the graph if its rows are."""
+def make_weight(matrix: HeadMatrix, is_transposed: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the weight [V, d], or its transpose, in the graph if its rows are.
+
+    Args:
+        matrix: of the head.
+        is_transposed: whether the weight is [d, V].
+        dtype: of the weight; None for that of the matrix.
+    """
+    dtype = dtype or matrix.dtype
     if matrix.rows is not None and matrix.rows.requires_grad and torch.is_grad_enabled():
-        return _Wrap.apply(matrix.rows, matrix)  # type: ignore[no-any-return, no-untyped-call]
-    return _wrap(matrix, is_transposed=False)
+        return _Wrap.apply(matrix.rows, matrix, is_transposed, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _wrap(matrix, is_transposed, dtype)
 
 
 class _Wrap(torch.autograd.Function):
     """Pass a gradient [V, d], which a loss with a backward of its own computes, on to the K trained rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: HeadMatrix) -> Tensor:
-        ctx.token_ids = matrix.token_ids
-        return _wrap(matrix, is_transposed=False)
+    def forward(ctx: Any, rows: Tensor, matrix: HeadMatrix, is_transposed: bool, dtype: torch.dtype) -> Tensor:
+        ctx.token_ids, ctx.is_transposed, ctx.dtype = matrix.token_ids, is_transposed, rows.dtype
+        return _wrap(matrix, is_transposed, dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.token_ids], None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = gradient.t() if ctx.is_transposed else gradient
+        return gradient[ctx.token_ids].to(ctx.dtype), None, None, None
 
 
-def _wrap(matrix: HeadMatrix, is_transposed: bool) -> HeadWeight:
-    shape = tuple(matrix.base.shape)
-    weight = Tensor._make_wrapper_subclass(
-        HeadWeight, shape[::-1] if is_transposed else shape, dtype=matrix.dtype, device=matrix.device
-    )
+def _wrap(matrix: HeadMatrix, is_transposed: bool, dtype: torch.dtype) -> HeadWeight:
+    shape = tuple(matrix.base.shape)[:: -1 if is_transposed else 1]
+    weight = Tensor._make_wrapper_subclass(HeadWeight, shape, dtype=dtype, device=matrix.device)
     weight.matrix, weight.is_transposed = matrix, is_transposed
     return weight
 
@@ -126,7 +132,7 @@ def _matmul(hidden: Any, weight: Any) -> Any:
 def _transpose(weight: HeadWeight, dim0: int = 0, dim1: int = 1) -> Any:
     if {dim0 % 2, dim1 % 2} != {0, 1}:
         return weight
-    return _wrap(weight.matrix, not weight.is_transposed)
+    return make_weight(weight.matrix, not weight.is_transposed, weight.dtype)
 
 
 def _get_transposed(weight: HeadWeight, *_: Any) -> Any:
@@ -134,13 +140,29 @@ def _get_transposed(weight: HeadWeight, *_: Any) -> Any:
 
 
 def _detach(weight: HeadWeight, *_: Any) -> Any:
-    return _wrap(weight.matrix.detach(), weight.is_transposed)
+    return make_weight(weight.matrix.detach(), weight.is_transposed, weight.dtype)
+
+
+def _to_float32(weight: HeadWeight, *_: Any, **__: Any) -> Any:
+    return _cast(weight, torch.float32)
+
+
+def _cast(weight: HeadWeight, dtype: torch.dtype) -> Any:
+    """Cast to the dtype in which products are computed anyway; another one would round rows, or be no more exact."""
+    if dtype == weight.dtype:
+        return weight
+    if dtype != weight.matrix.compute_dtype:
+        return NotImplemented
+    return make_weight(weight.matrix, weight.is_transposed, dtype)
 
 
 def _to(weight: HeadWeight, *args: Any, **kwargs: Any) -> Any:
-    """Accept a conversion that changes nothing."""
+    """Accept a cast, and a device that the weight is on already."""
     wanted = {*args, *kwargs.values()} - {True, False, None, weight.dtype, weight.device, weight.device.type}
-    return NotImplemented if wanted or kwargs.get("copy") else weight
+    if not wanted:
+        return NotImplemented if kwargs.get("copy") else weight
+    (dtype, *others) = wanted
+    return _cast(weight, dtype) if isinstance(dtype, torch.dtype) and not others else NotImplemented
 
 
 def _return_itself(weight: HeadWeight, *_: Any, **__: Any) -> Any:
@@ -156,10 +178,10 @@ def _read_rows(weight: HeadWeight, index: Any) -> Any:
         return NotImplemented
     ids = torch.arange(matrix.vocab_size)[index] if not isinstance(index, Tensor) else index
     flat = ids.reshape(-1).long().to(matrix.device)
-    found = matrix.read_rows(flat).to(matrix.dtype)
+    found = matrix.read_rows(flat).to(weight.dtype)
     if matrix.rows is not None:
         positions, is_trained = matrix.locate(flat)
-        trained = functional.embedding(positions, matrix.rows).to(matrix.dtype)
+        trained = functional.embedding(positions, matrix.rows).to(weight.dtype)
         found = torch.where(is_trained.unsqueeze(-1), trained, found)
     return found.view(*ids.shape, found.shape[-1])
 
@@ -180,6 +202,7 @@ FUNCTIONS: dict[Any, Handler] = {
     Tensor.detach: _detach,
     torch.detach: _detach,
     Tensor.to: _to,
+    Tensor.float: _to_float32,
     Tensor.contiguous: _return_itself,
     Tensor.__getitem__: _read_rows,
 }

@@ -29,7 +29,7 @@ from pema_adapters.errors import SurgeryError
 from pema_adapters.training.base.base_model import BaseModel
 from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
 from pema_adapters.training.embedding.row_table import RowTable, refuse_data_parallel
-from pema_adapters.training.output.head_matrix import BaseRows, HeadMatrix
+from pema_adapters.training.output.head_matrix import BaseMatrix, HeadMatrix
 from pema_adapters.training.output.head_weight import make_weight
 from pema_adapters.training.output.lazy_logits import Source, make_lazy
 from pema_adapters.training.output.transforms import AddBias, read_version
@@ -131,7 +131,7 @@ class PartialOutput(nn.Linear):
         version = 0 if rows is None else read_version(rows)
         return HeadMatrix(base, rows, on_device, ids, dtype, device, version)
 
-    def _find_base(self, device: torch.device) -> BaseRows:
+    def _find_base(self, device: torch.device) -> BaseMatrix:
         base = self.embedding.owner.base
         if not self.is_shrunk or not isinstance(base, BaseModel):
             weight = self._parameters["weight"]

@@ -7,6 +7,7 @@ import sys
 import adapters
 import pytest
 import torch
+import torch.utils.checkpoint
 from transformers import AutoModelForCausalLM, MambaConfig, MobileBertConfig, MobileBertForMaskedLM
 
 from pema_adapters import PartialVocabulary, PEMAConfig, load_model, restore_embeddings, shrink_embeddings
@@ -68,9 +69,57 @@ def test_a_chunked_loss_is_that_of_the_model(make, prepare):  # noqa: F811
         close(*(torch.autograd.grad(loss, rows)[0] for loss in losses))
     hidden = torch.ones(1, 32, requires_grad=True)
     weight = model.lm_head.weight
+    assert weight.requires_grad == weight.t().requires_grad == rows.requires_grad
     fused, expected = Fused.apply(hidden, weight), model.lm_head(hidden).logsumexp(-1).sum()
     close(fused, expected)
     close(torch.compile(lambda: hidden @ weight.T, backend="eager")() + 0, model.lm_head(hidden) + 0)
+
+
+class Linear(torch.autograd.Function):
+    """A product with a backward of its own, as in fused losses, which returns a gradient of the whole weight."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden)
+        ctx.shape = weight.shape
+        return torch.matmul(hidden, weight) + 0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        assert ctx.needs_input_grad[1]
+        return None, ctx.saved_tensors[0].t() @ gradient
+
+
+def test_a_gradient_of_the_whole_weight_reaches_the_rows(make):  # noqa: F811
+    model = with_adapter(*make("gpt2"))
+    rows, hidden = model.base_model.pema.adapters["task"].weight, torch.randn(3, 32)
+    found, expected = Linear.apply(hidden, model.lm_head.weight.float().t()), model.lm_head(hidden) + 0
+    close(found, expected)
+    close(*(torch.autograd.grad(logits.pow(2).sum(), rows)[0] for logits in (found, expected)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_chunks_in_float32_as_trl_computes_them(make, dtype):  # noqa: F811
+    """TRL 1.9: a checkpointed function of hidden states and weight, both cast to float32."""
+    folder, auto_class = make("gpt2")
+    model = load_model(auto_class, folder, PartialVocabulary(USED, V), dtype=dtype).eval()
+    hidden = model.transformer(SEEN).last_hidden_state[:, :-1].reshape(-1, 32).detach().requires_grad_()
+    targets, rows = SEEN[:, 1:].reshape(-1), model.get_input_embeddings().weight
+
+    def chunk(hidden, weight, targets):
+        logits = hidden.float() @ weight.float().t()
+        log_p = torch.log_softmax(logits, dim=-1)
+        return torch.nn.functional.nll_loss(log_p, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+
+    checkpointed = torch.utils.checkpoint.checkpoint(chunk, hidden, model.lm_head.weight, targets, use_reentrant=False)
+    weight = model.lm_head.weight[:].float()
+    expected = chunk(hidden, weight, targets)
+    assert checkpointed[1] == expected[1]
+    close(checkpointed[0], expected[0])
+    for one, other in zip(
+        *(torch.autograd.grad(each[0], [hidden, rows]) for each in (checkpointed, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("prepare", PREPARATIONS)
