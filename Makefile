@@ -64,6 +64,7 @@ bench: $(VENV)/.bench  ## Measure scan, loading, training step, artifact, merge 
 	$(BIN)/python tools/bench_scan.py
 	$(BIN)/python tools/bench_load.py
 	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_output.py
 	$(BIN)/python tools/bench_artifact.py
 	$(BIN)/python tools/bench_merge.py
 	$(BIN)/python tools/bench_merge_memory.py --sizes 0.3 1 3
