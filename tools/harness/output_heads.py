@@ -32,7 +32,8 @@ def with_linear_cross_entropy(hidden: Any, trained: Any, ids: Any, targets: Any,
 
 def streamed(hidden: Any, trained: Any, ids: Any, targets: Any, base: Any) -> Any:
     from pema_adapters.training.output.head_matrix import HeadMatrix
-    from pema_adapters.training.output.lazy_logits import Source, make_lazy
+    from pema_adapters.training.output.lazy_logits import make_lazy
+    from pema_adapters.training.output.logit_source import Source
 
     matrix = HeadMatrix(base, trained, ids, ids, hidden.dtype, hidden.device, trained._version)
     return functional.cross_entropy(make_lazy(Source(hidden, matrix)), targets)

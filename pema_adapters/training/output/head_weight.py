@@ -17,7 +17,8 @@ from torch.nn import functional
 from pema_adapters.errors import SurgeryError
 from pema_adapters.training.output.head_matrix import HeadMatrix
 from pema_adapters.training.output.lazy_functions import METADATA
-from pema_adapters.training.output.lazy_logits import Source, make_lazy
+from pema_adapters.training.output.lazy_logits import make_lazy
+from pema_adapters.training.output.logit_source import Source
 from pema_adapters.training.output.transforms import AddBias
 
 Handler: TypeAlias = Callable[..., Any]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pema_adapters.training.output.lazy_logits import LazyLogits, make_lazy
+from pema_adapters.training.output.logit_source import Source
 from pema_adapters.training.output.transforms import AddBias, Cast, Scale, Tanh
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., Any]:
-    def handle(lazy: LazyLogits, memory_format: Any = torch.preserve_format) -> Any:
-        return lazy if lazy.dtype == dtype else make_lazy(lazy.source.with_part(Cast(dtype)))
+    def handle(source: Source, memory_format: Any = torch.preserve_format) -> Any:
+        return source if source.dtype == dtype else source.with_part(Cast(dtype))
 
     return handle
 
 
-def _to(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+def _to(source: Source, *args: Any, **kwargs: Any) -> Any:
     kwargs = dict(kwargs)
     copy = kwargs.pop("copy", False)
     kwargs.pop("non_blocking", None)
@@ -35,44 +36,44 @@ def _to(lazy: LazyLogits, *args: Any, **kwargs: Any) -> Any:
             continue
         else:
             return NotImplemented
-    if kwargs or (device is not None and not _is_same_device(torch.device(device), lazy.device)):
+    if kwargs or (device is not None and not _is_same_device(torch.device(device), source.device)):
         return NotImplemented
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
-    if dtype in (None, lazy.dtype):
-        return make_lazy(lazy.source) if copy else lazy
-    return make_lazy(lazy.source.with_part(Cast(dtype)))
+    if dtype in (None, source.dtype):
+        return replace(source) if copy else source
+    return source.with_part(Cast(dtype))
 
 
 def _is_same_device(one: torch.device, other: torch.device) -> bool:
     return one.type == other.type and (one.index is None or one.index == other.index)
 
 
-def _multiply(lazy: LazyLogits, other: Any, **kwargs: Any) -> Any:
-    return _scale(lazy, other, kwargs, divides=False)
+def _multiply(source: Source, other: Any, **kwargs: Any) -> Any:
+    return _scale(source, other, kwargs, divides=False)
 
 
-def _divide(lazy: LazyLogits, other: Any, **kwargs: Any) -> Any:
-    return _scale(lazy, other, kwargs, divides=True)
+def _divide(source: Source, other: Any, **kwargs: Any) -> Any:
+    return _scale(source, other, kwargs, divides=True)
 
 
-def _scale(lazy: LazyLogits, other: Any, kwargs: dict[str, Any], divides: bool) -> Any:
+def _scale(source: Source, other: Any, kwargs: dict[str, Any], divides: bool) -> Any:
     if kwargs or isinstance(other, bool) or not isinstance(other, int | float):
         return NotImplemented
-    return make_lazy(lazy.source.with_part(Scale(other, divides)))
+    return source.with_part(Scale(other, divides))
 
 
-def _tanh(lazy: LazyLogits) -> Any:
-    return make_lazy(lazy.source.with_part(Tanh()))
+def _tanh(source: Source) -> Any:
+    return source.with_part(Tanh())
 
 
-def _add(lazy: LazyLogits, other: Any, **kwargs: Any) -> Any:
-    is_bias = isinstance(other, Tensor) and not isinstance(other, LazyLogits) and other.numel() == lazy.shape[-1]
-    if kwargs or not is_bias or other.dim() > lazy.dim() or other.shape[-1:] != lazy.shape[-1:]:
+def _add(source: Source, other: Any, **kwargs: Any) -> Any:
+    is_bias = isinstance(other, Tensor) and other.numel() == source.shape[-1]
+    if kwargs or not is_bias or other.dim() > source.ndim or other.shape[-1:] != source.shape[-1:]:
         return NotImplemented
-    if other.device != lazy.device or torch.promote_types(other.dtype, lazy.dtype) != lazy.dtype:
+    if other.device != source.device or torch.promote_types(other.dtype, source.dtype) != source.dtype:
         return NotImplemented
-    return make_lazy(lazy.source.with_part(AddBias.of(other.reshape(-1))))
+    return source.with_part(AddBias.of(other.reshape(-1)))
 
 
 ARITHMETIC: dict[Any, Callable[..., Any]] = {

@@ -1,7 +1,7 @@
 """The functions of torch that `LazyLogits` answer without computing all logits.
 
-`FUNCTIONS` maps a function to a handler, which gets the function's arguments; the first is a `LazyLogits`. A handler
-returns NotImplemented where its arguments need real logits.
+`FUNCTIONS` maps a function to a handler, which gets the function's arguments, the `Source` of the logits in their
+place. It returns the source of other logits, or several, or a result; NotImplemented if it needs real logits.
 """
 
 from __future__ import annotations

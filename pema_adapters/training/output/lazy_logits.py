@@ -8,82 +8,14 @@ other functions in `lazy_functions.py` stream over the matrix; everything else g
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from pema_adapters.errors import SurgeryError
-from pema_adapters.training.output.head_function import Head
-from pema_adapters.training.output.head_matrix import HeadMatrix
-from pema_adapters.training.output.real_logits import compute_logits
-from pema_adapters.training.output.transforms import AddBias, Cast, Transform, Transforms, read_version
-
-
-@dataclass(frozen=True)
-class Source:
-    """What logits are computed from.
-
-    Attributes:
-        hidden: hidden states [..., d], in the graph.
-        matrix: of the head.
-        parts: what is applied to the product, in order; the first may be the head's own bias.
-    """
-
-    hidden: Annotated[Tensor, "Float *batch d"]
-    matrix: HeadMatrix
-    parts: tuple[Transform, ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the logits."""
-        casts = [part.dtype for part in self.parts if isinstance(part, Cast)]
-        return casts[-1] if casts else self.hidden.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape [..., V] of the logits."""
-        return torch.Size((*self.hidden.shape[:-1], self.matrix.vocab_size))
-
-    @property
-    def head(self) -> Head:
-        """The head as a function of hidden states."""
-        return Head(self.matrix, Transforms(self.parts))
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that may need a gradient."""
-        biases = [part.bias for part in self.parts if isinstance(part, AddBias)]
-        return [self.hidden, *([] if self.matrix.rows is None else [self.matrix.rows]), *biases]
-
-    def with_part(self, part: Transform) -> Source:
-        """Return the source of logits to which `part` is applied as well."""
-        return replace(self, parts=(*self.parts, part))
-
-    def detach(self) -> Source:
-        """Return the same without the graph."""
-        parts = (replace(part, bias=part.bias.detach()) if isinstance(part, AddBias) else part for part in self.parts)
-        return Source(self.hidden.detach(), self.matrix.detach(), tuple(parts))
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the trained rows and the biases are as they were when the head was called."""
-        rows, biases = self.matrix.rows, [part for part in self.parts if isinstance(part, AddBias)]
-        return all(read_version(part.bias) == part.version for part in biases) and (
-            rows is None or read_version(rows) == self.matrix.version
-        )
-
-    def compute(self) -> Tensor:
-        """Return real logits, in the graph."""
-        parts, bias = self.parts, None
-        if parts and isinstance(parts[0], AddBias):
-            bias, parts = parts[0].bias, parts[1:]
-        logits = compute_logits(self.hidden, self.matrix, bias)
-        for part in parts:
-            logits = part.apply(logits)
-        return logits
+from pema_adapters.training.output.lazy_functions import FUNCTIONS, METADATA
+from pema_adapters.training.output.logit_source import Source
 
 
 class LazyLogits(Tensor):
@@ -108,21 +40,9 @@ class LazyLogits(Tensor):
             SurgeryError: what they are computed from has changed since the head was called.
         """
         if self._real is None:
-            self.check_current()
+            self.source.check_current()
             self._real = self.source.compute()
         return self._real
-
-    def check_current(self) -> None:
-        """Refuse to compute logits from weights that have changed.
-
-        Raises:
-            SurgeryError: a row or a bias was changed in place since the head was called.
-        """
-        if not self.source.is_current:
-            raise SurgeryError(
-                "logits of a language model with PEMA are computed when they are looked at, and the trained weights "
-                "have changed since the forward pass (optimizer.step(), say): read them before, or call the model again"
-            )
 
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -130,17 +50,17 @@ class LazyLogits(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer queries of metadata, stream the functions that can be, and give all others real logits."""
-        from pema_adapters.training.output.lazy_functions import FUNCTIONS, METADATA
-
         kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = FUNCTIONS.get(func)
-        if handler is not None and args and isinstance(args[0], LazyLogits) and not args[0].is_real:
-            result = handler(*args, **kwargs)
+        others = tree_leaves((args[1:], kwargs))
+        if handler is not None and _is_lazy(args[:1]) and not any(isinstance(each, LazyLogits) for each in others):
+            result = handler(args[0].source, *args[1:], **kwargs)
             if result is not NotImplemented:
-                return result
+                made = args[0] if result is args[0].source else tree_map_only(Source, make_lazy, result)
+                return iter(made) if func is Tensor.__iter__ else made
         return func(*tree_map(_materialize, args), **tree_map(_materialize, kwargs))
 
     @classmethod
@@ -187,6 +107,10 @@ def _wrap(source: Source) -> LazyLogits:
     )
     lazy.source, lazy._real = source, None
     return lazy
+
+
+def _is_lazy(first: Any) -> bool:
+    return bool(first) and isinstance(first[0], LazyLogits) and not first[0].is_real
 
 
 def _materialize(value: Any) -> Any:

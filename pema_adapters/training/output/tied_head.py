@@ -31,7 +31,8 @@ from pema_adapters.training.embedding.partial_embedding import PartialEmbedding
 from pema_adapters.training.embedding.row_table import RowTable, refuse_data_parallel
 from pema_adapters.training.output.head_matrix import BaseMatrix, HeadMatrix
 from pema_adapters.training.output.head_weight import make_weight
-from pema_adapters.training.output.lazy_logits import Source, make_lazy
+from pema_adapters.training.output.lazy_logits import make_lazy
+from pema_adapters.training.output.logit_source import Source
 from pema_adapters.training.output.transforms import AddBias, read_version
 
 STORAGES = ("auto", "disk", "host", "device")

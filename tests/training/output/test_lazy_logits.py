@@ -12,7 +12,8 @@ from pema_adapters.io.input_file import InputFile
 from pema_adapters.training.base.mapped_rows import MappedRows
 from pema_adapters.training.output import head_matrix, logit_statistics, second_pass
 from pema_adapters.training.output.head_matrix import HeadMatrix
-from pema_adapters.training.output.lazy_logits import LazyLogits, Source, make_lazy
+from pema_adapters.training.output.lazy_logits import LazyLogits, make_lazy
+from pema_adapters.training.output.logit_source import Source
 from pema_adapters.training.output.transforms import AddBias
 from tests.training.output.shapes import RecordShapes
 
