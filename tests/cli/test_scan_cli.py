@@ -177,7 +177,7 @@ FAILURES = {
     ),
     "no such file": (["none.txt"], "none.txt: no such file or folder"),
     "unknown suffix": (["x.xml"], "x.xml: found .xml, expected one of .txt, .json"),
-    "damaged": (["bad.jsonl"], "bad.jsonl: cannot be read as a data set: JSON parse error"),
+    "damaged": (["bad.jsonl"], "bad.jsonl: cannot be read as a data set: "),
     "no text": (["numbers.jsonl"], "numbers.jsonl: no column that holds strings; found: n (int)"),
     "no such column": (["x.jsonl", "--text-column", "q"], "x.jsonl: no column 'q'; found: premise (str), hypothesis"),
     "one column nowhere": (
