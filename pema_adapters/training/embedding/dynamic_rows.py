@@ -8,7 +8,7 @@ AdamW's step over these rows (K = 20,000, d = 768, CPU). No tensor or file ever 
 
 from __future__ import annotations
 
-from threading import RLock, get_ident
+from threading import RLock, current_thread, get_ident, main_thread
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ class GrowableTable(HasRowIndex, Protocol):
 
     Attributes:
         growth_source: where the values of new rows come from; None while the table does not grow.
-        growing_thread: the thread whose forwards add rows; SEVERAL_THREADS if there were two.
+        growing_thread: the main thread, if its forwards alone add rows; SEVERAL_THREADS if others do.
     """
 
     growth_source: Any
@@ -67,10 +67,14 @@ class GrowableWeight(torch.autograd.Function):
 
 
 def record_thread(table: GrowableTable) -> None:
-    """Record that a forward of the current thread is about to add rows to `table`."""
+    """Record that a forward of the current thread is about to add rows to `table`.
+
+    A thread other than the main one counts as several at once: another one might add rows before autograd has
+    accumulated the first one's gradient, which has fewer rows.
+    """
     thread = get_ident()
     if table.growing_thread is None:
-        table.growing_thread = thread
+        table.growing_thread = thread if current_thread() is main_thread() else SEVERAL_THREADS
     elif table.growing_thread != thread:
         table.growing_thread = SEVERAL_THREADS
 
