@@ -12,31 +12,33 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METHODS = ("full fine-tuning", "LoRA", "Compacter")
-WAYS = {"without PEMA": "#b0b7c3", "PEMA, rows trained": "#2f6fbb", "PEMA, rows frozen": "#8fb8e8"}
+METHODS = {"Full fine-tuning": "full fine-tuning", "LoRA": "LoRA", "Compacter": "Compacter"}
+"""The methods of the table, and how the plot calls them."""
+WAYS = {
+    "paper": ("without PEMA", "#b0b7c3"),
+    "rows trained": ("PEMA, rows trained", "#2f6fbb"),
+    "rows frozen": ("PEMA, rows frozen", "#8fb8e8"),
+}
+"""The columns of the table, and how the plot shows them."""
 
 
 def read_megabytes(path: Path) -> dict[str, list[float]]:
-    """Return the peaks of `METHODS` in MB, one for each of `WAYS`."""
-    table = json.loads(path.read_text(encoding="utf-8"))["table"]
-    rows = {method: cells for method, *cells in table["rows"]}
-    columns = [table["header"].index(way) - 1 for way in WAYS]
-    return {method: [parse_megabytes(rows[method][column]) for column in columns] for method in METHODS}
-
-
-def parse_megabytes(cell: str) -> float:
-    """Return 6479 for "6,479 MB, 100 %"."""
-    return float(cell.partition(" MB")[0].replace(",", ""))
+    """Return the peaks of `METHODS` above what the imports take, in MB, one for each of `WAYS`."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["figures"]["cells"]
+    return {
+        label: [(cells[method][way]["peak_bytes"] - cells[method][way]["floor_bytes"]) / 1e6 for way in WAYS]
+        for method, label in METHODS.items()
+    }
 
 
 def plot(peaks: dict[str, list[float]], output: Path) -> None:
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     axes = figure.subplots()
     height = 0.26
-    for number, (way, color) in enumerate(WAYS.items()):
+    for number, (label, color) in enumerate(WAYS.values()):
         places = [place + (number - 1) * height for place in range(len(peaks))]
         values = [found[number] / 1000 for found in peaks.values()]
-        bars = axes.barh(places, values, height, label=way, color=color)
+        bars = axes.barh(places, values, height, label=label, color=color)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_yticks(range(len(peaks)), list(peaks))
     axes.invert_yaxis()

@@ -3,18 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pema_adapters.errors import MergeError
 from pema_adapters.formats.checkpoint import Checkpoint
-from pema_adapters.formats.delta import Delta, read_delta
+from pema_adapters.formats.delta import read_delta
 from pema_adapters.formats.delta_discovery import MERGE_MANIFEST
 from pema_adapters.hub.card import README
-from pema_adapters.io.input_file import InputFile, check_unchanged, record_inputs
+from pema_adapters.io.input_file import record_inputs
 from pema_adapters.io.locking import BUSY, check_platform, hold_lock
 from pema_adapters.io.progress import ProgressBar
 from pema_adapters.merging.in_place.undo_journal import PATCHING, read_state
+from pema_adapters.merging.job import Inputs, Merge, MergeOptions
 from pema_adapters.merging.output.free_space import check_space
 from pema_adapters.merging.output.manifest import encode_manifest
 from pema_adapters.merging.output.model_card import folder_card
@@ -26,21 +27,6 @@ from pema_adapters.merging.plan.segments import BytesSegment
 from pema_adapters.merging.planning.base_folder import BaseRequest, locate_base
 from pema_adapters.merging.planning.planner import PlanOptions, plan_merge
 from pema_adapters.merging.report import MergeReport
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How to merge; see `merge_checkpoint`."""
-
-    choices: PlanOptions
-    adapter: str | None
-    revision: str | None
-    overwrite: bool
-    dry_run: bool
-    verify: bool
-    progress: bool | None
-    token: str | bool | None = None
-    checkpoint: str | int | None = None
 
 
 def merge_checkpoint(  # noqa: PLR0913 - the public contract
@@ -118,40 +104,6 @@ def _merge(base: str | None, delta: str, output: Path | None, options: MergeOpti
         if options.dry_run:
             return report_dry_run(merge, start)
         return write_merge(merge, options, start)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is merged, found and read.
-
-    base_name: folder or Hub id. delta_name: as given. delta_folder: where the delta lies, or a folder around it.
-    files: those of the delta that were read. notes: how the base was found.
-    """
-
-    base_name: str
-    delta_name: str
-    base_folder: Path
-    delta_folder: Path
-    delta: Delta
-    files: tuple[InputFile, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A merge that is checked and planned; nothing is written yet.
-
-    target: the folder to write, None for none. files: all that the plan was made from and is read from.
-    """
-
-    plan: Plan
-    report: MergeReport
-    target: Path | None
-    files: tuple[InputFile, ...]
-
-    def check_inputs(self) -> None:
-        """Raise `InputChangedError` if a file of base or delta has changed since it was opened."""
-        check_unchanged(self.files)
 
 
 @contextmanager

@@ -16,9 +16,6 @@ from pema_adapters.hub.token import check_token
 from pema_adapters.io.locking import check_platform
 from pema_adapters.io.progress import Advance, ProgressBar
 from pema_adapters.merging.api import (
-    Inputs,
-    Merge,
-    MergeOptions,
     finish_report,
     open_inputs,
     prepare_merge,
@@ -26,6 +23,7 @@ from pema_adapters.merging.api import (
     with_card,
     write_merge,
 )
+from pema_adapters.merging.job import Inputs, Merge, MergeOptions
 from pema_adapters.merging.output.model_card import hub_card
 from pema_adapters.merging.plan.plan import Plan
 from pema_adapters.merging.planning.auxiliary_files import ADAPTERS

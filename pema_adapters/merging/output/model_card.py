@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pema_adapters.formats.checkpoint import CONFIG
 from pema_adapters.formats.delta import Delta
@@ -12,16 +11,14 @@ from pema_adapters.formats.json_object import decode_json
 from pema_adapters.hub.card import ADAPTERS_LIBRARY, LIBRARY, has_pema_section, parse_metadata, read_card, render_card
 from pema_adapters.hub.provenance import find_hub_id, format_versions, hub_link, render_provenance
 from pema_adapters.io.escaping import escape_markdown, format_code_block, format_code_span, format_python_literal
+from pema_adapters.merging.job import Inputs, Merge, MergeOptions
 from pema_adapters.merging.load_snippet import RemainingAdapterFiles, load_snippet
 from pema_adapters.merging.plan.plan import PlannedFile
 from pema_adapters.merging.planning.auxiliary_files import ADAPTERS
 from pema_adapters.merging.report import MergeReport
 
-if TYPE_CHECKING:
-    from pema_adapters.merging.api import Inputs, Merge, MergeOptions
 
-
-def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", options: "MergeOptions") -> str:
+def hub_card(existing: str, repo_id: str, inputs: Inputs, merge: Merge, options: MergeOptions) -> str:
     """Render README.md of a merged checkpoint on the Hub. `existing`: the one in the repository, "" for none."""
     start = ["import transformers"]
     if merge.report.adapters_left:
@@ -32,7 +29,7 @@ def hub_card(existing: str, repo_id: str, inputs: "Inputs", merge: "Merge", opti
     return _card(existing, repo_id, section, inputs, merge.report)
 
 
-def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "MergeOptions") -> str:
+def folder_card(folder: Path, inputs: Inputs, merge: Merge, options: MergeOptions) -> str:
     """Render README.md of a merged checkpoint in a folder; a card that an earlier merge wrote keeps its other text.
 
     The base's own card is not kept, because it tells of another model; its license and language are. The text does not
@@ -47,12 +44,12 @@ def folder_card(folder: Path, inputs: "Inputs", merge: "Merge", options: "MergeO
     return _card(existing, str(folder), section, inputs, merge.report)
 
 
-def _base_name(inputs: "Inputs") -> str:
+def _base_name(inputs: Inputs) -> str:
     """Return the base's Hub id, else the name of its folder."""
     return find_hub_id(inputs.base_name, inputs.delta) or Path(inputs.base_name).resolve().name
 
 
-def _card(existing: str, name: str, section: str, inputs: "Inputs", report: MergeReport) -> str:
+def _card(existing: str, name: str, section: str, inputs: Inputs, report: MergeReport) -> str:
     trained = parse_metadata(read_card(inputs.delta.folder))
     ours = {
         "library_name": LIBRARY,
@@ -69,7 +66,7 @@ def _tags(delta: Delta, report: MergeReport) -> list[str]:
 
 
 def _section(
-    inputs: "Inputs", report: MergeReport, options: "MergeOptions", loading: list[str], provenance: list[str]
+    inputs: Inputs, report: MergeReport, options: MergeOptions, loading: list[str], provenance: list[str]
 ) -> str:
     lines = [
         "## Merged with pema_adapters",
@@ -89,7 +86,7 @@ def _section(
     return "\n".join(lines)
 
 
-def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
+def _facts(inputs: Inputs, report: MergeReport, dtype: str) -> list[str]:
     delta = inputs.delta
     base = find_hub_id(inputs.base_name, delta)
     methods = escape_markdown(", ".join(delta.methods))
@@ -106,7 +103,7 @@ def _facts(inputs: "Inputs", report: MergeReport, dtype: str) -> list[str]:
     return facts + [f"- {folder} stays an adapter: load it as well." for folder in left]
 
 
-def _loading(checkpoint: str, merge: "Merge", where: Callable[[str], str]) -> list[str]:
+def _loading(checkpoint: str, merge: Merge, where: Callable[[str], str]) -> list[str]:
     """Return the lines that load the model, or model and adapter."""
     files = {file.name: file for file in merge.plan.files}
     config = decode_json(files[CONFIG].read(0, files[CONFIG].size), Path(CONFIG)) if CONFIG in files else {}
@@ -119,7 +116,7 @@ def _content(files: Mapping[str, PlannedFile], adapter: str, name: str) -> bytes
     return None if found is None else found.read(0, found.size)
 
 
-def _command(inputs: "Inputs", options: "MergeOptions") -> str:
+def _command(inputs: Inputs, options: MergeOptions) -> str:
     """Return the command, without folders of the machine it ran on."""
     delta = Path(inputs.delta_name).resolve().name if Path(inputs.delta_name).exists() else inputs.delta_name
     words = ["pema-merge", "--base", _base_name(inputs), "--delta", delta]
