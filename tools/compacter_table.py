@@ -221,7 +221,8 @@ def _row(method: str, column: str, cells: dict[str, Any]) -> list[str]:
         return [method, column, cell["error"], *[""] * 5, *quoted]
     changes = [a / b for a, b in zip(cell["seconds"], cell["full_seconds"], strict=True)]
     return [
-        method, "without PEMA" if column == PAPER else column, f"{100 * cell['trained'] / cell['parameters']:.3f}", f"{used_bytes(cell) / 1e6:,.0f}",
+        method, "without PEMA" if column == PAPER else column,
+        f"{100 * cell['trained'] / cell['parameters']:.3f}", f"{used_bytes(cell) / 1e6:,.0f}",
         change(used_bytes(cell) / used_bytes(full)) if "peak_bytes" in full else "",
         f"{statistics.median(cell['seconds']):.3f}",
         f"{change(statistics.median(changes))} ({change(min(changes))} to {change(max(changes))})",
