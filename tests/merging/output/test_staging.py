@@ -101,12 +101,12 @@ def test_a_signal_between_the_two_renames_is_delivered_after_them(merged, monkey
         original(stage, folder)
 
     monkeypatch.setattr(staging, "_commit", commit)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(number, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     try:
         with pytest.raises(KeyboardInterrupt, match="out is complete"):
             merge_checkpoint(*merged, overwrite=True)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(number, previous)
     assert (merged[2] / "pema_merge.json").exists()
     assert sorted(path.name for path in merged[2].parent.iterdir()) == ["base", "out", "run"]
 
